@@ -1,0 +1,34 @@
+"""API keys: X-API-Key decides when present, else Authorization: Bearer."""
+
+import hmac
+from collections.abc import Collection, Sequence
+
+from flask import Flask, Response, request
+
+from api.errors import respond
+
+
+def register(app: Flask, keys: Sequence[str], open_paths: Collection[str]) -> None:
+    """Require one of `keys` for every request, unknown routes too, except GET on `open_paths`."""
+    expected = [key.encode() for key in keys]
+    public = frozenset(open_paths)
+
+    def check() -> Response | None:
+        if request.path in public:
+            return None
+        sent = request.headers.get("X-API-Key")
+        if sent is None:
+            scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer":
+                return _refuse("no API key; send it as X-API-Key, or as Authorization: Bearer")
+        given = sent.strip().encode("utf-8", "surrogateescape")
+        # Every key is compared, so that the time taken says nothing of which one matched.
+        if sum([hmac.compare_digest(given, key) for key in expected]):
+            return None
+        return _refuse("wrong API key")
+
+    app.before_request(check)
+
+
+def _refuse(message: str) -> Response:
+    return respond(401, "authentication", message, {"WWW-Authenticate": "Bearer"})

@@ -1,0 +1,352 @@
+"""What an embedding is: text -> tokens -> chunks -> vectors -> mean -> normalise. Knows no HTTP."""
+
+import bisect
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from engine.batching import Batcher, Engine
+from engine.bundle import TOKENIZER, Bundle
+from engine.errors import BundleError, InputTooLarge, InvalidInput
+
+# A text is tokenised in the thread that asked for it; the tokenizers' own pool would contend.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+# Tokenising costs about 130 bytes of memory per byte of text, so texts larger than this take turns.
+LARGE_TEXT_BYTES = 65_536
+# A chunk border may move this far from an equal split, as a share of the chunk, to fall between
+# words.
+BORDER_SLACK = 0.25
+_SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], np.uint32)
+
+
+@dataclass(frozen=True, slots=True)
+class TextLimits:
+    max_texts: int  # a request
+    max_text_bytes: int  # one text, as UTF-8
+    max_request_tokens: int  # all chunks of a request, special tokens and prompts included
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a text as the engine gets it."""
+
+    # Offsets in Unicode code points into the text as sent; a text's chunks cover it without gaps.
+    start: int
+    end: int
+    token_ids: Int64  # shape (tokens,), with special tokens and prompt
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmbedding:
+    """A text's vector and what it was made of."""
+
+    vector: Float32  # shape (dimensions,)
+    chunks: list[Chunk]
+    chunk_vectors: Float32  # shape (len(chunks), dimensions)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the engine computed for this text."""
+        return sum(chunk.tokens for chunk in self.chunks)
+
+
+def load_tokenizer(bundle: Bundle) -> tuple[Tokenizer, int, bool]:
+    """Returns: the bundle's tokenizer, its pad id, and whether it pads on the left."""
+    try:
+        tokenizer = Tokenizer.from_file(str(bundle.file(TOKENIZER)))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"bundle {bundle.path}: {TOKENIZER} cannot be read ({error})") from None
+    padding = tokenizer.padding
+    if padding is None:
+        raise BundleError(f"bundle {bundle.path}: {TOKENIZER} states no padding; bake it again")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, padding["pad_id"], padding["direction"] == "left"
+
+
+class TextEmbedder:
+    """Embeds texts with one model. Safe to call from any number of threads."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        batcher: Batcher,
+        limits: TextLimits,
+    ) -> None:
+        self.manifest = bundle.manifest
+        self.limits = limits
+        self._tokenizer, self._engine, self._batcher = tokenizer, engine, batcher
+        self._large_text = threading.Lock()
+        self._prefix, self._suffix = _special_tokens(tokenizer)
+        self._prompts = {name: prompt for name, prompt in self.manifest.prompts.items() if prompt}
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        deadline: float,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+    ) -> list[TextEmbedding]:
+        """Embed texts, each alone.
+
+        A text longer than the model's window is split into chunks of near-equal length at word
+        borders. Its vector is the mean of the chunks' vectors as the model gives them, normalised
+        again where the model normalises.
+
+        Args:
+            deadline: when to give up, on the clock of `time.monotonic`.
+            prompt_name: one of the model's prompts, put before every chunk; None means the model's
+                default.
+            dimensions: keep this many leading values (Matryoshka models), and normalise what is
+                left.
+            normalize: overrides whether vectors have length 1; None does as the model does.
+            truncate: cut a text at the window instead of splitting it.
+
+        Returns: one TextEmbedding a text, in order.
+        Raises: InvalidInput, InputTooLarge, QueueFull, DeadlineExceeded, EngineFailed.
+        """
+        if dimensions is not None and not 1 <= dimensions <= self.manifest.dimensions:
+            raise InvalidInput(
+                f"dimensions is {dimensions}; this model takes 1 to {self.manifest.dimensions}"
+            )
+        chunks = self.chunk(texts, prompt_name=prompt_name, truncate=truncate)
+        flat = [chunk.token_ids for pieces in chunks for chunk in pieces]
+        vectors = self._batcher.submit(self._engine, flat, [len(ids) for ids in flat], deadline)
+        unit = self.manifest.normalized if normalize is None else normalize
+        if unit and self.manifest.normalized:
+            vectors = _normalize(vectors)
+        means = vectors
+        if len(flat) > len(texts):
+            starts = np.cumsum([0] + [len(pieces) for pieces in chunks[:-1]])
+            means = np.add.reduceat(vectors, starts, axis=0)
+            means /= np.array([[len(pieces)] for pieces in chunks], np.float32)
+        if dimensions is not None:
+            means, vectors = means[:, :dimensions], vectors[:, :dimensions]
+        if unit:
+            means, vectors = _normalize(means), _normalize(vectors)
+        results, at = [], 0
+        for row, pieces in enumerate(chunks):
+            results.append(TextEmbedding(means[row], pieces, vectors[at : at + len(pieces)]))
+            at += len(pieces)
+        return results
+
+    def chunk(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, truncate: bool = False
+    ) -> list[list[Chunk]]:
+        """Tokenise texts, each once, and split those that pass the window.
+
+        Raises: InvalidInput, InputTooLarge; nothing past the first culprit is tokenised.
+        """
+        limits = self.limits
+        if not texts:
+            raise InvalidInput("no text; send at least one")
+        if len(texts) > limits.max_texts:
+            raise InvalidInput(
+                f"{len(texts)} texts; the limit is {limits.max_texts} (MAX_TEXTS_PER_BATCH)"
+            )
+        for index, text in enumerate(texts):
+            if not text or text.isspace():
+                raise InvalidInput("text is empty or only white space", index)
+            size = len(text) if text.isascii() else len(text.encode())
+            if size > limits.max_text_bytes:
+                raise InputTooLarge(
+                    f"text has {size} bytes; the limit is {limits.max_text_bytes} (MAX_TEXT_SIZE)",
+                    index,
+                )
+        prompt = self._prompt(prompt_name)
+        results, tokens = [], 0
+        for index, text in enumerate(texts):
+            pieces = self._split(text, prompt, truncate, index)
+            tokens += sum(chunk.tokens for chunk in pieces)
+            if tokens > limits.max_request_tokens:
+                raise InputTooLarge(
+                    f"{tokens} tokens up to here; a request may have {limits.max_request_tokens} "
+                    "(MAX_REQUEST_TOKENS)",
+                    index,
+                )
+            results.append(pieces)
+        return results
+
+    def _prompt(self, name: str | None) -> str:
+        if name is None:
+            name = self.manifest.default_prompt
+            return self._prompts.get(name, "") if name else ""
+        if name not in self.manifest.prompts:
+            known = ", ".join(sorted(self.manifest.prompts)) or "none"
+            raise InvalidInput(f"no prompt {name!r}; this model has: {known}")
+        return self._prompts.get(name, "")
+
+    def _split(self, text: str, prompt: str, truncate: bool, index: int) -> list[Chunk]:
+        if len(text) > LARGE_TEXT_BYTES:
+            with self._large_text:
+                encoding, ids = self._encode(prompt + text)
+        else:
+            encoding, ids = self._encode(prompt + text)
+        room = self.manifest.max_tokens - len(self._prefix) - len(self._suffix)
+        if len(ids) <= room:
+            return [Chunk(0, len(text), self._with_specials(ids, index))]
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        # The prompt's own tokens; one that reaches into the text (BPE joins the space between them)
+        # is the text's.
+        ahead = int(np.searchsorted(offsets[:, 1], len(prompt), "right")) if prompt else 0
+        head, ids, offsets = ids[:ahead], ids[ahead:], np.maximum(offsets[ahead:] - len(prompt), 0)
+        room -= ahead
+        if room < 1:
+            raise InvalidInput(
+                f"the prompt alone fills the model's window of {self.manifest.max_tokens} tokens",
+                index,
+            )
+        if truncate:
+            end = int(offsets[min(room, len(ids)) - 1, 1])
+            return [Chunk(0, end, self._with_specials(np.concatenate([head, ids[:room]]), index))]
+        cuts = cut(len(ids), room, borders(text, encoding.word_ids[ahead:], offsets))
+        chunks, start = [], 0
+        for begin, end in zip(cuts, cuts[1:]):
+            stop = (
+                len(text)
+                if end == len(ids)
+                else _gap(text, int(offsets[end - 1, 1]), int(offsets[end, 0]))
+            )
+            token_ids = self._with_specials(np.concatenate([head, ids[begin:end]]), index)
+            chunks.append(Chunk(start, stop, token_ids))
+            start = stop
+        return chunks
+
+    def _encode(self, text: str) -> tuple[Encoding, Int64]:
+        # encode() holds the GIL (0.6 s for 1 MB); encode_batch() lets go of it.
+        encoding: Encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        return encoding, np.array(encoding.ids, np.int64)
+
+    def _with_specials(self, ids: Int64, index: int) -> Int64:
+        if not len(ids) + len(self._prefix) + len(self._suffix):
+            raise InvalidInput("this model's tokenizer finds no token in the text", index)
+        return np.concatenate([self._prefix, ids, self._suffix])
+
+
+def cut(tokens: int, room: int, borders: Sequence[Sequence[int]]) -> list[int]:
+    """Split `tokens` tokens into chunks of at most `room`, as near to equal in length as the
+    borders allow.
+
+    Args:
+        borders: ascending token positions where a cut may fall, the best kind first, as `borders`
+            gives them.
+
+    Returns: ascending positions, the first 0 and the last `tokens`; chunk i is
+        [result[i], result[i + 1]).
+
+    As few chunks as fit are tried first. If one of their borders would fall inside a word although
+    another chunk's worth of slack could avoid it, one chunk more is made.
+    """
+    fewest = -(-tokens // room)
+    cuts, between_words = _cut_into(fewest, tokens, room, borders)
+    if not between_words and fewest < tokens:
+        more, between_words = _cut_into(fewest + 1, tokens, room, borders)
+        if between_words:
+            return more
+    return cuts
+
+
+def _cut_into(
+    count: int, tokens: int, room: int, borders: Sequence[Sequence[int]]
+) -> tuple[list[int], bool]:
+    """Returns: the cuts, and whether all of them fall between words."""
+    cuts, between_words = [0], True
+    for left in range(count, 1, -1):
+        start = cuts[-1]
+        equal = (tokens - start) / left
+        low = max(start + 1, tokens - (left - 1) * room, round(start + equal * (1 - BORDER_SLACK)))
+        high = min(start + room, tokens - left + 1, round(start + equal * (1 + BORDER_SLACK)))
+        target = min(max(round(start + equal), low), high)
+        found = (
+            (kind, _closest(positions, target, low, high)) for kind, positions in enumerate(borders)
+        )
+        kind, at = next(
+            ((kind, at) for kind, at in found if at is not None), (len(borders), target)
+        )
+        between_words = between_words and kind < 2
+        cuts.append(at)
+    return [*cuts, tokens], between_words
+
+
+def _closest(positions: Sequence[int], target: int, low: int, high: int) -> int | None:
+    """The member of an ascending sequence nearest to `target` within [low, high], or None."""
+    at = bisect.bisect_left(positions, target)
+    near = [
+        int(position) for position in positions[max(0, at - 1) : at + 1] if low <= position <= high
+    ]
+    return min(near, key=lambda position: abs(position - target), default=None)
+
+
+def borders(text: str, words: Sequence[int | None], offsets: Int64) -> list[Sequence[int]]:
+    """Where a text may be cut, as ascending token positions, the best kind first.
+
+    Args:
+        words: the tokenizer's number of the word each token belongs to.
+        offsets: shape (tokens, 2), code points of `text` that each token stands for.
+
+    Returns: positions that follow white space; where the tokenizer begins another word (languages
+        without spaces, punctuation); and where at least no character is split over two tokens.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    spaces_before = np.concatenate([[0], np.cumsum(np.isin(codes, _SPACES))])
+    ends, starts = offsets[:-1, 1], offsets[1:, 0]
+    # Byte-level tokenizers count the space before a word as the word's own: look at its first
+    # character too.
+    first = np.minimum(starts + 1, len(text))
+    whole = starts >= ends
+    spaced = whole & (spaces_before[first] > spaces_before[np.minimum(ends, first)])
+    numbers = np.array([-1 if word is None else word for word in words], np.int64)
+    kinds = spaced, whole & (numbers[1:] != numbers[:-1]), whole
+    return [(np.flatnonzero(kind) + 1).tolist() for kind in kinds]
+
+
+def _gap(text: str, end: int, start: int) -> int:
+    """Where one chunk's text ends and the next begins, between the token ending at `end` and the
+    one from `start`.
+
+    At the first white space, so that what the tokenizer dropped (a combining mark) stays with the
+    word it belongs to.
+    """
+    for at in range(end, start):
+        if text[at].isspace():
+            return at
+    return max(end, start)
+
+
+def _special_tokens(tokenizer: Tokenizer) -> tuple[Int64, Int64]:
+    """The ids that the tokenizer's template puts before and after a text.
+
+    Raises: BundleError for a template that does more than that.
+    """
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return np.array(whole[:at], np.int64), np.array(whole[at + len(plain) :], np.int64)
+    raise BundleError("the tokenizer's special tokens are not a prefix and a suffix")
+
+
+def _normalize(vectors: Float32) -> Float32:
+    """Scale rows to length 1, as torch.nn.functional.normalize does (zeros stay zeros)."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
+    scaled: Any = vectors / np.maximum(lengths, 1e-12)
+    return np.ascontiguousarray(scaled, np.float32)

@@ -1,0 +1,206 @@
+"""The bundle, a folder that holds all that serving a model needs: read, written and checked here
+and nowhere else.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import msgspec
+
+from engine.errors import BundleError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+Precision = Literal["fp32", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+# Smallest cosine to sentence-transformers' own vector at which a bundle may be written and served.
+PARITY_FLOOR: dict[Precision, float] = {"fp32": 0.9999, "bf16": 0.9998, "int8": 0.99}
+TEXT_GRAPH: dict[Precision, str] = {"fp32": "text.xml", "bf16": "text.xml", "int8": "text-int8.xml"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class File(msgspec.Struct, forbid_unknown_fields=True):
+    sha256: str
+    size: int
+
+
+class Probe(msgspec.Struct, forbid_unknown_fields=True):
+    """A text and sentence-transformers' vector of it: whoever loads the bundle can see that it
+    still answers so.
+    """
+
+    text: str
+    vector: list[float]
+
+
+class Parity(msgspec.Struct, forbid_unknown_fields=True):
+    """Cosine to sentence-transformers over `cases` inputs, as measured at bake."""
+
+    minimum: float
+    mean: float
+    cases: int
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What a bundle says of itself; written by the bake, believed by serving once the files' hashes
+    agree.
+    """
+
+    format: int = FORMAT
+    name: str
+    source: str
+    revision: str | None
+    created: str  # ISO 8601, UTC
+    modalities: list[Literal["text", "image"]]
+    dimensions: int
+    max_tokens: int
+    normalized: bool  # the model's pipeline ends in Normalize; the graph ends before it
+    similarity: str | None
+    prompts: dict[str, str]
+    default_prompt: str | None
+    files: dict[str, File]
+    versions: dict[str, str]
+    probe: Probe
+    parity: dict[Precision, Parity]
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    path: pathlib.Path
+    manifest: Manifest
+
+    def file(self, name: str) -> pathlib.Path:
+        return self.path / name
+
+    def offers(self, precision: Precision) -> bool:
+        """Whether the bundle holds the graph that `precision` runs."""
+        return TEXT_GRAPH[precision] in self.manifest.files
+
+    def verify(self) -> None:
+        """Compare every file with the manifest, size first, then sha256 (2 GB/s here).
+
+        Raises: BundleError, naming the first file that is missing or differs.
+        """
+        for name, expected in self.manifest.files.items():
+            path = self.path / name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise BundleError(
+                    f"bundle {self.path}: {name} is missing ({error.strerror}); bake it again"
+                ) from None
+            if size != expected.size:
+                raise BundleError(
+                    f"bundle {self.path}: {name} has {size} bytes, not {expected.size}; "
+                    "bake it again"
+                )
+            if sha256(path) != expected.sha256:
+                raise BundleError(
+                    f"bundle {self.path}: {name} is damaged (its sha256 differs); bake it again"
+                )
+
+
+def sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(path: pathlib.Path) -> Bundle:
+    """Read a bundle's manifest. Files are not opened yet: see `Bundle.verify`.
+
+    Raises: BundleError when there is no manifest, or one that this code cannot read.
+    """
+    try:
+        raw = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleError(f"bundle {path}: no readable {MANIFEST} ({error.strerror})") from None
+    try:
+        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format")
+        if version is not None and bytes(version) != str(FORMAT).encode():
+            raise BundleError(
+                f"bundle {path}: format {bytes(version).decode()} is not {FORMAT}; bake it again"
+            )
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"bundle {path}: {MANIFEST} is damaged ({error}); bake it again"
+        ) from None
+    escaping = [name for name in manifest.files if pathlib.PurePath(name).name != name]
+    if escaping:
+        raise BundleError(
+            f"bundle {path}: {MANIFEST} names a file outside the bundle: {escaping[0]!r}"
+        )
+    return Bundle(path, manifest)
+
+
+def discover(models_dir: pathlib.Path) -> list[Bundle]:
+    """All bundles in a folder, the one baked first in front. Hidden folders (half-made bundles) do
+    not count.
+
+    Raises: BundleError when there is none, or one of them cannot be read.
+    """
+    try:
+        folders = [
+            entry
+            for entry in models_dir.iterdir()
+            if entry.is_dir() and not entry.name.startswith(".")
+        ]
+    except OSError as error:
+        raise BundleError(
+            f"MODELS_DIR {models_dir}: {error.strerror}; bake a model first"
+        ) from None
+    if not folders:
+        raise BundleError(f"MODELS_DIR {models_dir}: holds no bundle; bake a model first")
+    bundles = sorted(
+        map(read, folders), key=lambda bundle: (bundle.manifest.created, bundle.manifest.name)
+    )
+    names = [bundle.manifest.name for bundle in bundles]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise BundleError(f"MODELS_DIR {models_dir}: two bundles are called {twice!r}")
+    return bundles
+
+
+def valid_name(name: str) -> bool:
+    """Whether `name` may name a bundle: letters, digits, dot, dash and underscore, starting with a
+    letter or digit.
+    """
+    return _NAME.fullmatch(name) is not None
+
+
+def fingerprint(folder: pathlib.Path, names: Iterable[str]) -> dict[str, File]:
+    """Size and sha256 of each of the named files, as the manifest records them."""
+    return {name: File(sha256(folder / name), (folder / name).stat().st_size) for name in names}
+
+
+def write(models_dir: pathlib.Path, name: str, fill: Callable[[pathlib.Path], Manifest]) -> Bundle:
+    """Let `fill` make the bundle in a hidden folder beside its final place, then rename it in.
+
+    Whatever ends `fill` early (an exception, Ctrl-C, SIGTERM turned into SystemExit) leaves nothing
+    behind; what only SIGKILL could leave, the next bake of this name removes.
+    """
+    models_dir.mkdir(parents=True, exist_ok=True)
+    target, prefix = models_dir / name, f".{name}."
+    for stale in models_dir.glob(f"{prefix}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    draft = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=models_dir))
+    try:
+        manifest = fill(draft)
+        (draft / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        for path in draft.iterdir():
+            path.chmod(0o644)
+        draft.chmod(0o755)  # mkdtemp's 0700 would hide the bundle from the user the service runs as
+        replaced = models_dir / f"{prefix}replaced"
+        if target.exists():
+            os.rename(target, replaced)
+        os.rename(draft, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Bundle(target, manifest)

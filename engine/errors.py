@@ -1,0 +1,57 @@
+"""What can go wrong below HTTP. `api/errors.py` alone knows which status each of these becomes."""
+
+
+class EmbedderError(Exception):
+    """Base of everything the service raises on purpose; `str(error)` is meant for the caller's
+    eyes.
+    """
+
+
+class InvalidInput(EmbedderError):
+    """The caller sent something that cannot be embedded.
+
+    `index` is the place of the culprit in the list that was sent, None where the request as a whole
+    is meant.
+    """
+
+    def __init__(self, message: str, index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class InputTooLarge(InvalidInput):
+    """An input, or all of them together, passes a limit on bytes or tokens."""
+
+
+class ModelNotFound(EmbedderError):
+    """No model of this name is served here."""
+
+
+class ModelNotReady(EmbedderError):
+    """The model was still loading when the request's time ran out."""
+
+
+class QueueFull(EmbedderError):
+    """More work waits than MAX_QUEUE_TOKENS allows; `retry_after` says in how many seconds to come
+    back.
+    """
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(EmbedderError):
+    """The request waited longer than REQUEST_TIMEOUT."""
+
+
+class EngineFailed(EmbedderError):
+    """The engine raised while it computed a batch that held this request's input."""
+
+
+class BundleError(EmbedderError):
+    """A bundle is missing, damaged, or of a version this code does not read."""
+
+
+class PrecisionUnavailable(EmbedderError):
+    """This CPU, or this bundle, cannot run the precision that was asked for."""

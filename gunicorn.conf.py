@@ -1,0 +1,51 @@
+"""How gunicorn runs the service. Configuration and bundles are checked here, once, before any
+worker is forked.
+"""
+
+import os
+import pathlib
+import sys
+
+import settings as configuration
+from api.worker import LIMIT_REQUEST_FIELD_SIZE, LIMIT_REQUEST_FIELDS, Worker
+from engine.bundle import discover
+from engine.errors import BundleError, ModelNotFound
+from engine.models import Models
+from settings import DEFAULT_API_KEY, SettingsError
+
+try:
+    settings = configuration.load(os.environ)
+    bundles = discover(pathlib.Path(settings.models_dir))
+    Models[object](bundles, settings.embedding_model or None)
+    for bundle in bundles:
+        bundle.verify()
+except (SettingsError, BundleError, ModelNotFound) as error:
+    sys.exit(f"cannot start: {error}")
+
+if DEFAULT_API_KEY in settings.api_keys:
+    print(
+        "WARNING: VECTOR_EMBEDDER_API_KEY is the default, which everybody knows. Set your own.",
+        file=sys.stderr,
+    )
+if os.environ.get("TOKENIZER_MODEL"):
+    print(
+        "WARNING: TOKENIZER_MODEL is ignored: the bundle holds the model's own tokenizer.",
+        file=sys.stderr,
+    )
+
+bind = f"0.0.0.0:{settings.port}"
+Worker.max_body_size = settings.max_body_size
+worker_class = Worker
+workers = settings.web_concurrency
+threads = settings.request_threads
+worker_connections = max(1000, 2 * threads)
+loglevel = settings.log_level
+keepalive = 75  # seconds; longer than the 60 s after which load balancers let go of idle ones
+graceful_timeout = 9  # Cloud Run kills 10 s after SIGTERM
+timeout = 60  # for a worker whose main loop hangs; requests run beside it and have REQUEST_TIMEOUT
+worker_tmp_dir = (
+    "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+)  # the heartbeat must not wait for a disk
+control_socket_disable = True  # gunicorn 27 would open it under $HOME
+limit_request_fields = LIMIT_REQUEST_FIELDS
+limit_request_field_size = LIMIT_REQUEST_FIELD_SIZE

@@ -1,0 +1,128 @@
+"""The WSGI application: `gunicorn main:app`. Puts settings, models and routes together."""
+
+import logging
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flask import Flask
+
+import settings as configuration
+from api import auth, errors, health, native
+from embeddings import TextEmbedder, TextLimits, load_tokenizer
+from engine.batching import Batcher
+from engine.bundle import PARITY_FLOOR, Bundle, discover
+from engine.errors import BundleError, EmbedderError
+from engine.models import Models
+from engine.openvino_backend import OpenVINOTextEngine, choose_precision
+from settings import Settings
+
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = ("/health", "/health/ready")
+
+
+def create_app(
+    settings: Settings | None = None, on_failure: Callable[[str], None] | None = None
+) -> Flask:
+    """Build the application and start to load its models beside it; it answers at once.
+
+    Args:
+        settings: read from the environment when None.
+        on_failure: called with one line when a model cannot be loaded; by default the process ends
+            with code 3, the one on which gunicorn stops for good instead of starting the worker
+            again.
+
+    Raises: SettingsError, BundleError.
+    """
+    settings = settings or configuration.load(os.environ)
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    models: Models[TextEmbedder] = Models(
+        discover(pathlib.Path(settings.models_dir)), settings.embedding_model or None
+    )
+    batcher = Batcher(
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_queue_tokens=settings.max_queue_tokens,
+        threads=settings.inference_threads,
+    )
+    batcher.start()
+
+    def load() -> None:
+        try:
+            models.load(lambda bundle: load_embedder(bundle, settings, batcher))
+        except Exception as error:
+            if not isinstance(error, EmbedderError):
+                log.error("unexpected error while loading", exc_info=error)
+            (on_failure or _stop_service)(str(error))
+
+    threading.Thread(target=load, name="load-models", daemon=True).start()
+    app = Flask(__name__, static_folder=None)
+    app.config["MAX_BODY_SIZE"] = settings.max_body_size
+    errors.register(app)
+    auth.register(app, settings.api_keys, OPEN_PATHS)
+    app.register_blueprint(health.blueprint(models))
+    app.register_blueprint(native.blueprint(models, settings.request_timeout))
+    return app
+
+
+def load_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> TextEmbedder:
+    """Load one model and see that it still gives its probe's vector.
+
+    Raises: BundleError, PrecisionUnavailable.
+    """
+    started = time.perf_counter()
+    tokenizer, pad_id, pad_left = load_tokenizer(bundle)
+    precision = choose_precision(settings.precision)
+    engine = OpenVINOTextEngine(
+        bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=settings.inference_threads
+    )
+    limits = TextLimits(
+        settings.max_texts_per_batch, settings.max_text_size, settings.max_request_tokens
+    )
+    embedder = TextEmbedder(bundle, tokenizer, engine, batcher, limits)
+    probe = bundle.manifest.probe
+    (embedding,) = embedder.embed(
+        [probe.text], deadline=time.monotonic() + settings.request_timeout
+    )
+    expected = np.array(probe.vector, np.float32)
+    lengths = float(np.linalg.norm(expected) * np.linalg.norm(embedding.vector))
+    cosine = float(expected @ embedding.vector) / lengths if lengths else 0.0
+    if not cosine >= PARITY_FLOOR[precision]:
+        raise BundleError(
+            f"bundle {bundle.path}: at {precision} its probe text is off (cosine {cosine:.5f}, "
+            f"at least {PARITY_FLOOR[precision]} expected); bake it again on this kind of machine"
+        )
+    log.info(
+        "model %s ready in %.2f s: %s, %d dimensions, window %d tokens, %d inference threads, "
+        "probe cosine %.5f",
+        bundle.manifest.name,
+        time.perf_counter() - started,
+        precision,
+        bundle.manifest.dimensions,
+        bundle.manifest.max_tokens,
+        settings.inference_threads,
+        cosine,
+    )
+    return embedder
+
+
+def _stop_service(line: str) -> None:
+    log.critical("cannot serve: %s", line)
+    logging.shutdown()
+    os._exit(3)
+
+
+def __getattr__(name: str) -> Any:
+    # Made when gunicorn asks for it, not when a test or a tool imports this file.
+    if name == "app":
+        return create_app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,197 @@
+"""Every environment variable: name, type, default, bounds, one line of help. Validated once, at
+start.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+DEFAULT_API_KEY = "abc123"
+
+
+class SettingsError(Exception):
+    """A variable holds what it cannot take; the message names it, what it got and what it takes."""
+
+
+def _option(name: str, default: Any, help: str, **rules: Any) -> Any:
+    """A dataclass field read from environment variable `name`; without a default of its own,
+    `default` says why.
+
+    Rules: `low` and `high` (numbers), `choices` (strings), `by` (how the default comes about, for
+    the README).
+    """
+    return field(default=default, metadata={"name": name, "help": help, **rules})
+
+
+def available_cores(root: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may really use, at least 1: the cgroup's quota (v2, then v1) or the CPU
+    set, what is less.
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return cores
+    if quota == "max" or int(quota) <= 0:
+        return cores
+    return max(1, min(cores, round(int(quota) / int(period))))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The service's configuration. Built by `load`; handed down as plain values."""
+
+    api_key: str = _option(
+        "VECTOR_EMBEDDER_API_KEY",
+        DEFAULT_API_KEY,
+        "one or several keys, comma-separated; the default is refused on Cloud Run",
+    )
+    api_key_file: str = _option(
+        "VECTOR_EMBEDDER_API_KEY_FILE", "", "file with the keys instead (a mounted secret)"
+    )
+    port: int = _option("PORT", 5001, "port to listen on", low=1, high=65535)
+    models_dir: str = _option("MODELS_DIR", "models", "folder that holds the bundles")
+    embedding_model: str = _option(
+        "EMBEDDING_MODEL",
+        "",
+        "default model, by name",
+        by="the only bundle, else the one baked first",
+    )
+    precision: str = _option(
+        "PRECISION",
+        "auto",
+        "auto (bf16 where the CPU has it, else fp32), fp32, bf16 or int8; with mixed CPUs name one",
+        choices=("auto", "fp32", "bf16", "int8"),
+    )
+    max_batch_size: int = _option(
+        "MAX_BATCH_SIZE", 64, "most chunks in one engine call", low=1, high=4096
+    )
+    max_batch_tokens: int = _option(
+        "MAX_BATCH_TOKENS",
+        512,
+        "most padded tokens in one engine call of several chunks",
+        low=1,
+        high=1_048_576,
+    )
+    max_texts_per_batch: int = _option(
+        "MAX_TEXTS_PER_BATCH", 100, "texts in one request", low=1, high=100_000
+    )
+    max_text_size: int = _option("MAX_TEXT_SIZE", 1_048_576, "bytes, one text", low=1, high=1 << 30)
+    max_body_size: int = _option(
+        "MAX_BODY_SIZE", 33_554_432, "bytes, one request", low=1, high=1 << 30
+    )
+    max_request_tokens: int = _option(
+        "MAX_REQUEST_TOKENS",
+        65_536,
+        "tokens in one request, prompts and special tokens too; bounds how long a shutdown takes",
+        low=1,
+        high=1 << 30,
+    )
+    max_queue_tokens: int = _option(
+        "MAX_QUEUE_TOKENS",
+        262_144,
+        "waiting tokens beyond which 429 is answered",
+        low=1,
+        high=1 << 30,
+    )
+    request_timeout: float = _option(
+        "REQUEST_TIMEOUT", 60.0, "seconds a request may wait", low=0.001, high=3600.0
+    )
+    web_concurrency: int = _option(
+        "WEB_CONCURRENCY", 1, "worker processes, each with its own model", low=1, high=256
+    )
+    request_threads: int = _option(
+        "REQUEST_THREADS", 64, "requests that one process works on at a time", low=1, high=4096
+    )
+    inference_threads: int = _option(
+        "INFERENCE_THREADS",
+        0,
+        "cores that one process computes on",
+        low=0,
+        high=1024,
+        by="cores / WEB_CONCURRENCY",
+    )
+    log_level: str = _option(
+        "LOG_LEVEL",
+        "info",
+        "debug, info, warning or error",
+        choices=("debug", "info", "warning", "error"),
+    )
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        return tuple(key.strip() for key in self.api_key.split(","))
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Read and check the configuration. A variable that is set but empty counts as not set; a key
+    may not be empty.
+
+    Raises: SettingsError.
+    """
+    values: dict[str, Any] = {}
+    for option in fields(Settings):
+        raw = environ.get(option.metadata["name"], "")
+        if raw.strip():
+            values[option.name] = _parse(option, raw.strip())
+    key_name, file_name = "VECTOR_EMBEDDER_API_KEY", "VECTOR_EMBEDDER_API_KEY_FILE"
+    if "api_key_file" in values:
+        if "api_key" in values:
+            raise SettingsError(f"{key_name} and {file_name} are both set; set one")
+        key_name = file_name
+        try:
+            values["api_key"] = ",".join(
+                pathlib.Path(values["api_key_file"]).read_text("ascii").split()
+            )
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(
+                f"{file_name}={values['api_key_file']}: cannot be read ({error})"
+            ) from None
+    elif key_name in environ and "api_key" not in values:
+        raise SettingsError(f"{key_name} is empty; set a key, or unset it")
+    settings = Settings(**values)
+    # The value itself stays out of every message: it would end up in logs.
+    if not all(
+        key and key.isascii() and key.isprintable() and " " not in key for key in settings.api_keys
+    ):
+        raise SettingsError(
+            f"{key_name}: every key must be printable ASCII without spaces, and none may be empty"
+        )
+    if "K_SERVICE" in environ and DEFAULT_API_KEY in settings.api_keys:
+        raise SettingsError(
+            f"{key_name} is the default, which everybody knows; on Cloud Run set one of your own"
+        )
+    if settings.max_request_tokens > settings.max_queue_tokens:
+        raise SettingsError(
+            f"MAX_REQUEST_TOKENS={settings.max_request_tokens} is more than "
+            f"MAX_QUEUE_TOKENS={settings.max_queue_tokens}: such a request could never be queued"
+        )
+    if not settings.inference_threads:
+        threads = max(1, -(-available_cores() // settings.web_concurrency))
+        settings = Settings(**values, inference_threads=threads)
+    return settings
+
+
+def _parse(option: "Field[Any]", raw: str) -> Any:
+    rules, name, kind = option.metadata, option.metadata["name"], option.type
+    if "choices" in rules:
+        if raw.lower() not in rules["choices"]:
+            raise SettingsError(f"{name}={raw!r}; it takes one of {', '.join(rules['choices'])}")
+        return raw.lower()
+    if kind is str:
+        return raw
+    low, high = rules["low"], rules["high"]
+    try:
+        value = kind(raw)  # type: ignore[operator]  # int or float
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise SettingsError(f"{name}={raw!r}; it takes {what} from {low} to {high}")
+    return value

@@ -1,0 +1,2 @@
+def test_it(service):
+    assert len(service.embed("hello")) == 384
