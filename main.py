@@ -64,7 +64,8 @@ def create_app(
                 log.error("unexpected error while loading", exc_info=error)
             (on_failure or _stop_service)(str(error))
 
-    threading.Thread(target=load, name="load-models", daemon=True).start()
+    # Not a daemon: OpenVINO aborts a process that exits while it compiles.
+    threading.Thread(target=load, name="load-models").start()
     app = Flask(__name__, static_folder=None)
     app.config["MAX_BODY_SIZE"] = settings.max_body_size
     errors.register(app)

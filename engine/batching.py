@@ -198,9 +198,7 @@ class Batcher:
         lead = self._jobs[0]
         longest = lead.costs[-1]
         entries, tokens, padded = [lead.take(len(lead.costs) - 1)], longest, longest
-        budget = min(
-            self.max_batch_tokens, max(MIN_SHARE_TOKENS, self._waiting_tokens // self.threads)
-        )
+        share = max(MIN_SHARE_TOKENS, -(-self._waiting_tokens // self.threads))
         active = len(self._jobs)
         for job in self._jobs:
             if job.engine is not lead.engine:
@@ -209,7 +207,11 @@ class Batcher:
                 at = _nearest(job.costs, longest)
                 cost = job.costs[at]
                 with_it = max(longest, cost) * (len(entries) + 1)
-                if with_it > budget or with_it - padded > cost + CALL_OVERHEAD_TOKENS:
+                if (
+                    with_it > self.max_batch_tokens
+                    or with_it - padded > cost + CALL_OVERHEAD_TOKENS
+                    or tokens + cost > share
+                ):
                     break
                 entries.append(job.take(at))
                 longest, tokens, padded = max(longest, cost), tokens + cost, with_it

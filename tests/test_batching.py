@@ -1,0 +1,304 @@
+"""engine/batching.py: order, fairness, budget, and errors that reach only their own. No sleeps."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.batching import CALL_OVERHEAD_TOKENS, Batch, Batcher
+from engine.errors import DeadlineExceeded, EmbedderError, EngineFailed, QueueFull
+
+NEVER = 1e6
+
+
+class Echo:
+    """An engine whose vector of an input is (its first value, its length)."""
+
+    name, dimensions = "echo", 2
+
+    def __init__(self, fail_on: int | None = None) -> None:
+        self.fail_on = fail_on
+
+    def run(self, inputs: Sequence[Any]) -> Any:
+        if any(array[0] == self.fail_on for array in inputs):
+            raise RuntimeError("no")
+        return np.array([(array[0], len(array)) for array in inputs], np.float32)
+
+
+ECHO = Echo()
+
+
+def tokens(marker: int, count: int) -> Any:
+    array = np.zeros(count, np.int64)
+    array[0] = marker
+    return array
+
+
+class Bench:
+    """A batcher whose requests wait in threads of their own and whose engine calls the test makes."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.now = 0.0
+        defaults = dict(max_batch_size=64, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
+        self.batcher = Batcher(**{**defaults, **limits}, clock=lambda: self.now)
+        self.pool = ThreadPoolExecutor(64)
+
+    def submit(
+        self, *inputs: tuple[int, int], engine: Any = ECHO, deadline: float = NEVER
+    ) -> "Future[Any]":
+        """Queue one request of (marker, token count) inputs; returns once it is queued or refused."""
+        before = len(self.batcher._jobs)
+        arrays = [tokens(marker, count) for marker, count in inputs]
+        costs = [count for _, count in inputs]
+        future = self.pool.submit(self.batcher.submit, engine, arrays, costs, deadline)
+        while len(self.batcher._jobs) == before and not future.done():
+            threading.Event().wait(0.0005)
+        return future
+
+    def take(self) -> Batch:
+        batch = self.batcher.next_batch()
+        assert batch is not None
+        return batch
+
+    def run(self, batch: Batch | None = None) -> list[int]:
+        """Take (unless given) and finish one call; returns its inputs' markers."""
+        batch = batch or self.take()
+        self.batcher.finish(batch, batch.engine.run(batch.inputs), 0.01)
+        return markers(batch)
+
+
+def markers(batch: Batch) -> list[int]:
+    return [int(array[0]) for array in batch.inputs]
+
+
+@pytest.fixture
+def bench() -> Any:
+    made: list[Bench] = []
+
+    def make(**limits: Any) -> Bench:
+        made.append(Bench(**limits))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.batcher.close()
+        while (batch := one.batcher.next_batch()) is not None:
+            one.batcher.finish(batch, None, 0.0)
+        one.pool.shutdown()
+
+
+Make = Callable[..., Bench]
+
+
+def test_results_return_to_their_requests_in_the_order_sent(bench: Make) -> None:
+    b = bench()
+    first = b.submit((1, 30), (2, 5), (3, 17))
+    second = b.submit((4, 18), (5, 31))
+    while b.batcher._jobs:
+        b.run()
+    assert first.result().tolist() == [[1, 30], [2, 5], [3, 17]]
+    assert second.result().tolist() == [[4, 18], [5, 31]]
+
+
+def test_no_inputs_is_no_work(bench: Make) -> None:
+    assert bench().batcher.submit(ECHO, [], [], NEVER).shape == (0, 2)
+
+
+def test_inputs_of_like_length_share_a_call_and_unlike_ones_do_not(bench: Make) -> None:
+    b = bench()
+    b.submit((1, 200), (2, 195), (3, 20), (4, 22))
+    assert b.run() == [1, 2]
+    assert sorted(b.run()) == [3, 4]
+
+
+def test_an_input_joins_only_while_padding_costs_less_than_a_call_of_its_own(bench: Make) -> None:
+    longest = 100
+    fits = longest - CALL_OVERHEAD_TOKENS  # adds 100 padded tokens for 88 of its own
+    b = bench()
+    b.submit((1, longest), (2, fits))
+    assert sorted(b.run()) == [1, 2]
+    b.submit((1, longest), (2, fits - 1))
+    assert b.run() == [1]
+
+
+def test_calls_stay_within_the_token_budget_counting_padding(bench: Make) -> None:
+    b = bench(max_batch_tokens=100)
+    b.submit(*((number, 20 + number % 3) for number in range(20)))
+    seen = []
+    while len(seen) < 20:
+        batch = b.take()
+        assert batch.padded_tokens == max(map(len, batch.inputs)) * len(batch.inputs) <= 100
+        assert batch.tokens == sum(map(len, batch.inputs))
+        seen += b.run(batch)
+    assert sorted(seen) == list(range(20))
+
+
+def test_an_input_over_the_budget_goes_alone(bench: Make) -> None:
+    b = bench(max_batch_tokens=100)
+    b.submit((1, 300), (2, 300))
+    assert [len(b.run()), len(b.run())] == [1, 1]
+
+
+def test_calls_stay_within_the_size_limit(bench: Make) -> None:
+    b = bench(max_batch_size=3)
+    b.submit(*((number, 2) for number in range(7)))
+    assert [len(b.run()), len(b.run()), len(b.run())] == [3, 3, 1]
+
+
+def test_a_free_thread_leaves_the_others_their_share(bench: Make) -> None:
+    b = bench(threads=2)
+    b.submit(*((number, 16) for number in range(16)))
+    assert len(b.run()) == 8
+
+
+def test_engines_do_not_mix_in_a_call(bench: Make) -> None:
+    b, other = bench(), Echo()
+    b.submit((1, 10))
+    b.submit((2, 10), engine=other)
+    b.submit((3, 10))
+    assert sorted([sorted(b.run()), sorted(b.run())]) == [[1, 3], [2]]
+
+
+def test_a_short_request_goes_ahead_of_the_rest_of_a_long_one(bench: Make) -> None:
+    b = bench()
+    b.submit(*((number, 490) for number in range(100)))
+    b.run(), b.run()
+    query = b.submit((1000, 12))
+    assert 1000 in b.run() + b.run()
+    assert query.result().tolist() == [[1000, 12]]
+
+
+def test_requests_of_equal_size_get_equal_shares(bench: Make) -> None:
+    b = bench()
+    b.submit(*((number, 490) for number in range(20)))
+    b.run(), b.run(), b.run()
+    b.submit(*((number, 490) for number in range(100, 120)))
+    served = sum((b.run() for _ in range(20)), [])
+    assert abs(sum(marker >= 100 for marker in served) - 10) <= 1
+
+
+def test_a_long_request_is_not_starved_by_a_flood_of_short_ones(bench: Make) -> None:
+    """Four clients that send the next query as soon as they have their answer: a fifth of the
+    tokens is the long request's."""
+    b = bench(max_batch_size=1)
+    b.submit(*((number, 200) for number in range(50)))
+    long, short, next_marker = 0, 0, 1000
+    for _ in range(4):
+        b.submit((next_marker, 20))
+    while long + short < 10_000:
+        marker = b.run()[0]
+        if marker >= 1000:
+            short += 20
+            b.submit((next_marker, 20))
+        else:
+            long += 200
+    assert long / (long + short) == pytest.approx(1 / 5, abs=0.05)
+
+
+def test_an_engine_error_reaches_only_the_requests_of_that_call(bench: Make) -> None:
+    b = bench(max_batch_size=2)
+    fails, shares = b.submit((1, 10), (2, 300)), b.submit((3, 10))
+    other = b.submit((4, 100))
+    seen: list[list[int]] = []
+    while b.batcher._jobs:
+        batch = b.take()
+        seen.append(markers(batch))
+        failed = 1 in seen[-1]
+        b.batcher.finish(batch, None if failed else batch.engine.run(batch.inputs), 0.01)
+    assert [1, 3] in [sorted(call) for call in seen]
+    for future in (fails, shares):
+        with pytest.raises(EngineFailed):
+            future.result()
+    assert other.result().tolist() == [[4, 100]]
+
+
+def test_after_a_failed_call_the_rest_of_its_request_is_not_computed(bench: Make) -> None:
+    b = bench()
+    failing = b.submit((1, 400), (2, 10))
+    b.batcher.finish(b.take(), None, 0.01)
+    with pytest.raises(EngineFailed):
+        failing.result()
+    b.submit((3, 10))
+    assert b.run() == [3]
+    assert b.batcher._waiting_tokens == 0
+
+
+def test_the_threads_survive_an_engine_that_raises() -> None:
+    batcher = Batcher(max_batch_size=8, max_batch_tokens=64, max_queue_tokens=100, threads=2)
+    batcher.start()
+    bad = Echo(fail_on=7)
+    for _ in range(4):
+        with pytest.raises(EngineFailed):
+            batcher.submit(bad, [tokens(7, 3)], [3], NEVER)
+        assert batcher.submit(bad, [tokens(8, 3)], [3], NEVER).tolist() == [[8, 3]]
+    batcher.close()
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(bench: Make) -> None:
+    b = bench(max_queue_tokens=100)
+    b.submit((1, 90))
+    with pytest.raises(QueueFull, match="90 tokens are waiting and this request adds 11") as info:
+        b.submit((2, 11)).result()
+    assert info.value.retry_after == 1
+    b.submit((3, 10))
+    b.batcher._served_tokens, b.batcher._busy_seconds = 20, 2.0  # 10 tokens/s seen so far
+    with pytest.raises(QueueFull) as info:
+        b.submit((4, 1)).result()
+    assert info.value.retry_after == 10
+
+
+def test_an_empty_queue_takes_a_request_of_any_size(bench: Make) -> None:
+    b = bench(max_queue_tokens=100)
+    future = b.submit((1, 101))
+    b.run()
+    assert future.result().tolist() == [[1, 101]]
+
+
+def test_a_request_past_its_deadline_is_dropped_before_the_engine_sees_it(bench: Make) -> None:
+    b = bench()
+    b.now = 10.0
+    late = b.submit((1, 10), deadline=11.0)
+    b.submit((2, 10), deadline=13.0)
+    b.now = 12.0
+    assert b.run() == [2]
+    with pytest.raises(DeadlineExceeded):
+        late.result()
+    assert b.batcher._waiting_tokens == 0
+
+
+def test_a_request_that_gives_up_leaves_the_queue() -> None:
+    batcher = Batcher(max_batch_size=8, max_batch_tokens=64, max_queue_tokens=100, threads=1)
+    with pytest.raises(DeadlineExceeded):
+        batcher.submit(ECHO, [tokens(1, 90)], [90], 0.0)
+    assert not batcher._jobs and batcher._waiting_tokens == 0
+
+
+def test_close_refuses_new_work_and_drains_what_waits(bench: Make) -> None:
+    b = bench()
+    waiting = b.submit((1, 10))
+    b.batcher.close()
+    with pytest.raises(EmbedderError, match="shutting down"):
+        b.submit((2, 10)).result()
+    b.run()
+    assert waiting.result().tolist() == [[1, 10]]
+    assert b.batcher.next_batch() is None
+
+
+def test_many_threads_get_their_own_answers() -> None:
+    batcher = Batcher(max_batch_size=8, max_batch_tokens=128, max_queue_tokens=10**6, threads=3)
+    batcher.start()
+
+    def one(number: int) -> bool:
+        lengths = [1 + (number * 7 + k * 13) % 60 for k in range(1 + number % 5)]
+        arrays = [tokens(number * 10 + k, length) for k, length in enumerate(lengths)]
+        vectors = batcher.submit(ECHO, arrays, lengths, NEVER)
+        expected = [[number * 10 + k, length] for k, length in enumerate(lengths)]
+        return bool(vectors.tolist() == expected)
+
+    with ThreadPoolExecutor(32) as pool:
+        assert all(pool.map(one, range(1500)))
+    batcher.close()
+    assert batcher._waiting_tokens == 0

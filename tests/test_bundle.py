@@ -1,0 +1,135 @@
+"""engine/bundle.py: complete or absent, and damage is named."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import pytest
+
+from engine import bundle as bundles
+from engine.bundle import Bundle, Manifest, Probe, discover, fingerprint, read, write
+from engine.errors import BundleError
+
+
+def manifest(name: str, **changes: Any) -> Manifest:
+    values = dict(
+        name=name,
+        source=f"org/{name}",
+        revision=None,
+        created="2026-01-01T00:00:00",
+        modalities=["text"],
+        dimensions=2,
+        max_tokens=8,
+        normalized=True,
+        similarity="cosine",
+        prompts={},
+        default_prompt=None,
+        files={},
+        versions={},
+        probe=Probe("x", [1.0, 0.0]),
+        parity={},
+    )
+    return Manifest(**{**values, **changes})
+
+
+def make(folder: pathlib.Path, name: str, content: bytes = b"data", **changes: Any) -> Bundle:
+    def fill(draft: pathlib.Path) -> Manifest:
+        (draft / "text.bin").write_bytes(content)
+        return manifest(name, files=fingerprint(draft, ["text.bin"]), **changes)
+
+    return write(folder, name, fill)
+
+
+def test_what_is_written_is_read(tmp_path: pathlib.Path) -> None:
+    made = make(tmp_path / "models", "a")
+    assert read(tmp_path / "models" / "a") == made
+    made.verify()
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["a"]
+
+
+def test_a_second_write_replaces_the_first(tmp_path: pathlib.Path) -> None:
+    make(tmp_path, "a", b"old")
+    make(tmp_path, "a", b"new")
+    assert (tmp_path / "a" / "text.bin").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: pathlib.Path) -> None:
+    make(tmp_path, "a", b"old")
+
+    def fill(draft: pathlib.Path) -> Manifest:
+        (draft / "text.bin").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    for name in ("a", "b"):
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, name, fill)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "text.bin").read_bytes() == b"old"
+
+
+def test_what_a_killed_write_left_is_ignored_and_cleared(tmp_path: pathlib.Path) -> None:
+    (tmp_path / ".a.left").mkdir()
+    (tmp_path / ".a.left" / "text.bin").write_bytes(b"half")
+    with pytest.raises(BundleError, match="holds no bundle"):
+        discover(tmp_path)
+    make(tmp_path, "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_damage_is_named(tmp_path: pathlib.Path) -> None:
+    made = make(tmp_path, "a")
+    (tmp_path / "a" / "text.bin").write_bytes(b"dada")
+    with pytest.raises(BundleError, match=r"text.bin is damaged \(its sha256 differs\)"):
+        made.verify()
+    (tmp_path / "a" / "text.bin").write_bytes(b"dat")
+    with pytest.raises(BundleError, match="text.bin has 3 bytes, not 4"):
+        made.verify()
+    (tmp_path / "a" / "text.bin").unlink()
+    with pytest.raises(BundleError, match="text.bin is missing"):
+        made.verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (None, "no readable manifest.json"),
+        (b"{", "manifest.json is damaged"),
+        (b'"\xff"', "manifest.json is damaged"),
+        (b"{}", "manifest.json is damaged"),
+        ({"format": 2}, "format 2 is not 1"),
+        ({"surprise": 1}, "unknown field `surprise`"),
+        ({"dimensions": "384"}, "Expected `int`"),
+        ({"files": {"../x": {"sha256": "", "size": 0}}}, "a file outside the bundle: '../x'"),
+    ],
+)
+def test_a_manifest_that_cannot_be_believed(tmp_path: pathlib.Path, change: Any, says: str) -> None:
+    make(tmp_path, "a")
+    path = tmp_path / "a" / "manifest.json"
+    if change is None:
+        path.unlink()
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
+    with pytest.raises(BundleError) as info:
+        read(tmp_path / "a")
+    assert says in str(info.value) and str(tmp_path / "a") in str(info.value)
+
+
+def test_discover_puts_the_first_baked_in_front(tmp_path: pathlib.Path) -> None:
+    make(tmp_path, "a", created="2026-02-01T00:00:00")
+    make(tmp_path, "b", created="2026-01-01T00:00:00")
+    assert [bundle.manifest.name for bundle in discover(tmp_path)] == ["b", "a"]
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    with pytest.raises(BundleError, match="two bundles are called 'a'"):
+        discover(tmp_path)
+    with pytest.raises(BundleError, match="No such file"):
+        discover(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "ä", "x" * 129])
+def test_names_that_cannot_name_a_bundle(name: str) -> None:
+    assert not bundles.valid_name(name)
+    assert bundles.valid_name("all-MiniLM-L6-v2")

@@ -1,0 +1,310 @@
+"""embeddings.py: chunks, their offsets and their mean; prompts, cuts and limits. On the real model."""
+
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import NAME
+from embeddings import BORDER_SLACK, TextEmbedder, TextLimits, cut, load_tokenizer
+from engine.batching import Batcher
+from engine.bundle import Bundle, read
+from engine.errors import BundleError, InputTooLarge, InvalidInput
+from engine.openvino_backend import OpenVINOTextEngine
+
+WINDOW, SPECIALS = 256, 2
+ROOM = WINDOW - SPECIALS
+LIMITS = TextLimits(max_texts=1000, max_text_bytes=1 << 20, max_request_tokens=20_000)
+WORD = "river"  # one token
+
+
+def embedder_for(bundle: Bundle, batcher: Batcher, limits: TextLimits = LIMITS) -> TextEmbedder:
+    tokenizer, pad_id, pad_left = load_tokenizer(bundle)
+    engine = OpenVINOTextEngine(bundle, "fp32", pad_id=pad_id, pad_left=pad_left, streams=1)
+    return TextEmbedder(bundle, tokenizer, engine, batcher, limits)
+
+
+@pytest.fixture(scope="module")
+def batcher() -> Iterator[Batcher]:
+    made = Batcher(max_batch_size=16, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
+    made.start()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def embedder(models_dir: pathlib.Path, batcher: Batcher) -> TextEmbedder:
+    return embedder_for(read(models_dir / NAME), batcher)
+
+
+@pytest.fixture(scope="module")
+def prompted(models_dir: pathlib.Path, batcher: Batcher) -> TextEmbedder:
+    """The same model with prompts in its manifest."""
+    bundle = read(models_dir / NAME)
+    bundle.manifest.prompts = {"query": "search for this: ", "plain": "", "long": "word " * 300}
+    bundle.manifest.default_prompt = "query"
+    return embedder_for(bundle, batcher)
+
+
+def embed(embedder: TextEmbedder, *texts: str, **options: Any) -> list[Any]:
+    return embedder.embed(texts, deadline=time.monotonic() + 60, **options)
+
+
+def unit(vectors: Any) -> Any:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def words(count: int) -> str:
+    return " ".join([WORD] * count)
+
+
+# -- where a text is cut ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [11, 12, 19, 20, 21, 99, 100, 101, 1234])
+def test_cuts_are_near_equal_fit_and_are_as_few_as_can_be(tokens: int) -> None:
+    every = list(range(1, tokens))
+    cuts = cut(tokens, 10, [every, [], every])
+    sizes = np.diff(cuts)
+    assert cuts[0] == 0 and cuts[-1] == tokens
+    assert len(sizes) == -(-tokens // 10)
+    assert sizes.max() <= 10 and sizes.max() - sizes.min() <= 1
+
+
+def test_one_token_over_the_window_makes_two_halves() -> None:
+    assert cut(11, 10, [list(range(1, 11)), [], []]) in ([0, 5, 11], [0, 6, 11])
+
+
+def test_a_cut_moves_to_the_nearest_word_border_within_the_slack() -> None:
+    assert cut(16, 10, [[3, 7, 12], [8], list(range(1, 16))]) == [0, 7, 16]
+
+
+def test_white_space_is_better_than_another_border_and_that_better_than_none() -> None:
+    everywhere = list(range(1, 16))
+    assert cut(16, 10, [[], [7], everywhere]) == [0, 7, 16]
+    assert cut(16, 10, [[], [], everywhere]) == [0, 8, 16]
+    assert cut(16, 10, [[], [], []]) == [0, 8, 16]
+
+
+def test_a_chunk_more_is_made_where_that_spares_a_word() -> None:
+    # 20 tokens in chunks of 10 could only be cut at 10, inside a word.
+    assert cut(20, 10, [[6, 13], [], list(range(1, 20))]) == [0, 6, 13, 20]
+
+
+def test_random_cuts_always_fit() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(500):
+        tokens, room = int(random.integers(2, 400)), int(random.integers(1, 50))
+        spaces = sorted(set(random.integers(1, tokens, size=tokens // 5).tolist()))
+        cuts = cut(tokens, room, [spaces, [], list(range(1, tokens))])
+        sizes = np.diff(cuts)
+        assert cuts[0] == 0 and cuts[-1] == tokens
+        assert sizes.min() >= 1 and sizes.max() <= room
+        assert len(sizes) <= -(-tokens // room) + 1
+
+
+# -- chunks of real texts -----------------------------------------------------------------------
+
+
+def test_a_text_that_fills_the_window_is_one_chunk(embedder: TextEmbedder) -> None:
+    ((chunk,),) = embedder.chunk([words(ROOM)])
+    assert (chunk.start, chunk.end, chunk.tokens) == (0, len(words(ROOM)), WINDOW)
+
+
+def test_a_text_one_token_over_the_window_becomes_two_halves(embedder: TextEmbedder) -> None:
+    ((first, second),) = embedder.chunk([words(ROOM + 1)])
+    assert {first.tokens, second.tokens} == {ROOM // 2 + SPECIALS, ROOM // 2 + 1 + SPECIALS}
+
+
+TEXTS = {
+    "english": "The river rose after three days of rain; the old bridge was closed. " * 40,
+    "german": "Donaudampfschifffahrtsgesellschaftskapitän trifft Straßenbahnschaffnerin. " * 30,
+    "emoji": "🚀 Launch day! 🎉👩‍👩‍👧‍👦 can't wait 😂😂 #release " * 40,
+    "combining": "cafe\u0301 Zu\u0308rich re\u0301sume\u0301 " * 150,
+    "chinese": "自然语言处理让计算机能够理解人类的文字。" * 30,
+    "japanese": "機械学習モデルは大量のデータから規則性を見つけ出す。" * 30,
+    "arabic": "تُستخدم الشبكات العصبية في ترجمة النصوص بين اللغات. " * 30,
+    "code": "def f(xs):\n\treturn [x**2 for x in xs if x != 0]  # comment\n\n" * 30,
+    "spaces": "  many     spaces \t\r\n and\u00a0odd\u2003ones " * 60,
+    "no spaces": "antidisestablishmentarianism" * 3 + "," + "abc," * 400,
+    "ligatures": "ﬁnancial oﬃce ½ ℃ Ⅷ " * 80,
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_chunks_cover_the_text_are_near_equal_and_embed_as_their_own_text(
+    embedder: TextEmbedder, sentence_transformer: Any, text: str
+) -> None:
+    (result,) = embed(embedder, text)
+    chunks = result.chunks
+    assert len(chunks) >= 2
+    assert [chunk.start for chunk in chunks] == [0] + [chunk.end for chunk in chunks[:-1]]
+    assert chunks[-1].end == len(text)
+    sizes = [chunk.tokens - SPECIALS for chunk in chunks]
+    mean = sum(sizes) / len(sizes)
+    assert max(sizes) <= ROOM
+    assert max(abs(size - mean) for size in sizes) <= 2 * BORDER_SLACK * mean + 1
+    # What the engine computed for a chunk is what sentence-transformers computes for its text.
+    expected = sentence_transformer.encode([text[chunk.start : chunk.end] for chunk in chunks])
+    assert ((result.chunk_vectors * unit(expected)).sum(axis=1) >= 0.9999).all()
+    assert result.vector @ unit(expected.mean(axis=0)) >= 0.9999
+
+
+def test_words_stay_whole_and_dropped_marks_stay_with_their_word(embedder: TextEmbedder) -> None:
+    for name in ("english", "combining", "emoji", "arabic", "code"):
+        text = TEXTS[name]
+        for chunk in embedder.chunk([text])[0][1:]:
+            assert text[chunk.start].isspace(), (name, text[chunk.start - 3 : chunk.start + 3])
+
+
+def test_a_text_of_5000_tokens_is_the_normalised_mean_of_its_chunks(
+    embedder: TextEmbedder, sentence_transformer: Any
+) -> None:
+    text = " ".join(f"{phrase[:60]} {number}" for number in range(50) for phrase in TEXTS.values())
+    (result,) = embed(embedder, text)
+    assert sum(chunk.tokens - SPECIALS for chunk in result.chunks) >= 5000
+    pieces = [text[chunk.start : chunk.end] for chunk in result.chunks]
+    expected = unit(sentence_transformer.encode(pieces).mean(axis=0))
+    assert result.vector @ expected >= 0.9999
+    assert np.linalg.norm(result.vector) == pytest.approx(1, abs=1e-6)
+
+
+def test_alone_or_in_company_a_text_has_the_same_vector(embedder: TextEmbedder) -> None:
+    texts = [words(count) + " and company" for count in (1, 2, 3, 50, 51, 250, 300, 700)]
+    together = embed(embedder, *texts)
+    for text, result in zip(texts, together):
+        (alone,) = embed(embedder, text)
+        assert alone.vector @ result.vector >= 0.99999
+
+
+def test_tokens_are_counted_as_computed(embedder: TextEmbedder) -> None:
+    one, two = embed(embedder, words(3), words(ROOM + 1))
+    assert one.tokens == 3 + SPECIALS
+    assert two.tokens == ROOM + 1 + 2 * SPECIALS
+
+
+# -- options ------------------------------------------------------------------------------------
+
+
+def test_normalize_false_gives_the_vector_before_the_models_normalize(
+    embedder: TextEmbedder,
+) -> None:
+    (raw,) = embed(embedder, "a raw vector", normalize=False)
+    (normal,) = embed(embedder, "a raw vector")
+    length = np.linalg.norm(raw.vector)
+    assert abs(length - 1) > 0.01
+    assert np.allclose(raw.vector / length, normal.vector, atol=1e-6)
+
+
+def test_dimensions_cut_and_normalise_again(embedder: TextEmbedder) -> None:
+    (whole,) = embed(embedder, "cut me")
+    (part,) = embed(embedder, "cut me", dimensions=64)
+    assert part.vector.shape == (64,)
+    assert np.allclose(part.vector, unit(whole.vector[:64]), atol=1e-6)
+    (raw,) = embed(embedder, "cut me", dimensions=64, normalize=False)
+    assert np.linalg.norm(raw.vector) != pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("dimensions", [0, -1, 385])
+def test_dimensions_out_of_range(embedder: TextEmbedder, dimensions: int) -> None:
+    with pytest.raises(
+        InvalidInput, match=f"dimensions is {dimensions}; this model takes 1 to 384"
+    ):
+        embed(embedder, "x", dimensions=dimensions)
+
+
+def test_truncate_is_the_one_way_to_ask_for_a_cut(
+    embedder: TextEmbedder, sentence_transformer: Any
+) -> None:
+    text = TEXTS["english"]
+    (result,) = embed(embedder, text, truncate=True)
+    (chunk,) = result.chunks
+    assert chunk.tokens == WINDOW and 0 < chunk.end < len(text)
+    assert result.vector @ sentence_transformer.encode(text) >= 0.9999  # it cuts there too
+
+
+def test_a_prompt_goes_before_every_chunk_and_counts_in_no_offset(
+    prompted: TextEmbedder, sentence_transformer: Any
+) -> None:
+    text, prompt = TEXTS["english"], "search for this: "
+    (result,) = embed(prompted, text, prompt_name="query")
+    chunks = result.chunks
+    assert chunks[0].start == 0 and chunks[-1].end == len(text)
+    assert max(chunk.tokens for chunk in chunks) <= WINDOW
+    pieces = [prompt + text[chunk.start : chunk.end] for chunk in chunks]
+    expected = sentence_transformer.encode(pieces)
+    assert ((result.chunk_vectors * expected).sum(axis=1) >= 0.9999).all()
+
+
+def test_the_default_prompt_applies_unless_another_is_named(
+    prompted: TextEmbedder, sentence_transformer: Any
+) -> None:
+    expected = sentence_transformer.encode(["search for this: x", "x"])
+    (default,), (plain,) = embed(prompted, "x"), embed(prompted, "x", prompt_name="plain")
+    assert default.vector @ expected[0] >= 0.9999
+    assert plain.vector @ expected[1] >= 0.9999
+
+
+def test_unknown_and_oversized_prompts_are_refused(
+    embedder: TextEmbedder, prompted: TextEmbedder
+) -> None:
+    with pytest.raises(InvalidInput, match="no prompt 'nope'; this model has: long, plain, query"):
+        embed(prompted, "x", prompt_name="nope")
+    with pytest.raises(InvalidInput, match="the prompt alone fills the model's window of 256"):
+        embed(prompted, "x", prompt_name="long")
+
+
+# -- limits -------------------------------------------------------------------------------------
+
+
+def test_blank_texts_are_refused_by_index(embedder: TextEmbedder) -> None:
+    for blank in ("", " ", "\t\n", "\u00a0\u2003\u3000"):
+        with pytest.raises(InvalidInput, match="empty or only white space") as info:
+            embed(embedder, "fine", blank)
+        assert info.value.index == 1
+
+
+def test_no_texts_and_too_many(models_dir: pathlib.Path, batcher: Batcher) -> None:
+    embedder = embedder_for(read(models_dir / NAME), batcher, TextLimits(2, 100, 100))
+    with pytest.raises(InvalidInput, match="no text"):
+        embed(embedder)
+    with pytest.raises(InvalidInput, match=r"3 texts; the limit is 2 \(MAX_TEXTS_PER_BATCH\)"):
+        embed(embedder, "a", "b", "c")
+
+
+def test_text_size_is_counted_in_bytes(models_dir: pathlib.Path, batcher: Batcher) -> None:
+    embedder = embedder_for(read(models_dir / NAME), batcher, TextLimits(2, 8, 100))
+    embed(embedder, "12345678", "éééé")
+    for text in ("123456789", "ééééé"):
+        with pytest.raises(InputTooLarge, match=r"bytes; the limit is 8 \(MAX_TEXT_SIZE\)"):
+            embed(embedder, text)
+
+
+def test_request_tokens_are_bounded_over_all_texts(
+    models_dir: pathlib.Path, batcher: Batcher
+) -> None:
+    embedder = embedder_for(read(models_dir / NAME), batcher, TextLimits(10, 10_000, 600))
+    embed(embedder, words(296), words(296))  # two chunks each: 296 and 4 special tokens
+    embed(embedder, words(594))  # three chunks: 594 and 6
+    with pytest.raises(InputTooLarge, match=r"(?s)601 tokens up to here.*600.*MAX_REQUEST_TOKENS"):
+        embed(embedder, words(595))
+    with pytest.raises(InputTooLarge) as info:
+        embed(embedder, words(200), words(200), words(200))
+    assert info.value.index == 2
+
+
+def test_a_text_the_tokenizer_drops_whole_still_has_a_vector(
+    embedder: TextEmbedder, sentence_transformer: Any
+) -> None:
+    (result,) = embed(embedder, "\u0000\u200b")
+    assert result.vector @ sentence_transformer.encode("\u0000\u200b") >= 0.9999
+
+
+def test_a_damaged_tokenizer_is_named(models_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    manifest = read(models_dir / NAME).manifest
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match="tokenizer.json cannot be read"):
+        load_tokenizer(Bundle(tmp_path, manifest))

@@ -1,0 +1,205 @@
+"""The service as a whole: vectors over HTTP, start, refusals to start, and what serving imports."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bake_model import sample
+from conftest import NAME, WIDE
+from engine.bundle import PARITY_FLOOR, Precision
+from engine.openvino_backend import has_bf16
+from servers import KEY, ROOT, Server, free_port, launch, serve, wait_ready
+
+TEXTS = 300
+MIX = 25  # texts a batch
+
+
+@pytest.fixture(scope="module")
+def expected(sentence_transformer: Any) -> dict[str, tuple[list[str], Any]]:
+    """For each bundle: 300 texts of 1 token to its full window, and sentence-transformers'
+    vectors of them."""
+    result = {}
+    own = sentence_transformer.max_seq_length
+    tokenizer = sentence_transformer.tokenizer.backend_tokenizer
+    for name, window in ((NAME, 256), (WIDE, 512)):
+        sentence_transformer.max_seq_length = window
+        tokenizer.no_truncation()
+        texts = sample(tokenizer, window, TEXTS)
+        result[name] = texts, sentence_transformer.encode(texts, batch_size=4)
+    sentence_transformer.max_seq_length = own
+    return result
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16", "int8"])
+def precise(request: Any, models_dir: pathlib.Path) -> Iterator[tuple[Precision, Server]]:
+    if request.param == "bf16" and not has_bf16():
+        pytest.skip("this CPU has no bf16")
+    with serve(models_dir, PRECISION=request.param) as server:
+        yield request.param, server
+
+
+@pytest.mark.parametrize("name", [NAME, WIDE])
+def test_vectors_over_http_are_the_models_own_alone_and_in_company(
+    precise: tuple[Precision, Server], name: str, expected: dict[str, tuple[list[str], Any]]
+) -> None:
+    precision, server = precise
+    texts, reference = expected[name]
+
+    def batch(texts: list[str]) -> list[list[float]]:
+        response = server.post("/embeddings/batch", {"texts": texts, "model": name})
+        return [vector for (vector,) in response.json()["embeddings"]]
+
+    with ThreadPoolExecutor(8) as pool:
+        alone = np.array(list(pool.map(lambda text: server.embed(text, model=name), texts)))
+        shuffled = np.random.default_rng(1).permutation(TEXTS)
+        parts = np.split(shuffled, TEXTS // MIX)
+        company = np.empty_like(alone)
+        rows = pool.map(lambda part: batch([texts[row] for row in part]), parts)
+        for part, vectors in zip(parts, rows):
+            company[part] = vectors
+    floor = PARITY_FLOOR[precision]
+    assert (alone * reference).sum(axis=1).min() >= floor
+    assert (company * reference).sum(axis=1).min() >= floor
+    same = (alone * company).sum(axis=1).min()
+    assert same >= {"fp32": 0.99999, "bf16": 0.9999, "int8": 0.999}[precision]
+
+
+def test_health_answers_while_the_model_loads_and_calls_wait_for_it(
+    models_dir: pathlib.Path,
+) -> None:
+    with serve(models_dir, wait=False) as server:
+        while True:
+            try:
+                response = server.client.get("/health/ready")
+                break
+            except Exception:
+                assert server.process.poll() is None, server.log
+        if response.status_code == 503:  # the first answer comes before the model, all but always
+            assert response.json() == {"status": "loading"}
+            assert response.headers["Retry-After"] == "1"
+        assert server.client.get("/health").json() == {"status": "ok"}
+        assert len(server.embed("waits for the model instead of failing")) == 384
+        wait_ready(server)
+        ready = server.client.get("/health/ready")
+        assert ready.json() == {"status": "ready", "model": NAME, "supports_images": False}
+
+
+def test_serving_imports_no_torch_transformers_or_sentence_transformers(
+    models_dir: pathlib.Path,
+) -> None:
+    program = (
+        "import sys, json, main\n"
+        "from werkzeug.test import Client\n"
+        "client = Client(main.create_app())\n"
+        f"headers = {{'X-API-Key': '{KEY}'}}\n"
+        "answer = client.post('/embeddings', json={'text': 'hello'}, headers=headers)\n"
+        "print(json.dumps([answer.status_code, sorted({name.split('.')[0] for name in sys.modules})]))"
+    )
+    environ = {**os.environ, "MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY}
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environ, capture_output=True, check=True
+    )
+    status, modules = json.loads(out.stdout)
+    assert status == 200
+    heavy = {"torch", "transformers", "sentence_transformers", "nncf", "scipy", "sklearn", "pandas"}
+    assert not heavy & set(modules)
+
+
+def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) -> tuple[int, str]:
+    """Start a service that must end by itself. Returns: its exit code and what it printed."""
+    log = tmp_path / "log"
+    process = launch(models_dir, log, free_port(), **env)
+    try:
+        return process.wait(30), log.read_text()
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"PORT": "http"}, "cannot start: PORT='http'; it takes a whole number from 1 to 65535"),
+        ({"PRECISION": "fp8"}, "cannot start: PRECISION='fp8'; it takes one of auto, fp32"),
+        ({"EMBEDDING_MODEL": "x"}, f"cannot start: no model 'x' here; there is: {NAME}, {WIDE}"),
+        ({"MODELS_DIR": "/absent"}, "cannot start: MODELS_DIR /absent: No such file or directory"),
+        ({"K_SERVICE": "s", "VECTOR_EMBEDDER_API_KEY": "abc123"}, "the default, which everybody"),
+    ],
+)
+def test_a_wrong_setting_ends_the_start_with_one_line(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path, env: dict[str, str], says: str
+) -> None:
+    code, log = start_and_end(models_dir, tmp_path, **env)
+    assert code != 0
+    assert says in log and len(log.splitlines()) == 1
+
+
+def copy(models_dir: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    shutil.copytree(models_dir / NAME, folder / "models" / NAME)
+    return folder / "models"
+
+
+def test_a_damaged_bundle_ends_the_start_with_one_line(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    models = copy(models_dir, tmp_path)
+    weights = models / NAME / "text.bin"
+    data = bytearray(weights.read_bytes())
+    data[1_000_000] ^= 1
+    weights.write_bytes(data)
+    code, log = start_and_end(models, tmp_path)
+    assert code != 0 and len(log.splitlines()) == 1
+    assert log.startswith(f"cannot start: bundle {models / NAME}: text.bin is damaged")
+
+
+def test_a_bundle_that_cannot_be_loaded_ends_the_whole_service(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Its files are as the manifest says, but its probe no longer gives its vector."""
+    models = copy(models_dir, tmp_path)
+    path = models / NAME / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["probe"]["vector"] = manifest["probe"]["vector"][::-1]
+    path.write_text(json.dumps(manifest))
+    code, log = start_and_end(models, tmp_path)
+    assert code == 3
+    (line,) = [line for line in log.splitlines() if "cannot serve" in line]
+    assert "its probe text is off (cosine " in line
+    assert "Traceback" not in log
+
+
+def test_a_bundle_without_the_graph_that_is_asked_for(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    models = copy(models_dir, tmp_path)
+    path = models / NAME / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["files"] = {k: v for k, v in manifest["files"].items() if "int8" not in k}
+    path.write_text(json.dumps(manifest))
+    code, log = start_and_end(models, tmp_path, PRECISION="int8")
+    assert code == 3 and f"PRECISION=int8, but bundle {NAME} was baked without it" in log
+
+
+def test_a_warning_for_the_default_key_and_for_a_tokenizer_at_run_time(
+    models_dir: pathlib.Path,
+) -> None:
+    with serve(models_dir, VECTOR_EMBEDDER_API_KEY="abc123", TOKENIZER_MODEL="x") as server:
+        assert "WARNING: VECTOR_EMBEDDER_API_KEY is the default" in server.log
+        assert "WARNING: TOKENIZER_MODEL is ignored" in server.log
+        answer = server.post("/embeddings", {"text": "x"}, headers={"X-API-Key": "abc123"})
+        assert answer.status_code == 200
+
+
+def test_several_workers_serve(models_dir: pathlib.Path) -> None:
+    with serve(models_dir, WEB_CONCURRENCY="2") as server:
+        with ThreadPoolExecutor(16) as pool:
+            vectors = np.array(list(pool.map(server.embed, ["the same"] * 64)))
+        assert (vectors @ vectors[0]).min() >= 0.9999

@@ -1,0 +1,131 @@
+"""settings.py: what is read, what is refused and how, and that the README tells the same."""
+
+import pathlib
+from dataclasses import fields
+
+import pytest
+
+from servers import ROOT
+from settings import Settings, SettingsError, available_cores, load
+
+KEY = "VECTOR_EMBEDDER_API_KEY"
+
+
+def test_defaults() -> None:
+    settings = load({})
+    assert (settings.port, settings.precision, settings.models_dir) == (5001, "auto", "models")
+    assert settings.api_keys == ("abc123",)
+    assert settings.inference_threads == available_cores()
+
+
+def test_values_are_read_and_white_space_around_them_is_not() -> None:
+    settings = load(
+        {
+            "PORT": " 8080 ",
+            "PRECISION": "INT8",
+            "REQUEST_TIMEOUT": "0.5",
+            KEY: "one, two",
+            "INFERENCE_THREADS": "7",
+        }
+    )
+    assert (settings.port, settings.precision, settings.request_timeout) == (8080, "int8", 0.5)
+    assert settings.api_keys == ("one", "two")
+    assert settings.inference_threads == 7
+
+
+def test_set_but_empty_counts_as_not_set() -> None:
+    assert load({"PORT": "", "PRECISION": " "}) == load({})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "takes"),
+    [
+        ("PORT", "http", "a whole number from 1 to 65535"),
+        ("PORT", "0", "a whole number from 1 to 65535"),
+        ("PORT", "65536", "a whole number from 1 to 65535"),
+        ("PORT", "80.5", "a whole number from 1 to 65535"),
+        ("MAX_TEXT_SIZE", "-1", "a whole number from 1 to 1073741824"),
+        ("REQUEST_TIMEOUT", "nan", "a number from 0.001 to 3600.0"),
+        ("REQUEST_TIMEOUT", "soon", "a number from 0.001 to 3600.0"),
+        ("PRECISION", "fp16", "one of auto, fp32, bf16, int8"),
+        ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_it_got_and_takes(
+    name: str, value: str, takes: str
+) -> None:
+    with pytest.raises(SettingsError) as info:
+        load({name: value})
+    assert str(info.value) == f"{name}={value!r}; it takes {takes}"
+
+
+@pytest.mark.parametrize("keys", ["", " ", ",", "a,,b", "a b", "schlüssel", "a\x07"])
+def test_keys_that_cannot_be_sent_are_refused_and_not_repeated(keys: str) -> None:
+    with pytest.raises(SettingsError, match=KEY) as info:
+        load({KEY: keys})
+    assert not keys.strip(", ") or keys not in str(info.value)
+
+
+def test_keys_from_a_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("first\nsecond\n")
+    assert load({f"{KEY}_FILE": str(path)}).api_keys == ("first", "second")
+    path.write_text("first,second")
+    assert load({f"{KEY}_FILE": str(path)}).api_keys == ("first", "second")
+    with pytest.raises(SettingsError, match="both set"):
+        load({f"{KEY}_FILE": str(path), KEY: "third"})
+    path.write_text("\n")
+    with pytest.raises(SettingsError, match=f"{KEY}_FILE: every key must be printable"):
+        load({f"{KEY}_FILE": str(path)})
+    with pytest.raises(SettingsError, match=f"{KEY}_FILE=.*cannot be read"):
+        load({f"{KEY}_FILE": str(tmp_path / "absent")})
+
+
+def test_the_default_key_is_refused_on_cloud_run() -> None:
+    for environ in ({}, {KEY: "abc123"}, {KEY: "mine,abc123"}):
+        with pytest.raises(SettingsError, match="on Cloud Run set one of your own"):
+            load({**environ, "K_SERVICE": "embedder"})
+    assert load({KEY: "mine", "K_SERVICE": "embedder"}).api_keys == ("mine",)
+
+
+def test_a_request_must_fit_the_queue() -> None:
+    with pytest.raises(SettingsError, match="MAX_REQUEST_TOKENS=300000 is more than"):
+        load({"MAX_REQUEST_TOKENS": "300000"})
+
+
+def test_cores_are_those_of_the_cgroup(tmp_path: pathlib.Path) -> None:
+    all_cores = available_cores(tmp_path / "nothing")
+    for quota, cores in {
+        "max 100000": all_cores,
+        "50000 100000": 1,
+        "100000 100000": 1,
+        "99900000 100000": all_cores,
+    }.items():
+        (tmp_path / "cpu.max").write_text(quota)
+        assert available_cores(tmp_path) == cores
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    for quota, cores in {"-1": all_cores, "100000": 1}.items():
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+        (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
+        assert available_cores(tmp_path) == cores
+
+
+def test_inference_threads_share_the_cores() -> None:
+    assert load({"WEB_CONCURRENCY": "256"}).inference_threads == 1
+
+
+def test_the_readme_has_every_variable_its_default_and_its_help() -> None:
+    rows = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) == 3 and cells[0].isupper():
+            rows[cells[0]] = (cells[1].strip("`"), cells[2])
+    expected = {}
+    for option in fields(Settings):
+        rules = option.metadata
+        default = rules.get("by") or (
+            f"{option.default:g}" if option.type is float else str(option.default)
+        )
+        expected[rules["name"]] = (default, rules["help"])
+    assert rows == expected

@@ -1,2 +1,0 @@
-def test_it(service):
-    assert len(service.embed("hello")) == 384
