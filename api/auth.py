@@ -9,7 +9,7 @@ from api.errors import respond
 
 
 def register(app: Flask, keys: Sequence[str], open_paths: Collection[str]) -> None:
-    """Require one of `keys` for every request, unknown routes too, except GET on `open_paths`."""
+    """Require one of `keys` for every request, unknown routes too; `open_paths` need none."""
     expected = [key.encode() for key in keys]
     public = frozenset(open_paths)
 
@@ -21,7 +21,7 @@ def register(app: Flask, keys: Sequence[str], open_paths: Collection[str]) -> No
             scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer":
                 return _refuse("no API key; send it as X-API-Key, or as Authorization: Bearer")
-        given = sent.strip().encode("utf-8", "surrogateescape")
+        given = sent.strip().encode()
         # Every key is compared, so that the time taken says nothing of which one matched.
         if sum([hmac.compare_digest(given, key) for key in expected]):
             return None

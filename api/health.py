@@ -5,7 +5,6 @@ from typing import Any
 from flask import Blueprint, Response
 
 from api.codec import json_response
-from api.errors import respond
 from engine.models import Models
 
 
@@ -23,9 +22,10 @@ def blueprint(models: Models[Any]) -> Blueprint:
     def ready() -> Response:
         manifest = models.bundle().manifest
         if not models.ready:
-            response = respond(503, "not_ready", "the model is loading", {"Retry-After": "1"})
-            response.set_data(b'{"status":"loading"}')
-            return response
+            loading = json_response({"status": "loading"})
+            loading.status_code = 503
+            loading.headers["Retry-After"] = "1"
+            return loading
         images = "image" in manifest.modalities
         return json_response({"status": "ready", "model": manifest.name, "supports_images": images})
 

@@ -1,94 +1,178 @@
-"""gunicorn's threaded worker, with requests received in its event loop: a slow client never holds a
-request thread.
+"""gunicorn's threaded worker, with requests received and answers sent in its event loop: a slow
+client never holds a request thread.
 
-gunicorn hands a connection to a thread at its first byte and reads the rest of the request in
-there, so as many stalled clients as there are threads silence the service, `/health` with it; and
-its event loop waits up to 2 s for each client to close its side. Here a request gets a thread when
-all of it has arrived, and nobody waits for a client to close.
+gunicorn hands a connection to a thread at its first byte, and the thread waits for the rest of the
+request and until the client has taken the answer. So as many stalled clients as there are threads
+silence the service, `/health` with it; and its event loop waits up to 2 s for each client to close
+its side. Here a request gets a thread when all of it has arrived, head and decoded body in memory,
+and a thread leaves behind what the client does not take at once.
 """
 
+import contextlib
+import io
 import re
+import resource
 import selectors
 import socket
-import struct
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import orjson
 from gunicorn import util
 from gunicorn.http import get_parser
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
+from api.errors import RequestError, respond
+
 RECEIVE_TIMEOUT = 3  # seconds without a byte after which a half-sent request is given up
-SEND_TIMEOUT = 15  # seconds after which a client that does not take its answer is given up
+SEND_TIMEOUT = 5  # seconds after which a client that takes no more of its answer is given up
 CLOSE_TIMEOUT = 2  # seconds a client gets to close its side
+# How many bodies of MAX_BODY_SIZE may be held at once, half-sent ones and those that wait for a
+# thread. They are taken before any key is looked at, so something else must bound them.
+HELD_BODIES = 4
 LIMIT_REQUEST_FIELDS, LIMIT_REQUEST_FIELD_SIZE = 64, 8190
-_MAX_HEAD = (LIMIT_REQUEST_FIELDS + 1) * (
-    LIMIT_REQUEST_FIELD_SIZE + 2
-)  # gunicorn's parser refuses a longer one
-_PIECE = 262_144
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*\r\n", re.IGNORECASE)
-_CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
-_EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue", re.IGNORECASE)
-_LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")
-_MAX_TRAILER = 4096
+_MAX_HEAD = 65_536
+_MAX_CHUNK_LINE, _MAX_TRAILER = 4096, 8192
+_PIECE = 65_536
+# gunicorn's own parser sees the head afterwards and refuses whatever of it is not HTTP.
+_FRAMING = re.compile(
+    rb"\r\n(content-length|transfer-encoding|expect):([^\r\n]*)(?=\r\n)", re.IGNORECASE
+)
+_CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\r\n]*)?")
+
+
+class Socket(socket.socket):
+    """A client's socket that threads write to without ever waiting: what the client does not take
+    at once stays in `unsent`, for the event loop to send.
+    """
+
+    def __init__(self, accepted: socket.socket) -> None:
+        super().__init__(accepted.family, accepted.type, fileno=accepted.detach())
+        # Else the kernel takes megabytes, and a client that reads them slowly looks like one that
+        # does not read.
+        with contextlib.suppress(OSError):  # not every sandbox's kernel can
+            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 131_072)
+        self.unsent = bytearray()
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        self.unsent += data
+        with contextlib.suppress(OSError):  # the event loop will meet it again
+            self.send_more()
+
+    def send_more(self) -> bool:
+        """Returns: whether the client has taken any."""
+        try:
+            del self.unsent[: self.send(self.unsent, socket.MSG_DONTWAIT)]
+        except BlockingIOError:
+            return False
+        return True
 
 
 class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
     """A client's connection and what has arrived of its next request."""
 
-    def __init__(self, worker: "Worker", sock: socket.socket, client: Any, server: Any) -> None:
+    sock: Socket
+
+    def __init__(self, worker: "Worker", sock: Socket, client: Any, server: Any) -> None:
         super().__init__(worker.cfg, sock, client, server)
         self._worker = worker
-        self.parser: Any = None
-        self.received = bytearray()
-        self.whole = False  # all of the request being handled had arrived
-        self._head = 0  # length of the request's head, once it is known
-        self._total: int | None = None  # bytes of head and body; None: chunked
-        # Threads find whole requests in memory and should never block; these bound what remains.
-        sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", RECEIVE_TIMEOUT, 0)
-        )
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_TIMEOUT, 0))
+        self.held = 0  # bytes that count for HELD_BODIES
+        self.received = bytearray()  # what is not yet sorted into head and body
+        self.begin()
 
-    def deliverable(self, max_body: int) -> bool:
-        """Whether a thread should take the request: it is whole, or so wrong or so large that more
-        bytes change nothing.
+    def begin(self) -> None:
+        """Forget the last request."""
+        self.head, self.body = b"", bytearray()
+        self.length = 0  # of the body; of a chunked one, what its chunks have announced so far
+        self.chunked = False
+        self._searched = 0  # how far `received` holds no end of the head
+
+    def complete(self, max_body: int) -> bool:
+        """Sort what was received into head and body.
+
+        Returns: whether nothing more is needed: the request is whole, or its `length` is over
+        `max_body`.
+        Raises: RequestError for broken framing; OSError when the client has gone.
         """
-        received = self.received
-        if not self._head:
-            end = received.find(b"\r\n\r\n")
+        if not self.head:
+            end = self.received.find(b"\r\n\r\n", self._searched)
             if end < 0:
-                return len(received) > _MAX_HEAD
-            self._head = end + 4
-            head = bytes(received[: self._head])
-            length = _LENGTH.search(head)
-            self._total = (
-                None if _CHUNKED.search(head) else self._head + (int(length[1]) if length else 0)
-            )
-            if (
-                _EXPECT.search(head)
-                and len(received) == self._head
-                and (self._total or 0) <= self._head + max_body
-            ):
-                self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._total is not None:
-            self.whole = len(received) >= self._total
-            return self.whole or self._total > self._head + max_body
-        tail = max(self._head - 2, len(received) - _MAX_TRAILER)
-        self.whole = _LAST_CHUNK.search(received, tail) is not None
-        return self.whole or len(received) > self._head + max_body + _PIECE
+                if len(self.received) > _MAX_HEAD:
+                    raise RequestError(
+                        431, "validation", f"request line and headers pass {_MAX_HEAD} bytes"
+                    )
+                self._searched = max(0, len(self.received) - 3)
+                return False
+            self.head = bytes(self.received[: end + 4])
+            del self.received[: end + 4]
+            self._begin_body(max_body)
+        if self.chunked:
+            return self.length > max_body or self._take_chunks(max_body)
+        if len(self.received) < self.length:
+            return self.length > max_body
+        self.body = self.received[: self.length]
+        del self.received[: self.length]
+        return True
 
-    def deliver(self) -> None:
-        """Put what has arrived before gunicorn's parser, and make room for the next request."""
-        self.sock.setblocking(True)
-        self.initialized = True
-        if self.parser is None:
-            self.parser = get_parser(self.cfg, self.sock, self.client)
-        self.parser.unreader.unread(bytes(self.received))
-        self.received.clear()
-        self._head, self._total = 0, None
+    def _begin_body(self, max_body: int) -> None:
+        fields = [
+            (name.lower(), value.strip(b" \t").lower())
+            for name, value in _FRAMING.findall(self.head)
+        ]
+        framing = [field for field in fields if field[0] != b"expect"]
+        if len(framing) > 1:
+            raise RequestError(400, "validation", "send one Content-Length or Transfer-Encoding")
+        for name, value in framing:
+            if name == b"transfer-encoding":
+                if value != b"chunked":
+                    raise RequestError(400, "validation", "Transfer-Encoding may only be chunked")
+                self.chunked = True
+            elif not value.isdigit() or len(value) > 18:
+                raise RequestError(400, "validation", "Content-Length is not a number of bytes")
+            else:
+                self.length = int(value)
+        if (
+            (b"expect", b"100-continue") in fields
+            and self.head.partition(b"\r\n")[0].endswith(b"HTTP/1.1")
+            and not self.received
+            and (self.chunked or 0 < self.length <= max_body)
+        ):
+            self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _take_chunks(self, max_body: int) -> bool:
+        """Move whole chunks into `body`; True at the last one, or when they pass `max_body`."""
+        received, at = self.received, 0
+        try:
+            while True:
+                line_end = received.find(b"\r\n", at, at + _MAX_CHUNK_LINE)
+                if line_end < 0 and len(received) - at < _MAX_CHUNK_LINE:
+                    return False
+                line = _CHUNK_LINE.fullmatch(received, at, line_end) if line_end >= 0 else None
+                if line is None:
+                    raise RequestError(400, "validation", "a chunk does not begin with its size")
+                size = int(line[1], 16)
+                self.length = len(self.body) + size
+                if self.length > max_body:
+                    return True
+                if not size:
+                    end = received.find(b"\r\n\r\n", line_end, line_end + _MAX_TRAILER)
+                    if end < 0 and len(received) - line_end < _MAX_TRAILER:
+                        return False
+                    # Whoever takes a bare LF for a line end sees other requests than we do.
+                    if end < 0 or b"\n" in received[line_end:end].replace(b"\r\n", b""):
+                        raise RequestError(400, "validation", "the chunks' trailer is broken")
+                    at = end + 4
+                    return True
+                start, end = line_end + 2, line_end + 2 + size
+                if received[end : end + 2] != b"\r\n"[: max(0, len(received) - end)]:
+                    raise RequestError(400, "validation", "a chunk is longer than its size says")
+                if len(received) < end + 2:
+                    return False
+                self.body += received[start:end]
+                at = end + 2
+        finally:
+            del received[:at]
 
     def close(self, graceful: bool = False) -> None:
         if graceful:
@@ -98,125 +182,192 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """The worker class for gunicorn.conf.py. `max_body_size` is set there, in bytes."""
+    """The worker class for gunicorn.conf.py. `max_body_size` is set there, in bytes.
+
+    A connection is in one place at a time, and the event loop alone moves it: `_waiting` for its
+    client to send or to take more, with a thread, in gunicorn's `keepalived_conns`, or `_closing`.
+    """
 
     max_body_size = 33_554_432
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._receiving: dict[Connection, float] = {}  # when to give up on each
-        self._closing: dict[socket.socket, float] = {}
+        self._waiting: dict[Connection, float] = {}  # when to give up on each; oldest first
+        self._closing: dict[Socket, float] = {}
+        self._held = 0
         self._stopping_since: float | None = None
+
+    def init_process(self) -> None:
+        self.cfg.set("sendfile", False)  # it would overtake what is `unsent`
+        # The usual soft limit of 1024 open files leaves too few beside worker_connections.
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        super().init_process()
 
     def accept(self, listener: socket.socket) -> None:
         try:
-            sock, client = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
+            accepted, client = listener.accept()
+        except OSError:
+            return  # another worker was faster, or the client has gone, or no file can be opened
         self.nr_conns += 1
-        connection = Connection(self, sock, client, listener.getsockname())
+        conn = Connection(self, Socket(accepted), client, listener.getsockname())
         # Front ends open connections ahead of need: until its first byte a new one counts as kept
         # alive.
-        self._receiving[connection] = time.monotonic() + self.cfg.keepalive
-        self.poller.register(sock, selectors.EVENT_READ, partial(self._receive, connection))
+        self._waiting[conn] = time.monotonic() + self.cfg.keepalive
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._receive, conn))
 
-    def on_client_socket_readable(self, conn: Connection, client: socket.socket) -> None:
+    def on_client_socket_readable(self, conn: Connection, client: Socket) -> None:
         """A kept-alive connection has the beginning of its next request."""
-        self.keepalived_conns.remove(conn)
-        self.poller.modify(client, selectors.EVENT_READ, partial(self._receive, conn))
+        self._await_request(conn)
         self._receive(conn, client)
 
-    def enqueue_req(self, conn: Connection) -> None:
-        """gunicorn calls this for a connection that holds bytes of a further, pipelined request."""
-        conn.sock.setblocking(False)
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._receive, conn))
-        self._received(conn, conn.parser.unreader.take_buffered())
+    def _await_request(self, conn: Connection) -> None:
+        self.keepalived_conns.remove(conn)
+        self._waiting[conn] = time.monotonic() + RECEIVE_TIMEOUT
+        self.poller.modify(conn.sock, selectors.EVENT_READ, partial(self._receive, conn))
 
-    def _receive(self, conn: Connection, sock: socket.socket) -> None:
+    def _receive(self, conn: Connection, sock: Socket) -> None:
         try:
             data = sock.recv(_PIECE)
         except BlockingIOError:
             return
         except OSError:
-            self._forget(conn)
             self._drop(conn)
             return
         if data:
             self._received(conn, data)
-        elif (
-            conn.received
-        ):  # the client has shut its side down: the parser will say what is missing
-            self._deliver(conn)
+        elif conn.held:
+            message = "the request broke off: the client closed before all of it had arrived"
+            self._refuse(conn, RequestError(400, "validation", message))
         else:
-            self._forget(conn)
             self._drop(conn)
 
     def _received(self, conn: Connection, data: bytes) -> None:
         conn.received += data
+        conn.held += len(data)
+        self._held += len(data)
+        self._waiting[conn] = time.monotonic() + RECEIVE_TIMEOUT
         try:
-            deliverable = conn.deliverable(self.max_body_size)
-        except OSError:  # the 100 Continue could not be sent
-            self._forget(conn)
+            complete = conn.complete(self.max_body_size)
+        except RequestError as error:
+            self._refuse(conn, error)
+        except OSError:
+            self._drop(conn)
+        else:
+            if complete:
+                self._forget(conn)
+                conn.initialized = True
+                conn.parser = get_parser(self.cfg, [conn.head], conn.client)
+                self.enqueue_req(conn)
+
+    def handle_request(self, req: Any, conn: Connection) -> bool:
+        """Runs in a thread, as `_keepalive_after` does."""
+        req._expected_100_continue = False  # Connection has sent it
+        req.body = io.BytesIO(conn.body)
+        if conn.chunked:  # RFC 9112 section 7.1.3: decoded, it has a length and no transfer coding
+            req.headers = [field for field in req.headers if field[0] != "TRANSFER-ENCODING"]
+            req.headers.append(("CONTENT-LENGTH", str(conn.length)))
+        if conn.length > self.max_body_size:
+            req.force_close()  # the rest of the body is still to come, or never will
+        return bool(super().handle_request(req, conn))
+
+    def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
+        return keepalive  # no body is left on the socket
+
+    def finish_request(self, conn: Connection, fs: Any) -> None:
+        conn.begin()
+        self._release(conn)
+        if conn.sock.unsent:
+            self._waiting[conn] = time.monotonic() + SEND_TIMEOUT
+            self.poller.register(conn.sock, selectors.EVENT_WRITE, partial(self._send, conn, fs))
+            return
+        pipelined = bytes(conn.received)
+        conn.received.clear()
+        super().finish_request(conn, fs)
+        if pipelined and self.keepalived_conns and self.keepalived_conns[-1] is conn:
+            self._await_request(conn)
+            self._received(conn, pipelined)
+
+    def _send(self, conn: Connection, fs: Any, sock: Socket) -> None:
+        try:
+            if sock.send_more():
+                self._waiting[conn] = time.monotonic() + SEND_TIMEOUT
+        except OSError:
             self._drop(conn)
             return
-        if deliverable:
-            self._deliver(conn)
-        else:
-            self._receiving[conn] = time.monotonic() + RECEIVE_TIMEOUT
-
-    def _deliver(self, conn: Connection) -> None:
-        self._forget(conn)
-        conn.deliver()
-        super().enqueue_req(conn)
+        if not sock.unsent:
+            self._forget(conn)
+            self.finish_request(conn, fs)
 
     def _forget(self, conn: Connection) -> None:
-        self._receiving.pop(conn, None)
+        del self._waiting[conn]
         self.poller.unregister(conn.sock)
 
+    def _release(self, conn: Connection) -> None:
+        self._held -= conn.held
+        conn.held = 0
+
     def _drop(self, conn: Connection) -> None:
+        self._forget(conn)
+        self._release(conn)
         self.nr_conns -= 1
         conn.close()
 
-    def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
-        # Of a body refused for its size the rest may never come: no thread waits for it.
-        return keepalive and conn.whole and bool(super()._keepalive_after(conn, keepalive))
+    def _refuse(
+        self, conn: Connection, error: RequestError, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Answer in place of the application, which never sees the request."""
+        self._forget(conn)
+        self._release(conn)
+        response = respond(error.status, error.error_type, str(error), headers)
+        head = f"HTTP/1.1 {response.status}\r\nConnection: close\r\n{response.headers}"
+        conn.sock.sendall(head.encode() + response.data)
+        self.nr_conns -= 1
+        conn.close(graceful=True)
 
     def murder_pending(self) -> None:
-        """Give up on clients that stopped sending, or do not close. Called once a turn of the event
-        loop.
+        """Give up on clients that wait too long, or do not close, or are too many. Called once a
+        turn of the event loop.
         """
         now = time.monotonic()
         if not self.alive and self._stopping_since is None:
             self._stopping_since = now
-        for conn, until in list(self._receiving.items()):
-            if not conn.received and self._stopping_since is not None:
+        for conn, until in list(self._waiting.items()):
+            idle = not conn.held and not conn.sock.unsent
+            if idle and self._stopping_since is not None:
                 until = min(until, self._stopping_since + STOP_KEEPALIVE_LINGER)
             if until > now:
                 continue
-            self._forget(conn)
-            if conn.received:
-                self._time_out(conn)
+            if conn.held:
+                message = f"nothing more of the request arrived for {RECEIVE_TIMEOUT} s"
+                self._refuse(conn, RequestError(408, "timeout", message))
             else:
                 self._drop(conn)
         for sock, until in list(self._closing.items()):
             if until <= now:
                 self._close_now(sock)
+        self._make_room()
 
-    def _time_out(self, conn: Connection) -> None:
-        message = f"nothing more of the request arrived for {RECEIVE_TIMEOUT} s"
-        body = orjson.dumps({"error": message, "error_type": "timeout"})
-        try:
-            conn.sock.send(
-                b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
-                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-                % (len(body), body)
-            )
-        except OSError:
-            pass
-        self.nr_conns -= 1
-        conn.close(graceful=True)
+    def _make_room(self) -> None:
+        """Let go of the largest half-sent requests when memory is short, and of the oldest
+        connections when there are too many to accept another.
+        """
+        limit = HELD_BODIES * self.max_body_size
+        while self._held > limit and self._waiting:
+            largest = max(self._waiting, key=lambda conn: conn.held)
+            if largest.held <= _PIECE:
+                break
+            message = f"requests of {limit} bytes are in memory already; come back with this one"
+            self._refuse(largest, RequestError(429, "overloaded", message), {"Retry-After": "1"})
+        while self.nr_conns >= self.worker_connections:
+            if self._closing:
+                self._close_now(next(iter(self._closing)))
+            elif self._waiting:
+                self._drop(next(iter(self._waiting)))
+            else:
+                break
 
-    def close_later(self, sock: socket.socket) -> None:
+    def close_later(self, sock: Socket) -> None:
         """Half-close, then throw away what still comes until the client closes too (RFC 9112
         section 9.6).
 
@@ -231,8 +382,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             util.close(sock)
             return
         self._closing[sock] = time.monotonic() + CLOSE_TIMEOUT
+        self.nr_conns += 1  # gunicorn has counted it out, but it is open
 
-    def _drain(self, sock: socket.socket) -> None:
+    def _drain(self, sock: Socket) -> None:
         try:
             if sock.recv(_PIECE):
                 return
@@ -242,7 +394,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             pass
         self._close_now(sock)
 
-    def _close_now(self, sock: socket.socket) -> None:
+    def _close_now(self, sock: Socket) -> None:
         del self._closing[sock]
         self.poller.unregister(sock)
         util.close(sock)
+        self.nr_conns -= 1
