@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
-import itertools
+import math
 import os
 import pathlib
 import signal
@@ -43,6 +43,9 @@ Float32 = npt.NDArray[np.float32]
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 PARITY_TEXTS = 120
+# The sample is spread evenly up to this many tokens and sparsely above: 120 texts spread over a
+# window of 8192 would take hours.
+PARITY_EVEN_TOKENS = 512
 PARITY_BATCH_TOKENS = 2048
 # What the sample is made of: several languages and scripts, code, numbers, emoji, combining marks,
 # odd spacing.
@@ -77,14 +80,32 @@ class BakeError(Exception):
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 and one line on stderr when the model cannot be baked."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bake stopped; nothing was written"))
     try:
-        made = bake(options)
-    except (BakeError, EmbedderError) as error:
+        with _stoppable(options.output, bundle_name(options)):
+            made = bake(options)
+    except (BakeError, EmbedderError, OSError) as error:
         sys.exit(f"cannot bake {options.model}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("bake stopped; nothing was written")
     print(summary(made))
+
+
+@contextlib.contextmanager
+def _stoppable(models_dir: pathlib.Path, name: str) -> Iterator[None]:
+    """On Ctrl-C and SIGTERM, clear up and end the process at once. An exception would rise in
+    whatever runs just then: OpenVINO's C++, which aborts or takes it for a fault of the model, or
+    in an import, whose lock stays taken (4 of 60 interrupted bakes).
+    """
+
+    def stop(*_: object) -> None:
+        bundles.clear(models_dir, name)
+        os.write(2, b"\nbake stopped; nothing was written\n")
+        os._exit(1)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         "--precisions",
         type=lambda text: [_precision(part) for part in text.split(",")],
         default=list(PRECISIONS),
-        help="graphs to bake and check, comma-separated (default: fp32,bf16,int8)",
+        help="what it may be served at, comma-separated (default: fp32,bf16,int8); fp32 is always "
+        "baked and checked, it shows that the trace is right",
     )
     return parser
 
@@ -136,24 +158,19 @@ def bake(options: argparse.Namespace) -> Bundle:
     Returns: the bundle, in its place.
     Raises: BakeError; nothing is left behind.
     """
-    name = options.name or pathlib.PurePath(options.model.rstrip("/")).name
-    if not bundles.valid_name(name):
-        raise BakeError(
-            f"{name!r} cannot name a bundle (letters, digits, . - _); give one with --name"
-        )
+    name = bundle_name(options)
     with stage(f"loading {options.model}"):
         model = load(options)
         pipeline = _pipeline(model)
         window = model.max_seq_length = _window(model, options.max_tokens)
         tokenizer = _tokenizer(model, options.tokenizer)
-        prompt = (
-            model.prompts.get(model.default_prompt_name) or "" if model.default_prompt_name else ""
-        )
-        room = window - len(tokenizer.encode(prompt, add_special_tokens=False).ids)
-        texts = sample(tokenizer, room, PARITY_TEXTS)
+        prompt = model.prompts.get(model.default_prompt_name or "") or ""
+        probe = beginning(PROBE_TEXT, tokenizer, prompt, window)
+        texts = [probe, *sample(tokenizer, prompt, window, PARITY_TEXTS - 1)]
         _check_tokenizer(model, tokenizer, texts)
     with stage("embedding the sample with sentence-transformers"):
-        expected = _reference(model, [PROBE_TEXT, *texts])
+        expected = _reference(model, texts)
+    precisions = [each for each in PRECISIONS if each in {"fp32", *options.precisions}]
 
     def fill(folder: pathlib.Path) -> Manifest:
         tokenizer.save(str(folder / bundles.TOKENIZER))
@@ -161,7 +178,7 @@ def bake(options: argparse.Namespace) -> Bundle:
         with stage("tracing to OpenVINO"):
             traced = trace(pipeline, model)
             files += _save(traced, folder / "text.xml")
-        if "int8" in options.precisions:
+        if "int8" in precisions:
             with stage("compressing weights to int8"):
                 files += _save(_int8(folder / "text.xml"), folder / "text-int8.xml")
         manifest = Manifest(
@@ -178,18 +195,32 @@ def bake(options: argparse.Namespace) -> Bundle:
             default_prompt=model.default_prompt_name,
             files=bundles.fingerprint(folder, files),
             versions=_versions(),
-            probe=Probe(PROBE_TEXT, [float(value) for value in expected[0]]),
+            probe=Probe(probe, [float(value) for value in expected[0]]),
+            precisions=precisions,
             parity={},
         )
         for precision in available_precisions():
-            if precision in options.precisions:
+            if precision in precisions:
                 with stage(f"checking vectors at {precision}"):
                     manifest.parity[precision] = measure(
-                        Bundle(folder, manifest), precision, texts, expected[1:]
+                        Bundle(folder, manifest), precision, texts, expected
                     )
         return manifest
 
     return bundles.write(options.output, name, fill)
+
+
+def bundle_name(options: argparse.Namespace) -> str:
+    """--name, else the last part of MODEL.
+
+    Raises: BakeError when a bundle cannot be called so.
+    """
+    name: str = options.name or pathlib.PurePath(options.model.rstrip("/")).name
+    if not bundles.valid_name(name):
+        raise BakeError(
+            f"{name!r} cannot name a bundle (letters, digits, . - _); give one with --name"
+        )
+    return name
 
 
 def load(options: argparse.Namespace) -> Any:
@@ -216,6 +247,11 @@ def load(options: argparse.Namespace) -> Any:
     except Exception as error:
         raise BakeError(f"sentence-transformers cannot load it: {_one_line(error)}") from error
     model.eval()
+    if getattr(model[0], "config", None) is None or getattr(model[0], "tokenizer", None) is None:
+        raise BakeError(
+            f"it does not begin with a transformer but with {type(model[0]).__name__}: "
+            "not supported"
+        )
     for module in model:
         if not getattr(module, "include_prompt", True):
             raise BakeError(
@@ -265,18 +301,14 @@ def _pipeline(model: Any) -> Any:
 
 def _window(model: Any, wanted: int | None) -> int:
     """The window in tokens: the model's own, or `wanted` within what its positions allow."""
-    config = model[0].config.get_text_config()
-    own = model.max_seq_length
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and limit > 0 and _positions_follow_padding(config):
-        limit -= config.pad_token_id + 1
-    window = wanted or own
+    limit = _positions(model)
+    window = model.max_seq_length if wanted is None else wanted
     if window is None or window > 1_000_000:  # tokenizers without a limit state 1e30
         window = limit
     if window is None:
         raise BakeError("it states no window; give one with --max-tokens")
-    if limit is not None and 0 < limit < window:
-        if wanted:
+    if limit is not None and limit < window:
+        if wanted is not None:
             raise BakeError(
                 f"--max-tokens {wanted} is more than the {limit} tokens its architecture can do"
             )
@@ -286,27 +318,30 @@ def _window(model: Any, wanted: int | None) -> int:
     return int(window)
 
 
-def _positions_follow_padding(config: Any) -> bool:
-    """Whether positions count from pad_token_id + 1, as in RoBERTa and its kin, which takes that
-    many off the table.
-    """
-    return config.model_type in {
-        "roberta",
-        "xlm-roberta",
-        "camembert",
-        "mpnet",
-        "xlm-roberta-xl",
-        "longformer",
-    }
+def _positions(model: Any) -> int | None:
+    """How many tokens its positions allow, None where it sets no limit."""
+    config = model[0].config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit <= 0:
+        return None
+    # RoBERTa and its kin (XLM-R, MPNet, Longformer…) count positions from the padding's id + 1,
+    # which takes that many off the table; their table of positions is the one with a padding index.
+    for name, module in model[0].named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.split(".")[-1] == "position_embeddings" and padding is not None:
+            limit -= padding + 1
+    return int(limit)
 
 
 def _tokenizer(model: Any, replacement: str | None) -> Any:
-    """The model's tokenizer as the `tokenizers` library runs it, stating its padding, without
-    truncation.
+    """The model's tokenizer, or the one that replaces it, as the `tokenizers` library runs it,
+    stating the model's padding, without truncation.
     """
     import tokenizers
 
-    own = model.tokenizer
+    own = padding = model.tokenizer
+    if padding.pad_token_id is None:
+        raise BakeError("its tokenizer has no padding token")
     if replacement:
         import transformers
 
@@ -322,40 +357,51 @@ def _tokenizer(model: Any, replacement: str | None) -> Any:
             f"its tokenizer ({type(own).__name__}) has no form that the tokenizers library can run"
         )
     tokenizer = tokenizers.Tokenizer.from_str(fast.to_str())
-    if own.pad_token_id is None:
-        raise BakeError("its tokenizer has no padding token")
     tokenizer.no_truncation()
     tokenizer.enable_padding(
-        direction=own.padding_side, pad_id=own.pad_token_id, pad_token=own.pad_token
+        direction=padding.padding_side, pad_id=padding.pad_token_id, pad_token=padding.pad_token
     )
     return tokenizer
 
 
-def sample(tokenizer: Any, window: int, count: int) -> list[str]:
-    """`count` texts of 1 to `window` tokens (special tokens included where they fit), evenly spread
-    over that range.
+def sample(tokenizer: Any, prompt: str, window: int, count: int) -> list[str]:
+    """`count` texts that have, with prompt and special tokens, from one token of their own up to
+    `window` tokens: evenly spread up to PARITY_EVEN_TOKENS, from there one for every doubling.
+
+    Raises: BakeError when the prompt leaves no room.
     """
     plain = [len(tokenizer.encode(phrase, add_special_tokens=False).ids) for phrase in _PHRASES]
-    specials = len(tokenizer.encode(_PHRASES[0]).ids) - plain[0]
+    least = len(tokenizer.encode(prompt).ids) + 1
+    if least > window:
+        raise BakeError(f"its default prompt leaves no room in a window of {window} tokens")
+    lengths = []
+    while window > PARITY_EVEN_TOKENS:
+        lengths.append(window)
+        window //= 2
+    lengths += np.linspace(least, max(least, window), count - len(lengths)).round().tolist()
     texts = []
-    for number, length in enumerate(
-        np.linspace(1, max(1, window - specials), count).round().astype(int)
-    ):
-        order = itertools.cycle(
-            range(number % len(_PHRASES), number % len(_PHRASES) + len(_PHRASES))
-        )
-        text, tokens = "", 0
-        while tokens < length:
-            at = next(order) % len(_PHRASES)
-            text += _PHRASES[at] + " "
-            tokens += max(1, plain[at])
-        # Cut back, by characters, to the longest beginning that has no more than `length` tokens.
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        end = encoding.offsets[min(length, len(encoding.ids)) - 1][1]
-        while end > 1 and len(tokenizer.encode(text[:end], add_special_tokens=False).ids) > length:
-            end -= 1
-        texts.append(text[:end] if text[:end].strip() else "a")
+    for number, length in enumerate(lengths):
+        text, tokens, phrase = "", least - 1, number
+        while tokens < 1.25 * length:  # phrases may have fewer tokens together than each alone
+            text += _PHRASES[phrase % len(_PHRASES)] + " "
+            tokens += max(1, plain[phrase % len(_PHRASES)])
+            phrase += 1
+        texts.append(beginning(text, tokenizer, prompt, length))
     return texts
+
+
+def beginning(text: str, tokenizer: Any, prompt: str, length: int) -> str:
+    """The longest beginning of `text` that has, with prompt and special tokens, at most `length`
+    tokens; at least a character, and "a" in place of mere white space.
+    """
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(tokenizer.encode(prompt + text[:middle]).ids) <= length:
+            low = middle
+        else:
+            high = middle - 1
+    return text[:low] if text[:low].strip() else "a"
 
 
 def _check_tokenizer(model: Any, tokenizer: Any, texts: Sequence[str]) -> None:
@@ -368,10 +414,19 @@ def _check_tokenizer(model: Any, tokenizer: Any, texts: Sequence[str]) -> None:
 
 
 def _reference(model: Any, texts: Sequence[str]) -> Float32:
-    """sentence-transformers' own vectors, with the model's default prompt."""
-    vectors = model.encode(
-        list(texts), batch_size=8, convert_to_numpy=True, show_progress_bar=False
-    )
+    """sentence-transformers' own vectors, with the model's default prompt.
+
+    Raises: BakeError when its code fails.
+    """
+    size = min(8, max(1, PARITY_BATCH_TOKENS // model.max_seq_length))
+    try:
+        vectors = model.encode(
+            list(texts), batch_size=size, convert_to_numpy=True, show_progress_bar=False
+        )
+    except Exception as error:
+        raise BakeError(
+            f"sentence-transformers cannot embed with it: {_one_line(error)}"
+        ) from error
     result: Float32 = np.asarray(vectors, np.float32)
     return result
 
@@ -389,7 +444,7 @@ def trace(pipeline: Any, model: Any) -> Any:
     example = {name: features[name] for name in ("input_ids", "attention_mask")}
     free = ov.PartialShape([-1, -1])
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), _broadcast_masks(), warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # the tracer warns of every Python branch it takes; parity decides
@@ -400,11 +455,29 @@ def trace(pipeline: Any, model: Any) -> Any:
             )
     except Exception as error:
         raise BakeError(f"its code cannot be traced to OpenVINO: {_one_line(error)}") from error
-    if len(traced.outputs) != 1 or traced.output(0).partial_shape.rank.get_length() != 2:
+    shape = traced.output(0).partial_shape
+    if len(traced.outputs) != 1 or shape.rank.is_dynamic or len(shape) != 2:
         raise BakeError(
             "its code cannot be traced to OpenVINO: the trace does not give one vector a text"
         )
     return traced
+
+
+@contextlib.contextmanager
+def _broadcast_masks() -> Iterator[None]:
+    """Have transformers make attention masks by broadcasting for the while. Where an architecture
+    has a mask function of its own (EmbeddingGemma: Gemma3 that looks both ways) it would use vmap,
+    which cannot be traced.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = lambda **options: eager_mask(
+        **{**options, "use_vmap": False}
+    )
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
 
 
 def _save(traced: Any, path: pathlib.Path) -> list[str]:
@@ -424,9 +497,7 @@ def _int8(path: pathlib.Path) -> Any:
     import nncf
     import openvino as ov
 
-    with contextlib.redirect_stdout(
-        sys.stderr if os.environ.get("BAKE_DEBUG") else open(os.devnull, "w")
-    ):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         nncf.set_log_level(40)
         return nncf.compress_weights(
             ov.Core().read_model(path), mode=nncf.CompressWeightsMode.INT8_SYM
@@ -441,7 +512,8 @@ def measure(
     Args:
         expected: sentence-transformers' vectors, shape (len(texts), dimensions).
 
-    Raises: BakeError below the precision's floor.
+    Raises: BakeError below the precision's floor, or when the vectors' lengths are off by more than
+        vectors at that floor can be apart.
     """
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
     engine = OpenVINOTextEngine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=1)
@@ -451,21 +523,34 @@ def measure(
     batcher.start()
     limits = TextLimits(len(texts), 1 << 30, 1 << 40)
     embedder = TextEmbedder(bundle, tokenizer, engine, batcher, limits)
-    embedded = embedder.embed(texts, deadline=time.monotonic() + 24 * 3600)
-    batcher.close()
+    try:
+        embedded = embedder.embed(texts, deadline=time.monotonic() + 24 * 3600)
+    finally:
+        batcher.close()
     long = next((text for text, result in zip(texts, embedded) if len(result.chunks) > 1), None)
     if long is not None:
         raise BakeError(f"a text of the sample does not fit the window: {long[:40]!r}")
     actual = np.stack([result.vector for result in embedded])
-    lengths = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
-    cosines = (actual * expected).sum(axis=1) / np.maximum(lengths, 1e-30)
+    lengths = np.linalg.norm(actual, axis=1), np.linalg.norm(expected, axis=1)
+    cosines = (actual * expected).sum(axis=1) / np.maximum(lengths[0] * lengths[1], 1e-30)
     parity = Parity(float(cosines.min()), float(cosines.mean()), len(texts))
-    if not parity.minimum >= PARITY_FLOOR[precision]:
-        rest = ",".join(other for other in PRECISIONS if other != precision)
+    floor = PARITY_FLOOR[precision]
+    hint = ""
+    if precision != "fp32":
+        rest = ",".join(other for other in bundle.manifest.precisions if other != precision)
+        hint = f" (--precisions {rest} bakes it without)"
+    if not parity.minimum >= floor:
         raise BakeError(
             f"at {precision} its vectors are not the model's own: smallest cosine "
-            f"{parity.minimum:.5f}, at least "
-            f"{PARITY_FLOOR[precision]} needed (--precisions {rest} bakes it without)"
+            f"{parity.minimum:.5f}, at least {floor} needed{hint}"
+        )
+    # Unit vectors at cosine c are sqrt(2 - 2c) apart. Lengths matter to models that do not
+    # normalise: their similarity is the dot product.
+    apart = float(np.abs(lengths[0] / lengths[1] - 1).max())
+    if not apart <= math.sqrt(2 - 2 * floor):
+        raise BakeError(
+            f"at {precision} its vectors are not the model's own: their lengths are off by up to "
+            f"{apart:.2%}{hint}"
         )
     return parity
 

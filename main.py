@@ -82,7 +82,7 @@ def load_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> TextE
     """
     started = time.perf_counter()
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
-    precision = choose_precision(settings.precision)
+    precision = choose_precision(settings.precision, bundle)
     engine = OpenVINOTextEngine(
         bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=settings.inference_threads
     )

@@ -18,6 +18,7 @@ from engine.errors import BundleError
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+REPLACED = "replaced"  # .NAME.replaced: the earlier bundle, while the new one is moved in
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 # Smallest cosine to sentence-transformers' own vector at which a bundle may be written and served.
@@ -68,6 +69,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     files: dict[str, File]
     versions: dict[str, str]
     probe: Probe
+    # What it may be served at; `parity` has fewer where the CPU that baked it could not run one.
+    precisions: list[Precision] = msgspec.field(default_factory=lambda: list(PRECISIONS))
     parity: dict[Precision, Parity]
 
 
@@ -79,8 +82,9 @@ class Bundle(msgspec.Struct, frozen=True):
         return self.path / name
 
     def offers(self, precision: Precision) -> bool:
-        """Whether the bundle holds the graph that `precision` runs."""
-        return TEXT_GRAPH[precision] in self.manifest.files
+        """Whether the bundle was baked for `precision` and holds the graph that it runs."""
+        manifest = self.manifest
+        return precision in manifest.precisions and TEXT_GRAPH[precision] in manifest.files
 
     def verify(self) -> None:
         """Compare every file with the manifest, size first, then sha256 (2 GB/s here).
@@ -182,13 +186,12 @@ def fingerprint(folder: pathlib.Path, names: Iterable[str]) -> dict[str, File]:
 def write(models_dir: pathlib.Path, name: str, fill: Callable[[pathlib.Path], Manifest]) -> Bundle:
     """Let `fill` make the bundle in a hidden folder beside its final place, then rename it in.
 
-    Whatever ends `fill` early (an exception, Ctrl-C, SIGTERM turned into SystemExit) leaves nothing
-    behind; what only SIGKILL could leave, the next bake of this name removes.
+    Whatever exception ends it early leaves nothing behind but an earlier bundle of this name; what
+    a killed process leaves, `clear` removes, at the latest before the next write of this name.
     """
     models_dir.mkdir(parents=True, exist_ok=True)
+    clear(models_dir, name)
     target, prefix = models_dir / name, f".{name}."
-    for stale in models_dir.glob(f"{prefix}*"):
-        shutil.rmtree(stale, ignore_errors=True)
     draft = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=models_dir))
     try:
         manifest = fill(draft)
@@ -196,11 +199,22 @@ def write(models_dir: pathlib.Path, name: str, fill: Callable[[pathlib.Path], Ma
         for path in draft.iterdir():
             path.chmod(0o644)
         draft.chmod(0o755)  # mkdtemp's 0700 would hide the bundle from the user the service runs as
-        replaced = models_dir / f"{prefix}replaced"
         if target.exists():
-            os.rename(target, replaced)
+            os.rename(target, models_dir / f"{prefix}{REPLACED}")
         os.rename(draft, target)
-        shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        clear(models_dir, name)
     return Bundle(target, manifest)
+
+
+def clear(models_dir: pathlib.Path, name: str) -> None:
+    """Remove what an unfinished `write` of this name left. An earlier bundle that it had already
+    moved aside goes back to its place.
+    """
+    target, prefix = models_dir / name, f".{name}."
+    replaced = models_dir / f"{prefix}{REPLACED}"
+    if replaced.exists() and not target.exists():
+        os.rename(replaced, target)
+    for draft in models_dir.glob(f"{prefix}*"):
+        if "." not in draft.name.removeprefix(prefix):  # else of a bundle whose name begins so
+            shutil.rmtree(draft, ignore_errors=True)

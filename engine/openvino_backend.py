@@ -37,14 +37,16 @@ def available_precisions() -> list[Precision]:
     return ["fp32", "bf16", "int8"] if has_bf16() else ["fp32", "int8"]
 
 
-def choose_precision(wanted: str) -> Precision:
-    """Turn PRECISION into what this CPU runs: `auto` is bf16 where the CPU has it, else fp32.
+def choose_precision(wanted: str, bundle: Bundle | None = None) -> Precision:
+    """Turn PRECISION into what this CPU runs: `auto` is bf16 where the CPU has it and the bundle
+    was baked for it, else fp32.
 
     Raises: PrecisionUnavailable when bf16 is asked of a CPU without it: better no start than a
     silent fallback.
     """
     if wanted == "auto":
-        return "bf16" if has_bf16() else "fp32"
+        offered = bundle is None or bundle.offers("bf16")
+        return "bf16" if offered and has_bf16() else "fp32"
     if wanted == "bf16" and not has_bf16():
         raise PrecisionUnavailable(
             "PRECISION=bf16, but this CPU has no bf16 arithmetic; use auto, fp32 or int8"
@@ -97,6 +99,9 @@ class OpenVINOTextEngine:
             },
         )
         self._requests = threading.local()
+        # The first call sets up statics in OpenVINO's binding, under a C++ guard that lets go of
+        # the GIL: two first calls at once were seen to wait for each other for ever, the GIL held.
+        self.run([np.array([pad_id], np.int64)])
 
     def run(self, inputs: Sequence[Int64]) -> Float32:
         """Embed a batch of token id arrays, each of shape (length,), special tokens included.

@@ -49,7 +49,7 @@ def bundle_cache(pytestconfig: pytest.Config) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def models_dir(bundle_cache: pathlib.Path, real_model: pathlib.Path) -> pathlib.Path:
-    """all-MiniLM-L6-v2 baked by the command line, in its own window of 256 tokens and in one of 512."""
+    """all-MiniLM-L6-v2 baked by the command line, in its own window (256) and in one of 512."""
     folder = bundle_cache / "minilm"
     for name, options in ((NAME, []), (WIDE, ["--max-tokens", "512"])):
         if not (folder / name).exists():

@@ -33,7 +33,7 @@ def expected(sentence_transformer: Any) -> dict[str, tuple[list[str], Any]]:
     for name, window in ((NAME, 256), (WIDE, 512)):
         sentence_transformer.max_seq_length = window
         tokenizer.no_truncation()
-        texts = sample(tokenizer, window, TEXTS)
+        texts = sample(tokenizer, "", window, TEXTS)
         result[name] = texts, sentence_transformer.encode(texts, batch_size=4)
     sentence_transformer.max_seq_length = own
     return result
@@ -102,7 +102,8 @@ def test_serving_imports_no_torch_transformers_or_sentence_transformers(
         "client = Client(main.create_app())\n"
         f"headers = {{'X-API-Key': '{KEY}'}}\n"
         "answer = client.post('/embeddings', json={'text': 'hello'}, headers=headers)\n"
-        "print(json.dumps([answer.status_code, sorted({name.split('.')[0] for name in sys.modules})]))"
+        "modules = sorted({name.split('.')[0] for name in sys.modules})\n"
+        "print(json.dumps([answer.status_code, modules]))"
     )
     environ = {**os.environ, "MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY}
     out = subprocess.run(
