@@ -38,7 +38,7 @@ def tokens(marker: int, count: int) -> Any:
 
 
 class Bench:
-    """A batcher whose requests wait in threads of their own and whose engine calls the test makes."""
+    """A batcher whose requests wait in threads of their own; the test makes the engine calls."""
 
     def __init__(self, **limits: Any) -> None:
         self.now = 0.0
@@ -49,7 +49,7 @@ class Bench:
     def submit(
         self, *inputs: tuple[int, int], engine: Any = ECHO, deadline: float = NEVER
     ) -> "Future[Any]":
-        """Queue one request of (marker, token count) inputs; returns once it is queued or refused."""
+        """Queue a request of (marker, token count) inputs; returns once it is queued or refused."""
         before = len(self.batcher._jobs)
         arrays = [tokens(marker, count) for marker, count in inputs]
         costs = [count for _, count in inputs]

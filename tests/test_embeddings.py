@@ -1,4 +1,4 @@
-"""embeddings.py: chunks, their offsets and their mean; prompts, cuts and limits. On the real model."""
+"""embeddings.py: chunks, their offsets and their mean; prompts, cuts, limits. On the real model."""
 
 import pathlib
 import time
