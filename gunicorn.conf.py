@@ -16,7 +16,7 @@ from settings import DEFAULT_API_KEY, SettingsError
 try:
     settings = configuration.load(os.environ)
     bundles = discover(pathlib.Path(settings.models_dir))
-    Models[object](bundles, settings.embedding_model or None)
+    Models[object](bundles, settings.embedding_model or None, settings.aliases)
     for bundle in bundles:
         bundle.verify()
 except (SettingsError, BundleError, ModelNotFound) as error:

@@ -63,6 +63,11 @@ class Settings:
         "default model, by name",
         by="the only bundle, else the one baked first",
     )
+    model_aliases: str = _option(
+        "MODEL_ALIASES",
+        "",
+        "further names, such as `text-embedding-3-small=all-MiniLM-L6-v2`; comma-separated",
+    )
     precision: str = _option(
         "PRECISION",
         "auto",
@@ -128,6 +133,20 @@ class Settings:
     def api_keys(self) -> tuple[str, ...]:
         return tuple(key.strip() for key in self.api_key.split(","))
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Raises: SettingsError."""
+        aliases: dict[str, str] = {}
+        for pair in self.model_aliases.split(",") if self.model_aliases else ():
+            alias, name = (part.strip() for part in (pair + "=").split("=")[:2])
+            if pair.count("=") != 1 or not alias or not name or alias in aliases:
+                raise SettingsError(
+                    f"MODEL_ALIASES={self.model_aliases!r}; it takes alias=name,alias=name with "
+                    "each alias once"
+                )
+            aliases[alias] = name
+        return aliases
+
 
 def load(environ: Mapping[str, str]) -> Settings:
     """Read and check the configuration. A variable that is set but empty counts as not set; a key
@@ -167,6 +186,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         raise SettingsError(
             f"{key_name} is the default, which everybody knows; on Cloud Run set one of your own"
         )
+    settings.aliases  # raises for what is not of its form
     if settings.max_request_tokens > settings.max_queue_tokens:
         raise SettingsError(
             f"MAX_REQUEST_TOKENS={settings.max_request_tokens} is more than "
