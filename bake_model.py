@@ -130,6 +130,22 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, help="window, in tokens (default: the model's own)"
     )
     parser.add_argument(
+        "--prompt",
+        action="append",
+        type=_prompt,
+        default=[],
+        metavar="NAME=TEXT",
+        help="a prompt beside the model's own, such as query='query: '; may be repeated",
+    )
+    parser.add_argument(
+        "--default-prompt", metavar="NAME", help="the prompt of requests that name none"
+    )
+    parser.add_argument(
+        "--layer-norm",
+        action="store_true",
+        help="normalise layer-wise before `dimensions` cuts, as nomic-embed-text-v1.5 wants it",
+    )
+    parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model"
     )
     parser.add_argument(
@@ -140,6 +156,13 @@ def _parser() -> argparse.ArgumentParser:
         "baked and checked, it shows that the trace is right",
     )
     return parser
+
+
+def _prompt(argument: str) -> tuple[str, str]:
+    name, equals, text = argument.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{argument!r} is not of the form NAME=TEXT")
+    return name, text
 
 
 def _precision(text: str) -> Precision:
@@ -161,6 +184,7 @@ def bake(options: argparse.Namespace) -> Bundle:
     name = bundle_name(options)
     with stage(f"loading {options.model}"):
         model = load(options)
+        _set_prompts(model, options)
         pipeline = _pipeline(model)
         window = model.max_seq_length = _window(model, options.max_tokens)
         tokenizer = _tokenizer(model, options.tokenizer)
@@ -190,6 +214,7 @@ def bake(options: argparse.Namespace) -> Bundle:
             dimensions=expected.shape[1],
             max_tokens=window,
             normalized=_is_normalize(model[-1]),
+            layer_norm=options.layer_norm,
             similarity=model.similarity_fn_name,
             prompts={key: prompt for key, prompt in model.prompts.items() if prompt is not None},
             default_prompt=model.default_prompt_name,
@@ -262,6 +287,15 @@ def load(options: argparse.Namespace) -> Any:
             f"it does not take plain text (its modalities: {', '.join(map(str, model.modalities))})"
         )
     return model
+
+
+def _set_prompts(model: Any, options: argparse.Namespace) -> None:
+    model.prompts.update(options.prompt)
+    if options.default_prompt is not None:
+        if options.default_prompt not in model.prompts:
+            known = ", ".join(sorted(model.prompts)) or "none"
+            raise BakeError(f"--default-prompt {options.default_prompt}: there is {known}")
+        model.default_prompt_name = options.default_prompt
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,11 +1,12 @@
 """What an embedding is: text -> tokens -> chunks -> vectors -> mean -> normalise. Knows no HTTP."""
 
 import bisect
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from engine.errors import BundleError, InputTooLarge, InvalidInput
 # A text is tokenised in the thread that asked for it; the tokenizers' own pool would contend.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+Side = Literal["left", "right"]
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
@@ -64,6 +66,18 @@ class TextEmbedding:
         return sum(chunk.tokens for chunk in self.chunks)
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What the tokenizer made of a piece of text."""
+
+    id: int
+    text: str
+    special: bool
+    # Code points of the text as sent; None for special tokens and for a prompt's.
+    start: int | None
+    stop: int | None
+
+
 def load_tokenizer(bundle: Bundle) -> tuple[Tokenizer, int, bool]:
     """Returns: the bundle's tokenizer, its pad id, and whether it pads on the left."""
     try:
@@ -96,6 +110,10 @@ class TextEmbedder:
         self._prefix, self._suffix = _special_tokens(tokenizer)
         self._prompts = {name: prompt for name, prompt in self.manifest.prompts.items() if prompt}
 
+    @property
+    def precision(self) -> str:
+        return self._engine.precision
+
     def embed(
         self,
         texts: Sequence[str],
@@ -104,7 +122,7 @@ class TextEmbedder:
         prompt_name: str | None = None,
         dimensions: int | None = None,
         normalize: bool | None = None,
-        truncate: bool = False,
+        truncate: Side | None = None,
     ) -> list[TextEmbedding]:
         """Embed texts, each alone.
 
@@ -117,9 +135,9 @@ class TextEmbedder:
             prompt_name: one of the model's prompts, put before every chunk; None means the model's
                 default.
             dimensions: keep this many leading values (Matryoshka models), and normalise what is
-                left.
+                left. Where the manifest says so, a cut is of the vectors' layer norm.
             normalize: overrides whether vectors have length 1; None does as the model does.
-            truncate: cut a text at the window instead of splitting it.
+            truncate: drop what passes the window on this side instead of splitting the text.
 
         Returns: one TextEmbedding a text, in order.
         Raises: InvalidInput, InputTooLarge, QueueFull, DeadlineExceeded, EngineFailed.
@@ -139,7 +157,9 @@ class TextEmbedder:
             starts = np.cumsum([0] + [len(pieces) for pieces in chunks[:-1]])
             means = np.add.reduceat(vectors, starts, axis=0)
             means /= np.array([[len(pieces)] for pieces in chunks], np.float32)
-        if dimensions is not None:
+        if dimensions is not None and dimensions < self.manifest.dimensions:
+            if self.manifest.layer_norm:
+                means, vectors = _layer_norm(means), _layer_norm(vectors)
             means, vectors = means[:, :dimensions], vectors[:, :dimensions]
         if unit:
             means, vectors = _normalize(means), _normalize(vectors)
@@ -149,13 +169,82 @@ class TextEmbedder:
             at += len(pieces)
         return results
 
+    def similarities(
+        self,
+        sentences: Sequence[str],
+        source: str,
+        *,
+        deadline: float,
+        prompt_name: str | None = None,
+        truncate: Side | None = None,
+    ) -> list[float]:
+        """Cosine of each sentence to `source`; the other arguments are `embed`'s.
+
+        Raises: what `embed` raises; the index after the last sentence's is the source's.
+        """
+        if not sentences:
+            raise InvalidInput("no sentence to compare with; send at least one")
+        embedded = self.embed(
+            [*sentences, source],
+            deadline=deadline,
+            prompt_name=prompt_name,
+            normalize=True,
+            truncate=truncate,
+        )
+        vectors = np.stack([embedding.vector for embedding in embedded])
+        cosines: list[float] = (vectors[:-1] @ vectors[-1]).tolist()
+        return cosines
+
+    def tokenize(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, add_special_tokens: bool
+    ) -> list[list[Token]]:
+        """The tokens of each text and of the prompt before it, without any cut.
+
+        Raises: InvalidInput, InputTooLarge.
+        """
+        self._check(texts)
+        prompt = self._prompt(prompt_name)
+        results, total = [], 0
+        for index, text in enumerate(texts):
+            encoding, ids = self._encode(prompt + text, add_special_tokens)
+            total = self._add_tokens(total, len(ids), index)
+            tokens = []
+            for id, name, special, (start, stop) in zip(
+                encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets
+            ):
+                if special:
+                    tokens.append(Token(id, name, True, None, None))
+                    continue
+                piece = (prompt + text)[start:stop] if prompt else text[start:stop]
+                own = not prompt or stop > len(prompt)
+                start, stop = max(0, start - len(prompt)), stop - len(prompt)
+                tokens.append(
+                    Token(id, piece, False, start if own else None, stop if own else None)
+                )
+            results.append(tokens)
+        return results
+
     def chunk(
-        self, texts: Sequence[str], *, prompt_name: str | None = None, truncate: bool = False
+        self,
+        texts: Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        truncate: Side | None = None,
     ) -> list[list[Chunk]]:
         """Tokenise texts, each once, and split those that pass the window.
 
         Raises: InvalidInput, InputTooLarge; nothing past the first culprit is tokenised.
         """
+        self._check(texts)
+        prompt = self._prompt(prompt_name)
+        results, tokens = [], 0
+        for index, text in enumerate(texts):
+            pieces = self._split(text, prompt, truncate, index)
+            tokens = self._add_tokens(tokens, sum(chunk.tokens for chunk in pieces), index)
+            results.append(pieces)
+        return results
+
+    def _check(self, texts: Sequence[str]) -> None:
         limits = self.limits
         if not texts:
             raise InvalidInput("no text; send at least one")
@@ -172,19 +261,16 @@ class TextEmbedder:
                     f"text has {size} bytes; the limit is {limits.max_text_bytes} (MAX_TEXT_SIZE)",
                     index,
                 )
-        prompt = self._prompt(prompt_name)
-        results, tokens = [], 0
-        for index, text in enumerate(texts):
-            pieces = self._split(text, prompt, truncate, index)
-            tokens += sum(chunk.tokens for chunk in pieces)
-            if tokens > limits.max_request_tokens:
-                raise InputTooLarge(
-                    f"{tokens} tokens up to here; a request may have {limits.max_request_tokens} "
-                    "(MAX_REQUEST_TOKENS)",
-                    index,
-                )
-            results.append(pieces)
-        return results
+
+    def _add_tokens(self, total: int, tokens: int, index: int) -> int:
+        total += tokens
+        if total > self.limits.max_request_tokens:
+            raise InputTooLarge(
+                f"{total} tokens up to here; a request may have {self.limits.max_request_tokens} "
+                "(MAX_REQUEST_TOKENS)",
+                index,
+            )
+        return total
 
     def _prompt(self, name: str | None) -> str:
         if name is None:
@@ -195,12 +281,8 @@ class TextEmbedder:
             raise InvalidInput(f"no prompt {name!r}; this model has: {known}")
         return self._prompts.get(name, "")
 
-    def _split(self, text: str, prompt: str, truncate: bool, index: int) -> list[Chunk]:
-        if len(text) > LARGE_TEXT_BYTES:
-            with self._large_text:
-                encoding, ids = self._encode(prompt + text)
-        else:
-            encoding, ids = self._encode(prompt + text)
+    def _split(self, text: str, prompt: str, truncate: Side | None, index: int) -> list[Chunk]:
+        encoding, ids = self._encode(prompt + text)
         room = self.manifest.max_tokens - len(self._prefix) - len(self._suffix)
         if len(ids) <= room:
             return [Chunk(0, len(text), self._with_specials(ids, index))]
@@ -216,8 +298,11 @@ class TextEmbedder:
                 index,
             )
         if truncate:
-            end = int(offsets[min(room, len(ids)) - 1, 1])
-            return [Chunk(0, end, self._with_specials(np.concatenate([head, ids[:room]]), index))]
+            kept = slice(None, room) if truncate == "right" else slice(-room, None)
+            start = 0 if truncate == "right" else int(offsets[kept][0, 0])
+            end = int(offsets[kept][-1, 1]) if truncate == "right" else len(text)
+            token_ids = np.concatenate([head, ids[kept]])
+            return [Chunk(start, end, self._with_specials(token_ids, index))]
         cuts = cut(len(ids), room, borders(text, encoding.word_ids[ahead:], offsets))
         chunks, start = [], 0
         for begin, end in zip(cuts, cuts[1:]):
@@ -231,9 +316,12 @@ class TextEmbedder:
             start = stop
         return chunks
 
-    def _encode(self, text: str) -> tuple[Encoding, Int64]:
-        # encode() holds the GIL (0.6 s for 1 MB); encode_batch() lets go of it.
-        encoding: Encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+    def _encode(self, text: str, add_special_tokens: bool = False) -> tuple[Encoding, Int64]:
+        with self._large_text if len(text) > LARGE_TEXT_BYTES else contextlib.nullcontext():
+            # encode() holds the GIL (0.6 s for 1 MB); encode_batch() lets go of it.
+            (encoding,) = self._tokenizer.encode_batch(
+                [text], add_special_tokens=add_special_tokens
+            )
         return encoding, np.array(encoding.ids, np.int64)
 
     def _with_specials(self, ids: Int64, index: int) -> Int64:
@@ -349,4 +437,11 @@ def _normalize(vectors: Float32) -> Float32:
     """Scale rows to length 1, as torch.nn.functional.normalize does (zeros stay zeros)."""
     lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
     scaled: Any = vectors / np.maximum(lengths, 1e-12)
+    return np.ascontiguousarray(scaled, np.float32)
+
+
+def _layer_norm(vectors: Float32) -> Float32:
+    """What torch.nn.functional.layer_norm does to whole rows, without weights and with its eps."""
+    centred = vectors - vectors.mean(axis=1, keepdims=True)
+    scaled: Any = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
     return np.ascontiguousarray(scaled, np.float32)

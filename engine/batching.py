@@ -46,6 +46,9 @@ class Engine(Protocol):
     name: str
     dimensions: int
 
+    @property
+    def precision(self) -> str: ...
+
     def run(self, inputs: Sequence[Array]) -> Float32: ...
 
 

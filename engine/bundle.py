@@ -63,6 +63,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     dimensions: int
     max_tokens: int
     normalized: bool  # the model's pipeline ends in Normalize; the graph ends before it
+    # Matryoshka models such as nomic-embed-text-v1.5 want a layer norm before `dimensions` cuts.
+    layer_norm: bool = False
     similarity: str | None
     prompts: dict[str, str]
     default_prompt: str | None

@@ -31,6 +31,10 @@ class ModelNotReady(EmbedderError):
     """The model was still loading when the request's time ran out."""
 
 
+class ModalityNotSupported(EmbedderError):
+    """The model cannot embed this kind of input."""
+
+
 class QueueFull(EmbedderError):
     """More work waits than MAX_QUEUE_TOKENS allows; `retry_after` says in how many seconds to come
     back.

@@ -220,7 +220,7 @@ def test_truncate_is_the_one_way_to_ask_for_a_cut(
     embedder: TextEmbedder, sentence_transformer: Any
 ) -> None:
     text = TEXTS["english"]
-    (result,) = embed(embedder, text, truncate=True)
+    (result,) = embed(embedder, text, truncate="right")
     (chunk,) = result.chunks
     assert chunk.tokens == WINDOW and 0 < chunk.end < len(text)
     assert result.vector @ sentence_transformer.encode(text) >= 0.9999  # it cuts there too
