@@ -12,7 +12,8 @@ import numpy as np
 from flask import Flask
 
 import settings as configuration
-from api import auth, errors, health, native
+from api import auth, docs, errors, health, native, openai, tei
+from api.service import Service
 from embeddings import TextEmbedder, TextLimits, load_tokenizer
 from engine.batching import Batcher
 from engine.bundle import PARITY_FLOOR, Bundle, discover
@@ -23,7 +24,7 @@ from settings import Settings
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/health/ready")
+OPEN_PATHS = ("/health", "/health/ready", "/healthcheck", *docs.PATHS)
 
 
 def create_app(
@@ -46,7 +47,9 @@ def create_app(
         force=True,
     )
     models: Models[TextEmbedder] = Models(
-        discover(pathlib.Path(settings.models_dir)), settings.embedding_model or None
+        discover(pathlib.Path(settings.models_dir)),
+        settings.embedding_model or None,
+        settings.aliases,
     )
     batcher = Batcher(
         max_batch_size=settings.max_batch_size,
@@ -71,7 +74,18 @@ def create_app(
     errors.register(app)
     auth.register(app, settings.api_keys, OPEN_PATHS)
     app.register_blueprint(health.blueprint(models))
-    app.register_blueprint(native.blueprint(models, settings.request_timeout))
+    service = Service(models, settings.request_timeout)
+    app.register_blueprint(native.blueprint(service))
+    app.register_blueprint(openai.blueprint(service))
+    limits = {
+        "max_concurrent_requests": settings.request_threads,
+        "max_batch_tokens": settings.max_batch_tokens,
+        "max_batch_requests": settings.max_batch_size,
+        "max_client_batch_size": settings.max_texts_per_batch,
+        "tokenization_workers": settings.request_threads,
+    }
+    app.register_blueprint(tei.blueprint(service, limits))
+    app.register_blueprint(docs.blueprint(OPEN_PATHS))
     return app
 
 

@@ -1,13 +1,15 @@
 """Bytes to bodies and back: msgspec in, orjson out."""
 
+import base64
 import functools
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import orjson
-from flask import Request, Response, current_app
+from flask import Request, Response, current_app, g
 
 from api.errors import RequestError
+from embeddings import TextEmbedding
 
 T = TypeVar("T")
 
@@ -27,7 +29,9 @@ def read_body(request: Request) -> bytes:
         raise RequestError(
             413, "too_large", f"the body has more than {limit} bytes, the limit (MAX_BODY_SIZE)"
         )
-    body: bytes = request.environ["wsgi.input"].read()
+    if "body" not in g:
+        g.body = request.environ["wsgi.input"].read()
+    body: bytes = g.body
     return body
 
 
@@ -77,3 +81,25 @@ def json_response(body: object) -> Response:
     return Response(
         orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), content_type="application/json"
     )
+
+
+def encode_vector(vector: Any, encoding_format: str | None) -> object:
+    """A float32 array of shape (dimensions,) as it is, or for "base64" as its little-endian bytes
+    in base64.
+    """
+    if encoding_format != "base64":
+        return vector
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def encode_chunks(embedding: TextEmbedding, encoding_format: str | None) -> list[dict[str, object]]:
+    """A text's chunks, as api/schemas.py describes them."""
+    return [
+        {
+            "start": chunk.start,
+            "end": chunk.end,
+            "tokens": chunk.tokens,
+            "embedding": encode_vector(vector, encoding_format),
+        }
+        for chunk, vector in zip(embedding.chunks, embedding.chunk_vectors)
+    ]

@@ -2,24 +2,31 @@
 
 from typing import Any
 
-from flask import Blueprint, Response
+from flask import Blueprint
 
 from api.codec import json_response
+from api.schemas import Ready, Status
+from api.service import endpoint
 from engine.models import Models
 
 
 def blueprint(models: Models[Any]) -> Blueprint:
-    """GET /health: the process listens. GET /health/ready: every model has given its probe's
-    vector.
+    """GET /health, /healthcheck: the process listens. GET /health/ready: every model has given its
+    probe's vector.
     """
     routes = Blueprint("health", __name__)
 
     @routes.get("/health")
-    def health() -> Response:
-        return json_response({"status": "ok"})
+    @routes.get("/healthcheck", endpoint="healthcheck")
+    @endpoint(Status)
+    def health() -> object:
+        """Whether the process listens."""
+        return {"status": "ok"}
 
     @routes.get("/health/ready")
-    def ready() -> Response:
+    @endpoint(Ready, further={503: Status})
+    def ready() -> object:
+        """Whether every model is loaded and has given its probe's vector."""
         manifest = models.bundle().manifest
         if not models.ready:
             loading = json_response({"status": "loading"})
@@ -27,6 +34,6 @@ def blueprint(models: Models[Any]) -> Blueprint:
             loading.headers["Retry-After"] = "1"
             return loading
         images = "image" in manifest.modalities
-        return json_response({"status": "ready", "model": manifest.name, "supports_images": images})
+        return {"status": "ready", "model": manifest.name, "supports_images": images}
 
     return routes

@@ -1,37 +1,42 @@
 """The service's own dialect: POST /embeddings and /embeddings/batch."""
 
-import time
+from collections.abc import Callable
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint
 
-from api.codec import json_response, read_json
-from api.schemas import EmbedText, EmbedTexts
-from embeddings import TextEmbedder
-from engine.models import Models
+from api.codec import encode_chunks, encode_vector
+from api.schemas import BatchEmbeddings, ChunkRequest, Embeddings, EmbedText, EmbedTexts
+from api.service import Service, endpoint, listed
 
 
-def blueprint(models: Models[TextEmbedder], timeout: float) -> Blueprint:
-    """The native routes; a request gives up after `timeout` seconds."""
+def blueprint(service: Service) -> Blueprint:
+    """The native routes."""
     routes = Blueprint("native", __name__)
 
-    def embed(texts: list[str], options: EmbedText | EmbedTexts) -> list[object]:
-        deadline = time.monotonic() + timeout
-        embedder = models.get(options.model, deadline)
+    def embed(
+        texts: list[str], path: Callable[[int], str], options: ChunkRequest
+    ) -> tuple[list[object], dict[str, object]]:
+        embedder, deadline = service.embedder(options.model, path)
         embedded = embedder.embed(
             texts, deadline=deadline, prompt_name=options.prompt_name, dimensions=options.dimensions
         )
-        return [embedding.vector for embedding in embedded]
+        form = options.encoding_format
+        chunks = [encode_chunks(embedding, form) for embedding in embedded if options.chunks]
+        vectors = [encode_vector(embedding.vector, form) for embedding in embedded]
+        return vectors, {"chunks": chunks} if options.chunks else {}
 
     @routes.post("/embeddings")
-    def one() -> Response:
-        g.input_path = "$.text"
-        body = read_json(request, EmbedText)
-        return json_response({"embeddings": embed([body.text], body)})
+    @endpoint(Embeddings, EmbedText)
+    def embed_text(body: EmbedText) -> object:
+        """Embed one text."""
+        vectors, chunks = embed(*listed(body.text, "text"), body)
+        return {"embeddings": vectors, **chunks}
 
     @routes.post("/embeddings/batch")
-    def many() -> Response:
-        g.input_path = "$.texts[{}]"
-        body = read_json(request, EmbedTexts)
-        return json_response({"embeddings": [[vector] for vector in embed(body.texts, body)]})
+    @endpoint(BatchEmbeddings, EmbedTexts)
+    def embed_texts(body: EmbedTexts) -> object:
+        """Embed several texts, each alone, in order."""
+        vectors, chunks = embed(*listed(body.texts, "texts"), body)
+        return {"embeddings": [[vector] for vector in vectors], **chunks}
 
     return routes

@@ -319,7 +319,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Answer in place of the application, which never sees the request."""
         self._forget(conn)
         self._release(conn)
-        response = respond(error.status, error.error_type, str(error), headers)
+        _, _, target = conn.head.decode("latin-1").partition(" ")
+        path = target.partition(" ")[0]
+        response = respond(error.status, error.error_type, str(error), headers, path)
         head = f"HTTP/1.1 {response.status}\r\nConnection: close\r\n{response.headers}"
         conn.sock.sendall(head.encode() + response.data)
         self.nr_conns -= 1

@@ -1,0 +1,130 @@
+"""The dialect of text-embeddings-inference (/embed, /, /similarity, /tokenize, /info), and the
+plain one that shares its /embed.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+from flask import Blueprint, request
+
+from api.codec import read_json
+from api.schemas import (
+    Info,
+    PlainRequest,
+    SimilarityParameters,
+    SimilarityRequest,
+    TEIEmbedRequest,
+    Token,
+    TokenizeRequest,
+)
+from api.service import VERSION, Service, endpoint, listed
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+# One vector a text of `inputs`, or the numbers of a single vector or of similarities.
+Numbers = list[list[float] | float]
+
+
+class _Shape(msgspec.Struct):
+    """As much of a body as tells which kind it is."""
+
+    text: msgspec.Raw = msgspec.Raw()
+    inputs: msgspec.Raw = msgspec.Raw()
+
+
+def _embed_body() -> type:
+    return PlainRequest if bytes(read_json(request, _Shape).text) else TEIEmbedRequest
+
+
+def _root_body() -> type:
+    compares = bytes(read_json(request, _Shape).inputs).startswith(b"{")
+    return SimilarityRequest if compares else TEIEmbedRequest
+
+
+def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
+    """The routes; `limits` are what /info tells of the configuration."""
+    routes = Blueprint("tei", __name__)
+
+    def embed(body: TEIEmbedRequest) -> object:
+        texts, path = listed(body.inputs, "inputs")
+        embedder, deadline = service.embedder(body.model, path)
+        embedded = embedder.embed(
+            texts,
+            deadline=deadline,
+            prompt_name=body.prompt_name,
+            dimensions=body.dimensions,
+            normalize=body.normalize,
+            truncate=body.side,
+        )
+        return [embedding.vector for embedding in embedded]
+
+    def compare(body: SimilarityRequest) -> object:
+        sentences, options = body.inputs.sentences, body.parameters or SimilarityParameters()
+        embedder, deadline = service.embedder(
+            body.model,
+            lambda index: (
+                f"$.inputs.sentences[{index}]"
+                if index < len(sentences)
+                else "$.inputs.source_sentence"
+            ),
+        )
+        return embedder.similarities(
+            sentences,
+            body.inputs.source_sentence,
+            deadline=deadline,
+            prompt_name=options.prompt_name,
+            truncate=options.side,
+        )
+
+    @routes.post("/embed")
+    @endpoint(Numbers, TEIEmbedRequest, PlainRequest, choose=_embed_body)
+    def embed_inputs(body: TEIEmbedRequest | PlainRequest) -> object:
+        """Embed `inputs`, a text or several: a vector for each. Or `text`: its vector alone."""
+        if isinstance(body, TEIEmbedRequest):
+            return embed(body)
+        texts, path = listed(body.text, "text")
+        embedder, deadline = service.embedder(body.model, path)
+        (embedding,) = embedder.embed(
+            texts, deadline=deadline, prompt_name=body.prompt_name, dimensions=body.dimensions
+        )
+        return embedding.vector
+
+    @routes.post("/")
+    @endpoint(Numbers, TEIEmbedRequest, SimilarityRequest, choose=_root_body)
+    def embed_or_compare(body: TEIEmbedRequest | SimilarityRequest) -> object:
+        """What /embed or /similarity answers to the same body."""
+        return embed(body) if isinstance(body, TEIEmbedRequest) else compare(body)
+
+    @routes.post("/similarity")
+    @endpoint(list[float], SimilarityRequest)
+    def similarity(body: SimilarityRequest) -> object:
+        """The cosine of each sentence to the source sentence."""
+        return compare(body)
+
+    @routes.post("/tokenize")
+    @endpoint(list[list[Token]], TokenizeRequest)
+    def tokenize(body: TokenizeRequest) -> object:
+        """The tokens of each text, and of the prompt before it."""
+        texts, path = listed(body.inputs, "inputs")
+        embedder, _ = service.embedder(body.model, path)
+        return embedder.tokenize(
+            texts, prompt_name=body.prompt_name, add_special_tokens=body.add_special_tokens
+        )
+
+    @routes.get("/info")
+    @endpoint(Info, further={503: None})
+    def info() -> object:
+        """The default model and the service's limits."""
+        embedder, _ = service.embedder(None)
+        manifest = embedder.manifest
+        return {
+            "model_id": manifest.source,
+            "model_sha": manifest.revision,
+            "model_dtype": _DTYPES[embedder.precision],
+            "model_type": {"embedding": {"pooling": "in the model's graph"}},
+            "max_input_length": manifest.max_tokens,
+            "auto_truncate": False,
+            "version": VERSION,
+            **limits,
+        }
+
+    return routes
