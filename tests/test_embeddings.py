@@ -308,3 +308,47 @@ def test_a_damaged_tokenizer_is_named(models_dir: pathlib.Path, tmp_path: pathli
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="tokenizer.json cannot be read"):
         load_tokenizer(Bundle(tmp_path, manifest))
+
+
+# -- what the dialects ask beside vectors --------------------------------------------------------
+
+
+def test_similarities_are_cosines_in_order(embedder: TextEmbedder) -> None:
+    vectors = [result.vector for result in embed(embedder, "a cat", "a kitten", "taxes")]
+    cosines = embedder.similarities(["a kitten", "taxes"], "a cat", deadline=time.monotonic() + 60)
+    assert np.allclose(cosines, [vectors[0] @ vectors[1], vectors[0] @ vectors[2]], atol=1e-4)
+    for sentences, source, index in ((["a", ""], "b", 1), (["a", "b"], " ", 2)):
+        with pytest.raises(InvalidInput) as info:
+            embedder.similarities(sentences, source, deadline=0)
+        assert info.value.index == index
+
+
+def test_tokens_stand_for_the_text_as_sent(prompted: TextEmbedder) -> None:
+    text = "naïve 😀 river"
+    (tokens,) = prompted.tokenize([text], prompt_name="query", add_special_tokens=True)
+    assert (tokens[0].text, tokens[0].special, tokens[-1].special) == ("[CLS]", True, True)
+    ahead = [token for token in tokens[1:-1] if token.start is None]
+    own = [token for token in tokens if token.start is not None]
+    assert "".join(token.text for token in ahead) == "searchforthis:"
+    assert [text[token.start : token.stop] for token in own] == [token.text for token in own]
+    (chunk,) = embed(prompted, text, prompt_name="query")[0].chunks
+    assert [token.id for token in tokens] == chunk.token_ids.tolist()
+
+
+def test_tokens_have_the_same_limits(embedder: TextEmbedder) -> None:
+    with pytest.raises(InputTooLarge, match="MAX_REQUEST_TOKENS") as info:
+        embedder.tokenize([words(19_990), words(20)], add_special_tokens=False)
+    assert info.value.index == 1
+
+
+def test_the_left_side_can_be_cut_too(embedder: TextEmbedder) -> None:
+    text = f"winter {words(400)} summer"
+    (right,) = embed(embedder, text, truncate="right")
+    (left,) = embed(embedder, text, truncate="left")
+    for result, kept in (
+        (right, text[: right.chunks[0].end]),
+        (left, text[left.chunks[0].start :]),
+    ):
+        assert len(kept.split()) == ROOM == result.tokens - SPECIALS
+        assert result.vector @ embed(embedder, kept)[0].vector >= 0.9999
+    assert (right.chunks[0].start, left.chunks[0].end) == (0, len(text))

@@ -129,3 +129,16 @@ def test_the_readme_has_every_variable_its_default_and_its_help() -> None:
         )
         expected[rules["name"]] = (default, rules["help"])
     assert rows == expected
+
+
+def test_aliases() -> None:
+    assert load({}).aliases == {}
+    aliases = load({"MODEL_ALIASES": "ada = e5 , x/y=a.b-c"}).aliases
+    assert aliases == {"ada": "e5", "x/y": "a.b-c"}
+
+
+@pytest.mark.parametrize("value", ["ada", "ada=", "=e5", "a=b=c", "a=b,", "a=b,a=c", ","])
+def test_aliases_of_another_form(value: str) -> None:
+    with pytest.raises(SettingsError) as info:
+        load({"MODEL_ALIASES": value})
+    assert str(info.value).startswith(f"MODEL_ALIASES={value!r}; it takes alias=name,alias=name")
