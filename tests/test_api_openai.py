@@ -1,0 +1,300 @@
+"""OpenAI's dialect, with OpenAI's own client: vectors, models, and its exception types."""
+
+import asyncio
+import base64
+import json
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from tokenizers import Tokenizer
+
+from conftest import NAME, WIDE
+from servers import KEY, Server, serve, wait_ready
+
+ALIAS = "text-embedding-3-small"
+TEXTS = ["a cat", "quarterly results", "😀 naïve"]
+TIMEOUT = 0.5
+
+
+@contextmanager
+def client_of(server: Server, key: str = KEY, retries: int = 0) -> Iterator[tuple[Any, list[str]]]:
+    """The client, and the paths of the requests it has sent."""
+    sent: list[str] = []
+    http = openai.DefaultHttpxClient(
+        trust_env=False, event_hooks={"request": [lambda request: sent.append(request.url.path)]}
+    )
+    with openai.OpenAI(
+        api_key=key, base_url=f"{server.url}/v1", max_retries=retries, http_client=http
+    ) as client:
+        yield client, sent
+
+
+@pytest.fixture(scope="module")
+def aliased(models_dir: pathlib.Path) -> Iterator[Server]:
+    with serve(models_dir, PRECISION="fp32", MODEL_ALIASES=f"{ALIAS}={WIDE}, x={NAME}") as server:
+        yield server
+        assert "Traceback" not in server.log
+
+
+@pytest.fixture(scope="module")
+def client(aliased: Server) -> Iterator[Any]:
+    with client_of(aliased) as (made, _):
+        yield made
+
+
+def refusal(response: httpx.Response, status: int, kind: str, code: str, param: str | None) -> str:
+    """The message of an answer that must be this error in OpenAI's form."""
+    assert response.status_code == status, response.text
+    assert response.headers["Content-Type"] == "application/json"
+    body = response.json()
+    assert body.keys() == {"error"}
+    message: str = body["error"].pop("message")
+    assert body["error"] == {"type": kind, "param": param, "code": code}
+    return message
+
+
+# Good input
+
+
+def test_one_text_and_several(client: Any, aliased: Server) -> None:
+    many = client.embeddings.create(model=NAME, input=TEXTS)  # in base64, as the client likes it
+    assert (many.object, many.model) == ("list", NAME)
+    assert [(item.object, item.index) for item in many.data] == [
+        ("embedding", index) for index in range(len(TEXTS))
+    ]
+    for text, item in zip(TEXTS, many.data):
+        one = client.embeddings.create(model=NAME, input=text, encoding_format="float")
+        assert len(one.data) == 1
+        assert np.dot(one.data[0].embedding, item.embedding) >= 0.9999
+        assert np.dot(aliased.embed(text), item.embedding) >= 0.9999
+
+
+def test_base64_is_little_endian_float32(client: Any) -> None:
+    floats = client.embeddings.create(model=NAME, input="a cat", encoding_format="float")
+    packed = client.embeddings.create(model=NAME, input="a cat", encoding_format="base64")
+    vector = np.frombuffer(base64.b64decode(packed.data[0].embedding), "<f4")
+    assert vector.shape == (384,)
+    assert np.array_equal(vector, np.array(floats.data[0].embedding, np.float32))
+
+
+def test_dimensions_cut_and_normalise_again(client: Any) -> None:
+    whole = np.array(client.embeddings.create(model=NAME, input="a cat").data[0].embedding)
+    cut = client.embeddings.create(model=NAME, input="a cat", dimensions=64).data[0].embedding
+    assert np.allclose(cut, whole[:64] / np.linalg.norm(whole[:64]), atol=1e-6)
+
+
+def test_usage_counts_the_tokens_that_were_computed(client: Any, real_model: pathlib.Path) -> None:
+    tokenizer = Tokenizer.from_file(str(real_model / "tokenizer.json"))
+    tokenizer.no_padding()
+    usage = client.embeddings.create(model=NAME, input=TEXTS).usage
+    tokens = sum(len(tokenizer.encode(text).ids) for text in TEXTS)
+    assert usage.prompt_tokens == usage.total_tokens == tokens
+
+
+def test_the_asynchronous_client(aliased: Server) -> None:
+    async def ask() -> Any:
+        http = openai.DefaultAsyncHttpxClient(trust_env=False)
+        async with openai.AsyncOpenAI(
+            api_key=KEY, base_url=f"{aliased.url}/v1", http_client=http
+        ) as client:
+            listed = [model.id async for model in client.models.list()]
+            calls = [client.embeddings.create(model=NAME, input=text) for text in TEXTS]
+            answers = await asyncio.gather(*calls)
+            with pytest.raises(openai.NotFoundError):
+                await client.embeddings.create(model="nope", input="a")
+            return listed, [answer.data[0].embedding for answer in answers]
+
+    listed, vectors = asyncio.run(ask())
+    assert listed == [NAME, WIDE]
+    for text, vector in zip(TEXTS, vectors):
+        assert np.dot(aliased.embed(text), vector) >= 0.9999
+
+
+def test_models_are_listed_and_found_by_any_of_their_names(client: Any, aliased: Server) -> None:
+    models = client.models.list().data
+    assert [model.id for model in models] == [NAME, WIDE]
+    wide = aliased.client.get(f"/v1/models/{WIDE}").json()
+    assert wide.pop("created") > 1_700_000_000
+    assert wide == {
+        "id": WIDE,
+        "object": "model",
+        "owned_by": "sentence-transformers",
+        "dimensions": 384,
+        "max_tokens": 512,
+        "modalities": ["text"],
+        "revision": None,
+        "precision": "fp32",
+    }
+    for name in (WIDE, f"sentence-transformers/{WIDE}", ALIAS):
+        assert client.models.retrieve(name) == models[1]
+        assert client.embeddings.create(model=name, input="a").model == WIDE
+
+
+def test_a_request_without_a_model_gets_the_default(aliased: Server) -> None:
+    answer = aliased.post("/v1/embeddings", {"input": "a"}).json()
+    assert answer["model"] == NAME
+
+
+def test_chunks_when_asked_for(client: Any) -> None:
+    text = "Größe 😀 cafe\u0301 " * 100
+    options = {"chunks": True, "prompt_name": "query"}
+    (item,) = client.embeddings.create(
+        model=NAME, input=text, encoding_format="float", extra_body=options, user="me"
+    ).data
+    chunks = item.chunks
+    assert len(chunks) > 1
+    assert "".join(text[chunk["start"] : chunk["end"]] for chunk in chunks) == text
+    mean = np.mean([chunk["embedding"] for chunk in chunks], axis=0)
+    assert np.allclose(mean / np.linalg.norm(mean), item.embedding, atol=1e-5)
+    assert all(chunk["tokens"] <= 256 for chunk in chunks)
+    plain = client.embeddings.create(model=NAME, input="a").data[0]
+    assert not hasattr(plain, "chunks")
+
+
+# Its exception types
+
+
+def test_a_wrong_key(aliased: Server) -> None:
+    with client_of(aliased, key="wrong") as (client, _):
+        with pytest.raises(openai.AuthenticationError) as info:
+            client.embeddings.create(model=NAME, input="a")
+    assert (info.value.code, info.value.type) == ("invalid_api_key", "invalid_request_error")
+
+
+@pytest.mark.parametrize("call", ["embeddings", "models"])
+def test_an_unknown_model(client: Any, call: str) -> None:
+    with pytest.raises(openai.NotFoundError, match=f"there is: {NAME}, {WIDE}") as info:
+        if call == "models":
+            client.models.retrieve("ada")
+        else:
+            client.embeddings.create(model="ada", input="a")
+    assert (info.value.code, info.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    "fields, param, says",
+    [
+        ({"input": ""}, "input", r"\$.input: text is empty"),
+        ({"input": ["a", " "]}, "input", r"\$.input\[1\]: text is empty"),
+        ({"input": []}, None, "send at least one"),
+        ({"input": ["a"] * 101}, None, "101 texts; the limit is 100"),
+        ({"input": [1, 2, 3]}, "input", "token ids .* send the text itself"),
+        ({"input": [[1, 2], [3]]}, "input", "token ids .* send the text itself"),
+        ({"input": "a", "dimensions": 385}, "dimensions", "1 to 384"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format", "hex"),
+        ({"input": "a", "extra_body": {"prompt_name": "x"}}, "prompt", "document, query"),
+        ({"input": "a", "extra_body": {"colour": 1}}, "colour", "unknown field `colour`"),
+        ({"input": "a", "extra_body": {"modality": "smell"}}, "modality", "smell"),
+    ],
+)
+def test_a_bad_request(client: Any, fields: dict[str, Any], param: str | None, says: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=says) as info:
+        client.embeddings.create(model=NAME, **fields)
+    assert (info.value.code, info.value.param) == ("invalid_value", param)
+    assert info.value.type == "invalid_request_error"
+
+
+def test_a_picture_for_a_model_of_texts_is_not_tried_again(aliased: Server) -> None:
+    with client_of(aliased, retries=2) as (client, sent):
+        with pytest.raises(openai.InternalServerError, match="not images") as info:
+            client.embeddings.create(
+                model=NAME, input="data:image/png;base64,", extra_body={"modality": "image"}
+            )
+    assert (info.value.status_code, info.value.code) == (501, "not_supported")
+    assert len(sent) == 1
+
+
+def test_while_loading_and_too_late(models_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """503 is worth another try, 504 is not. Six models take longer to load than one request may."""
+    for number in range(6):
+        shutil.copytree(models_dir / NAME, tmp_path / f"m{number}")
+        path = tmp_path / f"m{number}" / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"name": f"m{number}"}))
+    with serve(tmp_path, wait=False, PRECISION="fp32", REQUEST_TIMEOUT=str(TIMEOUT)) as server:
+        while True:
+            try:
+                server.client.get("/health")
+                break
+            except httpx.TransportError:
+                time.sleep(0.01)
+        with client_of(server) as (client, sent):
+            with pytest.raises(openai.InternalServerError, match="still loading") as info:
+                client.embeddings.create(model="m5", input="a")
+        assert (info.value.status_code, info.value.code) == (503, "not_ready")
+        assert "x-should-retry" not in info.value.response.headers
+        with client_of(server, retries=10) as (client, sent):
+            assert client.embeddings.create(model="m5", input="a").model == "m5"
+        wait_ready(server)
+        with client_of(server, retries=2) as (client, sent):
+            with pytest.raises(openai.InternalServerError, match="REQUEST_TIMEOUT") as info:
+                client.embeddings.create(model="m0", input="a " * 60_000)
+        assert (info.value.status_code, info.value.code) == (504, "timeout")
+        assert len(sent) == 1
+        assert "Traceback" not in server.log
+
+
+def test_a_full_queue(models_dir: pathlib.Path) -> None:
+    limits = {"MAX_REQUEST_TOKENS": "10000", "MAX_QUEUE_TOKENS": "10000", "MAX_BODY_SIZE": "30000"}
+    with serve(models_dir, PRECISION="fp32", **limits) as server, client_of(server) as (client, _):
+        large = {"input": "a " * 9900}
+        first = threading.Thread(target=server.post, args=("/v1/embeddings", large))
+        first.start()
+        time.sleep(0.4)  # it is in the queue, and takes seconds
+        with pytest.raises(openai.RateLimitError, match="MAX_QUEUE_TOKENS") as info:
+            client.embeddings.create(model=NAME, **large)
+        assert (info.value.code, info.value.type) == ("rate_limit_exceeded", "rate_limit_error")
+        assert int(info.value.response.headers["Retry-After"]) >= 1
+        first.join()
+        for size, limit in ((10_100, "MAX_REQUEST_TOKENS"), (20_000, "MAX_BODY_SIZE")):
+            with pytest.raises(openai.APIStatusError, match=limit) as large_info:
+                client.embeddings.create(model=NAME, input="a " * size)
+            assert (large_info.value.status_code, large_info.value.code) == (413, "too_large")
+
+
+# The form of every other error
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/nope", "/v1/embeddings/x"])
+def test_an_unknown_route(aliased: Server, path: str) -> None:
+    response = aliased.client.get(path)
+    refusal(response, 404, "invalid_request_error", "unknown_url", None)
+
+
+def test_another_prefix_is_not_this_dialect(aliased: Server) -> None:
+    assert aliased.client.get("/v1x").json()["error_type"] == "not_found"
+
+
+def test_another_method(aliased: Server) -> None:
+    response = aliased.client.get("/v1/embeddings")
+    message = refusal(response, 405, "invalid_request_error", "method_not_supported", None)
+    assert "POST" in message and response.headers["Allow"] == "POST"
+
+
+def test_another_content_type(aliased: Server) -> None:
+    response = aliased.post("/v1/embeddings", content=b"a", headers={"Content-Type": "text/plain"})
+    refusal(response, 415, "invalid_request_error", "unsupported_media_type", None)
+
+
+def test_broken_json(aliased: Server) -> None:
+    response = aliased.post("/v1/embeddings", content=b'{"input": ')
+    message = refusal(response, 400, "invalid_request_error", "invalid_value", None)
+    assert "not valid JSON" in message
+
+
+def test_a_request_that_breaks_off(aliased: Server) -> None:
+    """The worker answers it before the application sees it, in this form too."""
+    with aliased.http() as sock:
+        sock.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        head, _, body = sock.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b" 408 " in head
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "timeout")
