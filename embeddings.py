@@ -180,17 +180,22 @@ class TextEmbedder:
     ) -> list[float]:
         """Cosine of each sentence to `source`; the other arguments are `embed`'s.
 
-        Raises: what `embed` raises; the index after the last sentence's is the source's.
+        Raises: what `embed` raises; an index is a sentence's.
         """
         if not sentences:
             raise InvalidInput("no sentence to compare with; send at least one")
-        embedded = self.embed(
-            [*sentences, source],
-            deadline=deadline,
-            prompt_name=prompt_name,
-            normalize=True,
-            truncate=truncate,
-        )
+        try:
+            embedded = self.embed(
+                [*sentences, source],
+                deadline=deadline,
+                prompt_name=prompt_name,
+                normalize=True,
+                truncate=truncate,
+            )
+        except InvalidInput as error:
+            if error.index == len(sentences):
+                raise type(error)(f"source_sentence: {error}") from None
+            raise
         vectors = np.stack([embedding.vector for embedding in embedded])
         cosines: list[float] = (vectors[:-1] @ vectors[-1]).tolist()
         return cosines
@@ -206,7 +211,8 @@ class TextEmbedder:
         prompt = self._prompt(prompt_name)
         results, total = [], 0
         for index, text in enumerate(texts):
-            encoding, ids = self._encode(prompt + text, add_special_tokens)
+            whole = prompt + text
+            encoding, ids = self._encode(whole, add_special_tokens)
             total = self._add_tokens(total, len(ids), index)
             tokens = []
             for id, name, special, (start, stop) in zip(
@@ -215,11 +221,10 @@ class TextEmbedder:
                 if special:
                     tokens.append(Token(id, name, True, None, None))
                     continue
-                piece = (prompt + text)[start:stop] if prompt else text[start:stop]
-                own = not prompt or stop > len(prompt)
-                start, stop = max(0, start - len(prompt)), stop - len(prompt)
+                piece, start, stop = whole[start:stop], start - len(prompt), stop - len(prompt)
+                own = not prompt or stop > 0
                 tokens.append(
-                    Token(id, piece, False, start if own else None, stop if own else None)
+                    Token(id, piece, False, max(0, start) if own else None, stop if own else None)
                 )
             results.append(tokens)
         return results
@@ -278,7 +283,7 @@ class TextEmbedder:
             return self._prompts.get(name, "") if name else ""
         if name not in self.manifest.prompts:
             known = ", ".join(sorted(self.manifest.prompts)) or "none"
-            raise InvalidInput(f"no prompt {name!r}; this model has: {known}")
+            raise InvalidInput(f"prompt_name is {name!r}; this model has: {known}")
         return self._prompts.get(name, "")
 
     def _split(self, text: str, prompt: str, truncate: Side | None, index: int) -> list[Chunk]:

@@ -64,7 +64,7 @@ _OPENAI_CODES = {
     "method_not_allowed": "method_not_supported",
     "overloaded": "rate_limit_exceeded",
 }
-_FIELD = re.compile(r"\$\.(\w+)|field `(\w+)`|^(\w+) is -?\d|^no (model|prompt) ")
+_FIELD = re.compile(r"\$\.(\w+)|field `(\w+)`|^(\w+) is .*; this model|^no (model) ")
 
 
 def _openai(status: int, error_type: str, message: str) -> OpenAIError:
@@ -115,7 +115,7 @@ def _embedder_error(error: errors.EmbedderError) -> Response:
     if isinstance(error, errors.QueueFull):
         headers = {"Retry-After": str(error.retry_after)}
     if isinstance(error, errors.InvalidInput) and error.index is not None:
-        message = f"{g.input_path(error.index)}: {message}"
+        message = f"{g.input_path.format(error.index)}: {message}"
     return respond(status, error_type, message, headers)
 
 

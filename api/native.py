@@ -1,7 +1,5 @@
 """The service's own dialect: POST /embeddings and /embeddings/batch."""
 
-from collections.abc import Callable
-
 from flask import Blueprint
 
 from api.codec import encode_chunks, encode_vector
@@ -14,7 +12,7 @@ def blueprint(service: Service) -> Blueprint:
     routes = Blueprint("native", __name__)
 
     def embed(
-        texts: list[str], path: Callable[[int], str], options: ChunkRequest
+        texts: list[str], path: str, options: ChunkRequest
     ) -> tuple[list[object], dict[str, object]]:
         embedder, deadline = service.embedder(options.model, path)
         embedded = embedder.embed(

@@ -23,14 +23,12 @@ class Service:
     def __init__(self, models: Models[TextEmbedder], timeout: float) -> None:
         self.models, self._timeout = models, timeout
 
-    def embedder(
-        self, model: str | None, input_path: Callable[[int], str] = str
-    ) -> tuple[TextEmbedder, float]:
+    def embedder(self, model: str | None, input_path: str = "") -> tuple[TextEmbedder, float]:
         """Wait for a model.
 
         Args:
             model: by name, source or alias; None means the default.
-            input_path: where the input of an index stands in the request, for errors about it.
+            input_path: where the request's inputs stand, `{}` for their index, for errors.
 
         Returns: the embedder, and the request's deadline on the clock of `time.monotonic`.
         Raises: ModelNotFound, ModelNotReady.
@@ -40,11 +38,11 @@ class Service:
         return self.models.get(model, deadline), deadline
 
 
-def listed(sent: str | list[str], name: str) -> tuple[list[str], Callable[[int], str]]:
-    """A field that takes a text or several: the texts, and where each of them stands."""
+def listed(sent: str | list[str], name: str) -> tuple[list[str], str]:
+    """A field that takes a text or several: the texts, and `Service.embedder`'s `input_path`."""
     if isinstance(sent, str):
-        return [sent], lambda _: f"$.{name}"
-    return sent, f"$.{name}[{{}}]".format
+        return [sent], f"$.{name}"
+    return sent, f"$.{name}[{{}}]"
 
 
 @dataclass(frozen=True)

@@ -58,17 +58,10 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
         return [embedding.vector for embedding in embedded]
 
     def compare(body: SimilarityRequest) -> object:
-        sentences, options = body.inputs.sentences, body.parameters or SimilarityParameters()
-        embedder, deadline = service.embedder(
-            body.model,
-            lambda index: (
-                f"$.inputs.sentences[{index}]"
-                if index < len(sentences)
-                else "$.inputs.source_sentence"
-            ),
-        )
+        options = body.parameters or SimilarityParameters()
+        embedder, deadline = service.embedder(body.model, "$.inputs.sentences[{}]")
         return embedder.similarities(
-            sentences,
+            body.inputs.sentences,
             body.inputs.source_sentence,
             deadline=deadline,
             prompt_name=options.prompt_name,

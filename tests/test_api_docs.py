@@ -3,7 +3,6 @@
 import pathlib
 import re
 import time
-from typing import Any
 
 import httpx
 import pytest

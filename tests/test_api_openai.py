@@ -191,7 +191,7 @@ def test_an_unknown_model(client: Any, call: str) -> None:
         ({"input": [[1, 2], [3]]}, "input", "token ids .* send the text itself"),
         ({"input": "a", "dimensions": 385}, "dimensions", "1 to 384"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format", "hex"),
-        ({"input": "a", "extra_body": {"prompt_name": "x"}}, "prompt", "document, query"),
+        ({"input": "a", "extra_body": {"prompt_name": "x"}}, "prompt_name", "document, query"),
         ({"input": "a", "extra_body": {"colour": 1}}, "colour", "unknown field `colour`"),
         ({"input": "a", "extra_body": {"modality": "smell"}}, "modality", "smell"),
     ],

@@ -53,7 +53,7 @@ def test_its_options(client: InferenceClient) -> None:
     assert np.allclose(unit(raw), client.feature_extraction("a cat"), atol=1e-5)
     cut = client.feature_extraction("a cat", dimensions=8, prompt_name="query")
     assert cut.shape == (1, 8) and np.linalg.norm(cut) == pytest.approx(1, abs=1e-5)
-    with pytest.raises(HfHubHTTPError, match="no prompt 'nope'"):
+    with pytest.raises(HfHubHTTPError, match="prompt_name is 'nope'"):
         client.feature_extraction("a cat", prompt_name="nope")
 
 
@@ -176,9 +176,13 @@ def test_plain(service: Server) -> None:
         ("/similarity", {"inputs": "a"}, "$.inputs"),
         ("/similarity", {"inputs": PAIR | {"sentences": []}}, "send at least one"),
         ("/similarity", {"inputs": PAIR | {"sentences": ["a", " "]}}, "$.inputs.sentences[1]: "),
-        ("/similarity", {"inputs": PAIR | {"source_sentence": ""}}, "$.inputs.source_sentence: "),
+        (
+            "/similarity",
+            {"inputs": PAIR | {"source_sentence": ""}},
+            "source_sentence: text is empty",
+        ),
         ("/similarity", {"inputs": PAIR, "parameters": {"x": 1}}, "unknown field `x`"),
-        ("/tokenize", {"inputs": "a", "prompt_name": "x"}, "no prompt 'x'"),
+        ("/tokenize", {"inputs": "a", "prompt_name": "x"}, "prompt_name is 'x'"),
         ("/tokenize", {"inputs": ["a", ""]}, "$.inputs[1]: text is empty"),
     ],
 )

@@ -251,7 +251,7 @@ def test_the_default_prompt_applies_unless_another_is_named(
 def test_unknown_and_oversized_prompts_are_refused(
     embedder: TextEmbedder, prompted: TextEmbedder
 ) -> None:
-    with pytest.raises(InvalidInput, match="no prompt 'nope'; this model has: long, plain, query"):
+    with pytest.raises(InvalidInput, match="prompt_name is 'nope'; this model has: long, plain, query"):
         embed(prompted, "x", prompt_name="nope")
     with pytest.raises(InvalidInput, match="the prompt alone fills the model's window of 256"):
         embed(prompted, "x", prompt_name="long")
@@ -317,10 +317,12 @@ def test_similarities_are_cosines_in_order(embedder: TextEmbedder) -> None:
     vectors = [result.vector for result in embed(embedder, "a cat", "a kitten", "taxes")]
     cosines = embedder.similarities(["a kitten", "taxes"], "a cat", deadline=time.monotonic() + 60)
     assert np.allclose(cosines, [vectors[0] @ vectors[1], vectors[0] @ vectors[2]], atol=1e-4)
-    for sentences, source, index in ((["a", ""], "b", 1), (["a", "b"], " ", 2)):
-        with pytest.raises(InvalidInput) as info:
-            embedder.similarities(sentences, source, deadline=0)
-        assert info.value.index == index
+    with pytest.raises(InvalidInput, match="empty") as info:
+        embedder.similarities(["a", ""], "b", deadline=0)
+    assert info.value.index == 1
+    with pytest.raises(InputTooLarge, match="source_sentence: text has") as info:
+        embedder.similarities(["a", "b"], "x" * (1 << 21), deadline=0)
+    assert info.value.index is None
 
 
 def test_tokens_stand_for_the_text_as_sent(prompted: TextEmbedder) -> None:
