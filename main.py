@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/health/ready", "/healthcheck", *docs.PATHS)
 
+PROBE_TIMEOUT = 60  # seconds; a short REQUEST_TIMEOUT must not end the start on a busy machine
+
 
 def create_app(
     settings: Settings | None = None, on_failure: Callable[[str], None] | None = None
@@ -105,9 +107,7 @@ def load_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> TextE
     )
     embedder = TextEmbedder(bundle, tokenizer, engine, batcher, limits)
     probe = bundle.manifest.probe
-    (embedding,) = embedder.embed(
-        [probe.text], deadline=time.monotonic() + settings.request_timeout
-    )
+    (embedding,) = embedder.embed([probe.text], deadline=time.monotonic() + PROBE_TIMEOUT)
     expected = np.array(probe.vector, np.float32)
     lengths = float(np.linalg.norm(expected) * np.linalg.norm(embedding.vector))
     cosine = float(expected @ embedding.vector) / lengths if lengths else 0.0
