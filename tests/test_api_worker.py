@@ -666,8 +666,9 @@ def test_sigterm_answers_what_was_accepted_and_ends_in_time(models_dir: pathlib.
             assert all(one.answer().status == 200 for one in idle)
             mute = client()
             stalled = [client(whole()[:-1]), client(b"POST /"), client(CHUNKED + b"11\r\n{")]
-            stack.enter_context(Client(server, batch(["a"] * 100), receive_buffer=4096))
-            running = [client(batch(["word " * 200] * 3)) for _ in range(12)]
+            unread = stack.enter_context(Client(server, batch(["a"] * 100), receive_buffer=4096))
+            assert unread.sock.recv(1) == b"H"
+            running = [client(batch(["word " * 100] * 3)) for _ in range(12)]
             time.sleep(0.3)
             started = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
