@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import io
 import math
 import os
 import pathlib
@@ -21,8 +22,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw
 
 from embeddings import TextEmbedder, TextLimits, load_tokenizer
 from engine import bundle as bundles
@@ -34,10 +37,16 @@ from engine.bundle import (
     Manifest,
     Parity,
     Precision,
+    Preprocessing,
     Probe,
 )
 from engine.errors import EmbedderError
-from engine.openvino_backend import OpenVINOTextEngine, available_precisions
+from engine.openvino_backend import (
+    OpenVINOImageEngine,
+    OpenVINOTextEngine,
+    available_precisions,
+)
+from image_embeddings import ImageEmbedder, ImageLimits, open_picture, preprocess, probe_picture
 
 Float32 = npt.NDArray[np.float32]
 
@@ -47,6 +56,9 @@ PARITY_TEXTS = 120
 # window of 8192 would take hours.
 PARITY_EVEN_TOKENS = 512
 PARITY_BATCH_TOKENS = 2048
+# Mean difference, of a pixel's 0 to 255, that preparing a picture may have from the model's own
+# processor.
+PIXEL_FLOOR = 1.0
 # What the sample is made of: several languages and scripts, code, numbers, emoji, combining marks,
 # odd spacing.
 _PHRASES = (
@@ -194,6 +206,15 @@ def bake(options: argparse.Namespace) -> Bundle:
         _check_tokenizer(model, tokenizer, texts)
     with stage("embedding the sample with sentence-transformers"):
         expected = _reference(model, texts)
+    images = "image" in model.modalities
+    if images:
+        with stage("embedding pictures with sentence-transformers"):
+            preprocessing = read_processor(model)
+            pictures = [probe_picture(), *sample_pictures()]
+            check_processor(model, preprocessing, pictures)
+            expected_images = _reference_images(model, pictures)
+            if expected_images.shape[1] != expected.shape[1]:
+                raise BakeError("its texts and its pictures have vectors of different lengths")
     precisions = [each for each in PRECISIONS if each in {"fp32", *options.precisions}]
 
     def fill(folder: pathlib.Path) -> Manifest:
@@ -205,12 +226,22 @@ def bake(options: argparse.Namespace) -> Bundle:
         if "int8" in precisions:
             with stage("compressing weights to int8"):
                 files += _save(_int8(folder / "text.xml"), folder / "text-int8.xml")
+        if images:
+            with stage("tracing the image tower to OpenVINO"):
+                files += _save(trace_images(model, preprocessing), folder / "image.xml")
+            if "int8" in precisions:
+                with stage("compressing its weights to int8"):
+                    files += _save(_int8(folder / "image.xml"), folder / "image-int8.xml")
+            (folder / bundles.PREPROCESSING).write_bytes(
+                msgspec.json.format(msgspec.json.encode(preprocessing), indent=1)
+            )
+            files.append(bundles.PREPROCESSING)
         manifest = Manifest(
             name=name,
             source=options.source or _source(model, options.model),
             revision=_revision(model),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
-            modalities=["text"],
+            modalities=["text", "image"] if images else ["text"],
             dimensions=expected.shape[1],
             max_tokens=window,
             normalized=_is_normalize(model[-1]),
@@ -223,6 +254,7 @@ def bake(options: argparse.Namespace) -> Bundle:
             probe=Probe(probe, [float(value) for value in expected[0]]),
             precisions=precisions,
             parity={},
+            image_probe=[float(value) for value in expected_images[0]] if images else None,
         )
         for precision in available_precisions():
             if precision in precisions:
@@ -230,6 +262,10 @@ def bake(options: argparse.Namespace) -> Bundle:
                     manifest.parity[precision] = measure(
                         Bundle(folder, manifest), precision, texts, expected
                     )
+                    if images:
+                        manifest.image_parity[precision] = measure_images(
+                            Bundle(folder, manifest), precision, pictures, expected_images
+                        )
         return manifest
 
     return bundles.write(options.output, name, fill)
@@ -318,19 +354,38 @@ def _pipeline(model: Any) -> Any:
     if _is_normalize(modules[-1]):
         modules.pop()
 
+    # CLIP pools at the first of its end tokens, and pads with the same token; which of equals is
+    # the largest is nothing a graph promises. What follows the first is never looked at: clear it.
+    end = model.tokenizer.eos_token_id if model[0].config.model_type == "clip" else None
+
+    siglip = _pools_at_the_end(model)
+
     class Pipeline(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.parts = torch.nn.ModuleList(modules)
 
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            if end is not None:
+                ends = (input_ids == end).long()
+                input_ids = input_ids * (ends.cumsum(1) - ends < 1)
             features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+            if siglip:
+                features["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
             for part in self.parts:
                 features = part(features)
             embedding: torch.Tensor = features["sentence_embedding"]
             return embedding
 
     return Pipeline().eval()
+
+
+def _pools_at_the_end(model: Any) -> bool:
+    """Whether the text tower takes its last position for the text's vector, padding or not, as
+    SigLIP's does. Its vectors are those of texts alone; padded on the left, masked, and with
+    positions that count from the text's beginning, a batch gives the same.
+    """
+    return str(model[0].config.model_type).startswith("siglip")
 
 
 def _window(model: Any, wanted: int | None) -> int:
@@ -393,7 +448,9 @@ def _tokenizer(model: Any, replacement: str | None) -> Any:
     tokenizer = tokenizers.Tokenizer.from_str(fast.to_str())
     tokenizer.no_truncation()
     tokenizer.enable_padding(
-        direction=padding.padding_side, pad_id=padding.pad_token_id, pad_token=padding.pad_token
+        direction="left" if _pools_at_the_end(model) else padding.padding_side,
+        pad_id=padding.pad_token_id,
+        pad_token=padding.pad_token,
     )
     return tokenizer
 
@@ -453,6 +510,8 @@ def _reference(model: Any, texts: Sequence[str]) -> Float32:
     Raises: BakeError when its code fails.
     """
     size = min(8, max(1, PARITY_BATCH_TOKENS // model.max_seq_length))
+    if _pools_at_the_end(model):
+        size = 1
     try:
         vectors = model.encode(
             list(texts), batch_size=size, convert_to_numpy=True, show_progress_bar=False
@@ -475,7 +534,11 @@ def trace(pipeline: Any, model: Any) -> Any:
     import torch
 
     features = model.preprocess([PROBE_TEXT, "a b"])
-    example = {name: features[name] for name in ("input_ids", "attention_mask")}
+    ids = features["input_ids"]
+    example = {
+        "input_ids": ids,
+        "attention_mask": features.get("attention_mask", ids.new_ones(ids.shape)),
+    }
     free = ov.PartialShape([-1, -1])
     try:
         with torch.no_grad(), _broadcast_masks(), warnings.catch_warnings():
@@ -565,9 +628,16 @@ def measure(
     if long is not None:
         raise BakeError(f"a text of the sample does not fit the window: {long[:40]!r}")
     actual = np.stack([result.vector for result in embedded])
+    return _compare(bundle, precision, actual, expected, "vectors")
+
+
+def _compare(
+    bundle: Bundle, precision: Precision, actual: Float32, expected: Float32, what: str
+) -> Parity:
+    """Raises: BakeError, naming `what`; see `measure`."""
     lengths = np.linalg.norm(actual, axis=1), np.linalg.norm(expected, axis=1)
     cosines = (actual * expected).sum(axis=1) / np.maximum(lengths[0] * lengths[1], 1e-30)
-    parity = Parity(float(cosines.min()), float(cosines.mean()), len(texts))
+    parity = Parity(float(cosines.min()), float(cosines.mean()), len(actual))
     floor = PARITY_FLOOR[precision]
     hint = ""
     if precision != "fp32":
@@ -575,7 +645,7 @@ def measure(
         hint = f" (--precisions {rest} bakes it without)"
     if not parity.minimum >= floor:
         raise BakeError(
-            f"at {precision} its vectors are not the model's own: smallest cosine "
+            f"at {precision} its {what} are not the model's own: smallest cosine "
             f"{parity.minimum:.5f}, at least {floor} needed{hint}"
         )
     # Unit vectors at cosine c are sqrt(2 - 2c) apart. Lengths matter to models that do not
@@ -583,10 +653,238 @@ def measure(
     apart = float(np.abs(lengths[0] / lengths[1] - 1).max())
     if not apart <= math.sqrt(2 - 2 * floor):
         raise BakeError(
-            f"at {precision} its vectors are not the model's own: their lengths are off by up to "
+            f"at {precision} its {what} are not the model's own: their lengths are off by up to "
             f"{apart:.2%}{hint}"
         )
     return parity
+
+
+# -- pictures
+
+
+def read_processor(model: Any) -> Preprocessing:
+    """What the model's own processor does to a picture.
+
+    Raises: BakeError for a processor that does something this service cannot.
+    """
+    processor = getattr(model[0].processor, "image_processor", model[0].processor)
+    options = processor.to_dict()
+    try:
+        size = {side: value for side, value in options["size"].items() if value is not None}
+        resize: int | tuple[int, int]
+        if size.keys() == {"shortest_edge"}:
+            resize = size["shortest_edge"]
+        elif size.keys() == {"height", "width"}:
+            resize = size["height"], size["width"]
+        else:
+            raise BakeError(f"its processor resizes by {', '.join(size)}: not supported")
+        crop = None
+        if options.get("do_center_crop"):
+            crop = options["crop_size"]["height"], options["crop_size"]["width"]
+        if crop is None and isinstance(resize, int):
+            raise BakeError("its processor gives pictures of different shapes: not supported")
+        undone = [step for step in ("do_resize", "do_rescale", "do_normalize") if not options[step]]
+        if undone or options.get("do_pad"):
+            raise BakeError(f"its processor has {undone or ['do_pad']} set otherwise than CLIP's")
+        return Preprocessing(
+            resize=resize,
+            crop=crop,
+            resampling=Image.Resampling(int(options["resample"])).name.lower(),  # type: ignore
+            scale=options["rescale_factor"],
+            mean=_three(options["image_mean"]),
+            std=_three(options["image_std"]),
+            tokens=_image_tokens(model, crop or resize),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BakeError(f"its image processor is not understood: {_one_line(error)}") from error
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (values,) * 3 if isinstance(values, float) else values
+    return float(red), float(green), float(blue)
+
+
+def _image_tokens(model: Any, shape: Any) -> int:
+    """A picture's cost in tokens of the text tower. The work of a transformer goes with its
+    positions and with the parameters of its layers, each used once a position.
+    """
+    config = model[0].config
+    patch = config.vision_config.patch_size
+    positions = int(shape[0] // patch) * int(shape[1] // patch) + 1
+
+    def layers(part: Any) -> int:
+        width, inner = int(part.hidden_size), int(part.intermediate_size)
+        return int(part.num_hidden_layers) * (4 * width * width + 2 * width * inner)
+
+    return math.ceil(positions * layers(config.vision_config) / layers(config.get_text_config()))
+
+
+def sample_pictures() -> list[bytes]:
+    """Pictures as files: photographs (noise with the spectrum of one), line art, flat colours,
+    transparent, grey, of few colours, of extreme shapes, in every format that keeps its pixels.
+
+    JPEGs are small, so that they are compared undrafted: what drafting costs is measured in
+    tests/test_image_embeddings.py.
+    """
+    random = np.random.default_rng(5)
+
+    def photo(width: int, height: int) -> Image.Image:
+        pixels = np.zeros((height, width, 3))
+        for octave in range(2, 9):
+            detail = random.normal(0, 160 / octave**1.5, (2**octave, 2**octave, 3))
+            layers = [
+                Image.fromarray(detail[..., band].astype(np.float32)).resize((width, height))
+                for band in range(3)
+            ]
+            pixels += np.stack([np.asarray(layer) for layer in layers], axis=-1)
+        return Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
+
+    def lines(width: int, height: int) -> Image.Image:
+        image = Image.new("RGB", (width, height), "white")
+        draw = ImageDraw.Draw(image)
+        for _ in range(25):
+            points = [tuple(random.integers(0, (width, height)).tolist()) for _ in range(3)]
+            draw.line(points, fill=int(random.integers(0, 1 << 24)), width=2)
+        return image
+
+    shapes = ((400, 300), (300, 400), (640, 480), (225, 223), (32, 32), (900, 260))
+    pictures = [photo(*shape) for shape in shapes] + [lines(*shape) for shape in shapes]
+    clear = photo(300, 200).convert("RGBA")
+    clear.putalpha(photo(300, 200).convert("L"))
+    pictures += [clear, clear.convert("LA"), clear.convert("P"), lines(250, 250).convert("1")]
+    pictures += [photo(300, 300).convert("L"), photo(260, 300).quantize(8)]
+    pictures += [Image.new("RGB", (1, 1), "red"), Image.new("RGB", (240, 240), "navy")]
+    pictures += [photo(4, 900), photo(900, 4), lines(1500, 10), lines(2, 300)]
+    files = []
+    for number, picture in enumerate(pictures):
+        file = io.BytesIO()
+        picture.save(file, "BMP" if picture.mode == "RGB" and number % 3 == 0 else "PNG")
+        files.append(file.getvalue())
+    for picture in (photo(120, 100), photo(90, 125), photo(120, 90).convert("CMYK"), photo(99, 99)):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def _opened(pictures: Sequence[bytes], model: Any) -> list[Image.Image]:
+    """As somebody would open them for sentence-transformers."""
+    opened: list[Image.Image] = [Image.open(io.BytesIO(data)) for data in pictures]
+    processor = getattr(model[0].processor, "image_processor", model[0].processor)
+    if not processor.to_dict().get("do_convert_rgb"):  # it takes nothing else then
+        opened = [_on_white(picture) for picture in opened]
+    return opened
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    clear = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+
+
+def check_processor(model: Any, preprocessing: Preprocessing, pictures: Sequence[bytes]) -> None:
+    """Compare image_embeddings' preparation with the processor's, pixel by pixel.
+
+    Raises: BakeError when they differ.
+    """
+    for data, picture in zip(pictures, _opened(pictures, model)):
+        try:
+            own = np.asarray(model.preprocess([picture])["pixel_values"], np.float32)
+        except Exception as error:
+            raise BakeError(f"its own processor fails on a picture: {_one_line(error)}") from error
+        ours = preprocessing.normalize(
+            preprocess(open_picture(data, 1 << 30), preprocessing)[np.newaxis]
+        )
+        step = preprocessing.scale / np.array(preprocessing.std)[:, None, None]
+        off = float(np.abs((own - ours) / step).mean()) if own.shape == ours.shape else math.inf
+        if not off <= PIXEL_FLOOR:
+            raise BakeError(
+                f"pixels prepared without its processor are off by {off:.2f} of 255 on average, at "
+                f"most {PIXEL_FLOOR} allowed (a picture of {picture.width} x {picture.height})"
+            )
+
+
+def _reference_images(model: Any, pictures: Sequence[bytes]) -> Float32:
+    """sentence-transformers' own vectors of pictures.
+
+    Raises: BakeError when its code fails.
+    """
+    try:
+        vectors = model.encode(
+            _opened(pictures, model), batch_size=8, convert_to_numpy=True, show_progress_bar=False
+        )
+    except Exception as error:
+        raise BakeError(
+            f"sentence-transformers cannot embed pictures with it: {_one_line(error)}"
+        ) from error
+    result: Float32 = np.asarray(vectors, np.float32)
+    return result
+
+
+def trace_images(model: Any, preprocessing: Preprocessing) -> Any:
+    """Trace the pipeline, for pictures, to an OpenVINO model: pixel_values, float32 [batch, 3,
+    height, width], to float32 [batch, dimensions].
+
+    Raises: BakeError when the model's code cannot be traced, or the result is not a vector a
+    picture.
+    """
+    import openvino as ov
+    import torch
+
+    modules = list(model)
+    if _is_normalize(modules[-1]):
+        modules.pop()
+
+    class Pipeline(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleList(modules)
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            features: dict[str, Any] = {"pixel_values": pixel_values, "modality": "image"}
+            for part in self.parts:
+                features = part(features)
+            embedding: torch.Tensor = features["sentence_embedding"]
+            return embedding
+
+    height, width = preprocessing.shape
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `trace`
+            traced = ov.convert_model(
+                Pipeline().eval(),
+                example_input={"pixel_values": torch.zeros(2, 3, height, width)},
+                input=[("pixel_values", ov.PartialShape([-1, 3, height, width]), ov.Type.f32)],
+            )
+    except Exception as error:
+        raise BakeError(
+            f"its image code cannot be traced to OpenVINO: {_one_line(error)}"
+        ) from error
+    shape = traced.output(0).partial_shape
+    if len(traced.outputs) != 1 or shape.rank.is_dynamic or len(shape) != 2:
+        raise BakeError(
+            "its image code cannot be traced to OpenVINO: the trace does not give one vector a "
+            "picture"
+        )
+    return traced
+
+
+def measure_images(
+    bundle: Bundle, precision: Precision, pictures: Sequence[bytes], expected: Float32
+) -> Parity:
+    """Embed the pictures as serving does, in batches, and compare; see `measure`."""
+    engine = OpenVINOImageEngine(bundle, precision, streams=1)
+    batcher = Batcher(
+        max_batch_size=8, max_batch_tokens=1 << 40, max_queue_tokens=1 << 40, threads=1
+    )
+    batcher.start()
+    limits = ImageLimits(len(pictures), 1 << 30, 1 << 30, 1 << 40)
+    embedder = ImageEmbedder(bundle, engine.preprocessing, engine, batcher, limits)
+    try:
+        embedded = embedder.embed(pictures, deadline=time.monotonic() + 24 * 3600)
+    finally:
+        batcher.close()
+    actual = np.stack([result.vector for result in embedded])
+    return _compare(bundle, precision, actual, expected, "pictures' vectors")
 
 
 def _source(model: Any, name: str) -> str:
@@ -646,6 +944,12 @@ def summary(bundle: Bundle) -> str:
             text = (
                 f"cosine at least {parity.minimum:.6f}, mean {parity.mean:.6f} "
                 f"over {parity.cases} texts"
+            )
+        pictures = manifest.image_parity.get(precision)
+        if pictures:
+            text += (
+                f"; at least {pictures.minimum:.6f}, mean {pictures.mean:.6f} "
+                f"over {pictures.cases} pictures"
             )
         rows.append((precision, text))
     width = max(len(label) for label, _ in rows)

@@ -151,7 +151,7 @@ class TextEmbedder:
         vectors = self._batcher.submit(self._engine, flat, [len(ids) for ids in flat], deadline)
         unit = self.manifest.normalized if normalize is None else normalize
         if unit and self.manifest.normalized:
-            vectors = _normalize(vectors)
+            vectors = unit_vectors(vectors)
         means = vectors
         if len(flat) > len(texts):
             starts = np.cumsum([0] + [len(pieces) for pieces in chunks[:-1]])
@@ -162,7 +162,7 @@ class TextEmbedder:
                 means, vectors = _layer_norm(means), _layer_norm(vectors)
             means, vectors = means[:, :dimensions], vectors[:, :dimensions]
         if unit:
-            means, vectors = _normalize(means), _normalize(vectors)
+            means, vectors = unit_vectors(means), unit_vectors(vectors)
         results, at = [], 0
         for row, pieces in enumerate(chunks):
             results.append(TextEmbedding(means[row], pieces, vectors[at : at + len(pieces)]))
@@ -438,7 +438,7 @@ def _special_tokens(tokenizer: Tokenizer) -> tuple[Int64, Int64]:
     raise BundleError("the tokenizer's special tokens are not a prefix and a suffix")
 
 
-def _normalize(vectors: Float32) -> Float32:
+def unit_vectors(vectors: Float32) -> Float32:
     """Scale rows to length 1, as torch.nn.functional.normalize does (zeros stay zeros)."""
     lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
     scaled: Any = vectors / np.maximum(lengths, 1e-12)

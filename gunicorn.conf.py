@@ -2,6 +2,8 @@
 worker is forked.
 """
 
+import contextlib
+import ctypes
 import os
 import pathlib
 import sys
@@ -32,6 +34,13 @@ if os.environ.get("TOKENIZER_MODEL"):
         "WARNING: TOKENIZER_MODEL is ignored: the bundle holds the model's own tokenizer.",
         file=sys.stderr,
     )
+
+# glibc raises the size from which freed memory goes back to the system up to 32 MB as it sees large
+# blocks freed, and keeps pictures' leftovers: 170-183 MB after 200 to 4 000 pictures, with the size
+# fixed 148-150 MB. Other C libraries have no mallopt and no need of it.
+with contextlib.suppress(AttributeError, OSError):
+    M_MMAP_THRESHOLD = -3  # malloc.h
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 262_144)
 
 bind = f"0.0.0.0:{settings.port}"
 Worker.max_body_size = settings.max_body_size

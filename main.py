@@ -12,14 +12,15 @@ import numpy as np
 from flask import Flask
 
 import settings as configuration
-from api import auth, docs, errors, health, native, openai, tei
-from api.service import Service
-from embeddings import TextEmbedder, TextLimits, load_tokenizer
+from api import auth, docs, errors, health, images, native, openai, tei
+from api.service import Embedders, Service
+from embeddings import Float32, TextEmbedder, TextLimits, load_tokenizer
 from engine.batching import Batcher
-from engine.bundle import PARITY_FLOOR, Bundle, discover
+from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
 from engine.errors import BundleError, EmbedderError
 from engine.models import Models
-from engine.openvino_backend import OpenVINOTextEngine, choose_precision
+from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine, choose_precision
+from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
 from settings import Settings
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 OPEN_PATHS = ("/health", "/health/ready", "/healthcheck", *docs.PATHS)
 
 PROBE_TIMEOUT = 60  # seconds; a short REQUEST_TIMEOUT must not end the start on a busy machine
+_NO_LIMITS = ImageLimits(1, 1 << 30, 1 << 30, 1 << 30)
 
 
 def create_app(
@@ -48,7 +50,7 @@ def create_app(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         force=True,
     )
-    models: Models[TextEmbedder] = Models(
+    models: Models[Embedders] = Models(
         discover(pathlib.Path(settings.models_dir)),
         settings.embedding_model or None,
         settings.aliases,
@@ -61,9 +63,14 @@ def create_app(
     )
     batcher.start()
 
+    def load_model(bundle: Bundle) -> Embedders:
+        pictures = "image" in bundle.manifest.modalities
+        images = load_image_embedder(bundle, settings, batcher) if pictures else None
+        return Embedders(load_embedder(bundle, settings, batcher), images)
+
     def load() -> None:
         try:
-            models.load(lambda bundle: load_embedder(bundle, settings, batcher))
+            models.load(load_model)
         except Exception as error:
             if not isinstance(error, EmbedderError):
                 log.error("unexpected error while loading", exc_info=error)
@@ -78,6 +85,7 @@ def create_app(
     app.register_blueprint(health.blueprint(models))
     service = Service(models, settings.request_timeout)
     app.register_blueprint(native.blueprint(service))
+    app.register_blueprint(images.blueprint(service))
     app.register_blueprint(openai.blueprint(service))
     limits = {
         "max_concurrent_requests": settings.request_threads,
@@ -108,14 +116,7 @@ def load_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> TextE
     embedder = TextEmbedder(bundle, tokenizer, engine, batcher, limits)
     probe = bundle.manifest.probe
     (embedding,) = embedder.embed([probe.text], deadline=time.monotonic() + PROBE_TIMEOUT)
-    expected = np.array(probe.vector, np.float32)
-    lengths = float(np.linalg.norm(expected) * np.linalg.norm(embedding.vector))
-    cosine = float(expected @ embedding.vector) / lengths if lengths else 0.0
-    if not cosine >= PARITY_FLOOR[precision]:
-        raise BundleError(
-            f"bundle {bundle.path}: at {precision} its probe text is off (cosine {cosine:.5f}, "
-            f"at least {PARITY_FLOOR[precision]} expected); bake it again on this kind of machine"
-        )
+    cosine = _check_probe(bundle, precision, "probe text", probe.vector, embedding.vector)
     log.info(
         "model %s ready in %.2f s: %s, %d dimensions, window %d tokens, %d inference threads, "
         "probe cosine %.5f",
@@ -128,6 +129,41 @@ def load_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> TextE
         cosine,
     )
     return embedder
+
+
+def load_image_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> ImageEmbedder:
+    """Load a model's image tower and see that it still gives its probe's vector.
+
+    Raises: BundleError, PrecisionUnavailable.
+    """
+    precision = choose_precision(settings.precision, bundle)
+    engine = OpenVINOImageEngine(bundle, precision, streams=settings.inference_threads)
+    limits = ImageLimits(
+        settings.max_images_per_batch,
+        settings.max_image_size,
+        settings.max_image_pixels,
+        settings.max_request_tokens,
+    )
+    # The probe passes whatever limits were set.
+    probe = ImageEmbedder(bundle, engine.preprocessing, engine, batcher, _NO_LIMITS)
+    (embedding,) = probe.embed([probe_picture()], deadline=time.monotonic() + PROBE_TIMEOUT)
+    expected = bundle.manifest.image_probe or []
+    _check_probe(bundle, precision, "probe picture", expected, embedding.vector)
+    return ImageEmbedder(bundle, engine.preprocessing, engine, batcher, limits)
+
+
+def _check_probe(
+    bundle: Bundle, precision: Precision, what: str, expected: list[float], actual: Float32
+) -> float:
+    """Returns: the cosine. Raises: BundleError when it is below the precision's floor."""
+    lengths = float(np.linalg.norm(expected) * np.linalg.norm(actual))
+    cosine = float(np.array(expected, np.float32) @ actual) / lengths if lengths else 0.0
+    if not cosine >= PARITY_FLOOR[precision]:
+        raise BundleError(
+            f"bundle {bundle.path}: at {precision} its {what} is off (cosine {cosine:.5f}, "
+            f"at least {PARITY_FLOOR[precision]} expected); bake it again on this kind of machine"
+        )
+    return cosine
 
 
 def _stop_service(line: str) -> None:

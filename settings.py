@@ -87,6 +87,15 @@ class Settings:
     max_texts_per_batch: int = _option(
         "MAX_TEXTS_PER_BATCH", 100, "texts in one request", low=1, high=100_000
     )
+    max_images_per_batch: int = _option(
+        "MAX_IMAGES_PER_BATCH", 20, "pictures in one request", low=1, high=10_000
+    )
+    max_image_size: int = _option(
+        "MAX_IMAGE_SIZE", 10_485_760, "bytes, one picture", low=1, high=1 << 30
+    )
+    max_image_pixels: int = _option(
+        "MAX_IMAGE_PIXELS", 50_000_000, "width x height, one picture", low=1, high=1 << 30
+    )
     max_text_size: int = _option("MAX_TEXT_SIZE", 1_048_576, "bytes, one text", low=1, high=1 << 30)
     max_body_size: int = _option(
         "MAX_BODY_SIZE", 33_554_432, "bytes, one request", low=1, high=1 << 30

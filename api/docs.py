@@ -87,7 +87,10 @@ def document(app: Flask, open_paths: Collection[str]) -> dict[str, Any]:
             schema = {"anyOf": kinds} if len(kinds) > 1 else kinds[0]
             described["requestBody"] = {
                 "required": True,
-                "content": {"application/json": {"schema": schema}},
+                "content": {
+                    "application/json": {"schema": schema},
+                    **{kind: {"schema": schema} for kind, schema in made.media.items()},
+                },
             }
         paths.setdefault(path, {})[method] = described
     return {

@@ -1,14 +1,18 @@
 """OpenAI's dialect: /v1/embeddings and /v1/models. Its errors' form is in api/errors.py."""
 
 import datetime
+from collections.abc import Sequence
 
 from flask import Blueprint, Response
 
 from api.codec import encode_chunks, encode_vector
 from api.errors import RequestError, respond
+from api.images import picture_bytes
 from api.schemas import OpenAIEmbeddings, OpenAIEmbedRequest, OpenAIModel, OpenAIModels
 from api.service import Service, endpoint, listed
-from engine.errors import ModalityNotSupported
+from embeddings import TextEmbedding
+from engine.errors import InvalidInput
+from image_embeddings import ImageEmbedding
 
 _TOKEN_IDS = (
     "; token ids belong to another model's tokenizer: send the text itself, as a string or a list "
@@ -58,27 +62,45 @@ def blueprint(service: Service) -> Blueprint:
     def create_embedding(body: OpenAIEmbedRequest) -> object:
         """Embed one text or several. `user` is taken and has no effect."""
         texts, path = listed(body.input, "input")
-        embedder, deadline = service.embedder(body.model, path)
         if body.modality == "image":
-            raise ModalityNotSupported(f"model {embedder.manifest.name} embeds text, not images")
+            return embed_images(body, texts, path)
+        embedder, deadline = service.embedder(body.model, path)
         embedded = embedder.embed(
             texts, deadline=deadline, prompt_name=body.prompt_name, dimensions=body.dimensions
         )
         form = body.encoding_format
+        chunks = [encode_chunks(embedding, form) for embedding in embedded if body.chunks]
+        return answer(body, embedder.manifest.name, embedded, chunks)
+
+    def embed_images(body: OpenAIEmbedRequest, uris: list[str], path: str) -> object:
+        if body.chunks or body.prompt_name is not None:
+            raise InvalidInput("chunks and prompt_name are for texts, not for pictures")
+        embedder, deadline = service.image_embedder(body.model, path)
+        pictures = [picture_bytes(uri, index) for index, uri in enumerate(uris)]
+        embedded = embedder.embed(pictures, deadline=deadline, dimensions=body.dimensions)
+        return answer(body, embedder.manifest.name, embedded, [])
+
+    def answer(
+        body: OpenAIEmbedRequest,
+        model: str,
+        embedded: Sequence[TextEmbedding | ImageEmbedding],
+        chunks: list[list[dict[str, object]]],
+    ) -> object:
         tokens = sum(embedding.tokens for embedding in embedded)
-        data = [
+        data: list[dict[str, object]] = [
             {
                 "object": "embedding",
                 "index": index,
-                "embedding": encode_vector(embedding.vector, form),
-                **({"chunks": encode_chunks(embedding, form)} if body.chunks else {}),
+                "embedding": encode_vector(embedding.vector, body.encoding_format),
             }
             for index, embedding in enumerate(embedded)
         ]
+        for entry, pieces in zip(data, chunks):
+            entry["chunks"] = pieces
         return {
             "object": "list",
             "data": data,
-            "model": embedder.manifest.name,
+            "model": model,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
 

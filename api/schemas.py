@@ -197,3 +197,21 @@ class Info(msgspec.Struct):
     auto_truncate: bool
     tokenization_workers: int
     version: str
+
+
+# Pictures
+
+
+class ImageOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields that all native calls for pictures take; prompts are for texts."""
+
+    model: str | None = None
+    dimensions: int | None = None
+
+
+class EmbedImage(ImageOptions, forbid_unknown_fields=True):
+    image: str  # base64 or a data URI
+
+
+class EmbedImages(ImageOptions, forbid_unknown_fields=True):
+    images: list[str]

@@ -6,21 +6,30 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from flask import Response, g, request
 
 from api.codec import json_response, read_json
 from embeddings import TextEmbedder
+from engine.errors import ModalityNotSupported
 from engine.models import Models
+from image_embeddings import ImageEmbedder
 
 VERSION = "1.0.0"  # of the API
+
+
+class Embedders(NamedTuple):
+    """What a loaded model embeds with."""
+
+    texts: TextEmbedder
+    images: ImageEmbedder | None
 
 
 class Service:
     """The models as a request sees them."""
 
-    def __init__(self, models: Models[TextEmbedder], timeout: float) -> None:
+    def __init__(self, models: Models[Embedders], timeout: float) -> None:
         self.models, self._timeout = models, timeout
 
     def embedder(self, model: str | None, input_path: str = "") -> tuple[TextEmbedder, float]:
@@ -33,6 +42,30 @@ class Service:
         Returns: the embedder, and the request's deadline on the clock of `time.monotonic`.
         Raises: ModelNotFound, ModelNotReady.
         """
+        embedders, deadline = self._wait(model, input_path)
+        return embedders.texts, deadline
+
+    def image_embedder(self, model: str | None, input_path: str) -> tuple[ImageEmbedder, float]:
+        """Wait for a model that takes pictures; as `embedder`.
+
+        Raises: ModelNotFound, ModelNotReady, ModalityNotSupported.
+        """
+        self.require_images(model)
+        embedders, deadline = self._wait(model, input_path)
+        assert embedders.images  # its manifest says so
+        return embedders.images, deadline
+
+    def require_images(self, model: str | None) -> None:
+        """Raises: ModelNotFound; ModalityNotSupported for a model that takes texts only."""
+        manifest = self.models.bundle(model).manifest
+        if "image" not in manifest.modalities:
+            raise ModalityNotSupported(
+                f"model {manifest.name} takes texts only; for pictures bake and serve a multimodal "
+                "one, such as clip-ViT-B-32 (`make run MODEL=clip-ViT-B-32`; the README's section "
+                "on pictures has more)"
+            )
+
+    def _wait(self, model: str | None, input_path: str) -> tuple[Embedders, float]:
         g.input_path = input_path
         deadline = time.monotonic() + self._timeout
         return self.models.get(model, deadline), deadline
@@ -52,12 +85,15 @@ class Operation:
     answer: Any  # the type of a 200
     bodies: tuple[type, ...]
     further: Mapping[int, Any] = field(default_factory=dict)  # status: type; None for an error
+    media: Mapping[str, Any] = field(default_factory=dict)  # schemas of bodies that are no JSON
 
 
 def endpoint(
     answer: Any,
     *bodies: type,
     choose: Callable[[], type] | None = None,
+    read: Callable[[], object] | None = None,
+    media: Mapping[str, Any] | None = None,
     further: Mapping[int, Any] | None = None,
 ) -> Callable[[Callable[..., object]], Callable[..., Response]]:
     """Make a route of a function: its body is decoded as what it is documented to be.
@@ -67,6 +103,8 @@ def endpoint(
         bodies: the types that a request's body may have; the function gets it as its first
             argument.
         choose: which of several `bodies` the request has.
+        read: reads a body that need not be JSON; the function gets what it returns.
+        media: the JSON Schemas of such bodies, by content type.
         further: statuses that other routes of this kind do not answer, each with its type; None for
             an error in the dialect's form.
     """
@@ -75,12 +113,15 @@ def endpoint(
         @functools.wraps(view)
         def run(**arguments: str) -> Response:
             sent: list[object] = []
-            if bodies:
+            if read:
+                sent.append(read())
+            elif bodies:
                 sent.append(read_json(request, choose() if choose else bodies[0]))
             result = view(*sent, **arguments)
             return result if isinstance(result, Response) else json_response(result)
 
-        run.operation = Operation(answer, bodies, further or {})  # type: ignore[attr-defined]
+        operation = Operation(answer, bodies, further or {}, media or {})
+        run.operation = operation  # type: ignore[attr-defined]
         return run
 
     return decorate

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from engine.errors import BundleError
 
@@ -19,11 +21,17 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPLACED = "replaced"  # .NAME.replaced: the earlier bundle, while the new one is moved in
+PREPROCESSING = "preprocess.json"
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 # Smallest cosine to sentence-transformers' own vector at which a bundle may be written and served.
 PARITY_FLOOR: dict[Precision, float] = {"fp32": 0.9999, "bf16": 0.9998, "int8": 0.99}
 TEXT_GRAPH: dict[Precision, str] = {"fp32": "text.xml", "bf16": "text.xml", "int8": "text-int8.xml"}
+IMAGE_GRAPH: dict[Precision, str] = {
+    "fp32": "image.xml",
+    "bf16": "image.xml",
+    "int8": "image-int8.xml",
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -47,6 +55,44 @@ class Parity(msgspec.Struct, forbid_unknown_fields=True):
     minimum: float
     mean: float
     cases: int
+
+
+class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """How a picture becomes the image graph's input, as the model's own processor has it: RGB,
+    resized, cropped around the middle (on black where it is smaller), rescaled, normalised.
+    """
+
+    resize: int | tuple[int, int]  # the shorter side, keeping the shape; or (height, width)
+    crop: tuple[int, int] | None  # height, width
+    resampling: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+    scale: float  # of a pixel's 0 to 255
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    # What a picture costs in the engine, in tokens of the text tower: its positions (patches and
+    # class token), each weighed by how much larger a layer stack it passes.
+    tokens: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of what the image graph takes."""
+        if self.crop is not None:
+            return self.crop
+        return self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
+
+    def normalize(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Args:
+            pixels: shape (pictures, height, width, 3).
+
+        Returns: what the image graph takes, shape (pictures, 3, height, width).
+        """
+        std = np.array(self.std, np.float64)
+        factor = (self.scale / std).astype(np.float32)
+        shift = (np.array(self.mean, np.float64) / std).astype(np.float32)
+        moved = pixels.transpose(0, 3, 1, 2)
+        result = np.empty(moved.shape, np.float32)
+        np.multiply(moved, factor[:, None, None], out=result)
+        result -= shift[:, None, None]
+        return result
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -74,6 +120,10 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     # What it may be served at; `parity` has fewer where the CPU that baked it could not run one.
     precisions: list[Precision] = msgspec.field(default_factory=lambda: list(PRECISIONS))
     parity: dict[Precision, Parity]
+    # Of a model that takes pictures: as `parity`, over pictures; and its vector of
+    # `image_embeddings.probe_picture()`.
+    image_parity: dict[Precision, Parity] = {}
+    image_probe: list[float] | None = None
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -84,9 +134,25 @@ class Bundle(msgspec.Struct, frozen=True):
         return self.path / name
 
     def offers(self, precision: Precision) -> bool:
-        """Whether the bundle was baked for `precision` and holds the graph that it runs."""
+        """Whether the bundle was baked for `precision` and holds the graphs that it runs."""
         manifest = self.manifest
-        return precision in manifest.precisions and TEXT_GRAPH[precision] in manifest.files
+        graphs = {"text": TEXT_GRAPH[precision], "image": IMAGE_GRAPH[precision]}
+        return precision in manifest.precisions and all(
+            graphs[modality] in manifest.files for modality in manifest.modalities
+        )
+
+    def preprocessing(self) -> Preprocessing:
+        """How this model's pictures are prepared.
+
+        Raises: BundleError when that is missing or damaged.
+        """
+        try:
+            raw = self.file(PREPROCESSING).read_bytes()
+            return msgspec.json.decode(raw, type=Preprocessing)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BundleError(
+                f"bundle {self.path}: {PREPROCESSING} cannot be read ({error}); bake it again"
+            ) from None
 
     def verify(self) -> None:
         """Compare every file with the manifest, size first, then sha256 (2 GB/s here).

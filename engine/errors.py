@@ -32,7 +32,7 @@ class ModelNotReady(EmbedderError):
 
 
 class ModalityNotSupported(EmbedderError):
-    """The model cannot embed this kind of input."""
+    """The model does not take what was sent: a picture, for a model of texts."""
 
 
 class QueueFull(EmbedderError):

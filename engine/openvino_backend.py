@@ -1,4 +1,4 @@
-"""The OpenVINO engine: token ids in, sentence embeddings out, on this machine's CPU."""
+"""The OpenVINO engines: token ids or pixels in, embeddings out, on this machine's CPU."""
 
 import threading
 from collections.abc import Sequence
@@ -7,11 +7,12 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov  # type: ignore[import-untyped]
 
-from engine.bundle import TEXT_GRAPH, Bundle, Precision
+from engine.bundle import IMAGE_GRAPH, TEXT_GRAPH, Bundle, Precision
 from engine.errors import PrecisionUnavailable
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+UInt8 = npt.NDArray[np.uint8]
 
 # Activations are quantised in groups of this many values, each with its own scale. Measured on
 # all-MiniLM-L6-v2 (Zen 4): 64 keeps cos >= 0.995 at 9 400-10 480 tokens/s a core; 32 gives 8 240;
@@ -54,10 +55,58 @@ def choose_precision(wanted: str, bundle: Bundle | None = None) -> Precision:
     return wanted  # type: ignore[return-value]  # settings.py lets nothing else through
 
 
-class OpenVINOTextEngine:
-    """A bundle's text graph, compiled for `streams` calls at a time on one core each.
+class _Graph:
+    """One of a bundle's graphs, compiled for `streams` calls at a time on one core each.
 
     Safe to call from any number of threads; each thread keeps an inference request of its own.
+    """
+
+    def __init__(self, bundle: Bundle, graph: str, precision: Precision, streams: int) -> None:
+        """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
+        runs.
+        """
+        if not bundle.offers(precision):
+            raise PrecisionUnavailable(
+                f"PRECISION={precision}, but bundle {bundle.manifest.name} was baked without it; "
+                "bake it again"
+            )
+        hints = dict(_HINTS[precision])
+        if precision == "int8":
+            # 5-20 % faster than f32 around the int8 products, at the same cosine.
+            hints["INFERENCE_PRECISION_HINT"] = "bf16" if has_bf16() else "f32"
+        self._compiled = ov.Core().compile_model(
+            str(bundle.file(graph)),
+            "CPU",
+            {
+                **hints,
+                "NUM_STREAMS": streams,
+                "INFERENCE_NUM_THREADS": streams,
+                # Two processes that pin their threads pin them to the same cores and run at half
+                # speed.
+                "ENABLE_CPU_PINNING": False,
+            },
+        )
+        self._requests = threading.local()
+
+    def infer(self, inputs: dict[str, Int64] | dict[str, Float32]) -> Float32:
+        """The graph's one output for named inputs. An engine makes its first call while it is
+        built.
+
+        That call sets up statics in OpenVINO's binding, under a C++ guard that lets go of the GIL:
+        two first calls at once were seen to wait for each other for ever, the GIL held.
+        """
+        request: ov.InferRequest | None = getattr(self._requests, "request", None)
+        if request is None:
+            request = self._requests.request = self._compiled.create_infer_request()
+        request.infer(inputs)
+        return np.array(
+            request.get_output_tensor(0).data, np.float32
+        )  # a copy: the tensor is reused by the next call
+
+
+class OpenVINOTextEngine:
+    """A bundle's text graph, as a batching.Engine; `streams` calls run at a time, on one core each.
+    Safe to call from any number of threads.
     """
 
     def __init__(
@@ -73,34 +122,11 @@ class OpenVINOTextEngine:
         """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
         runs.
         """
-        if not bundle.offers(precision):
-            raise PrecisionUnavailable(
-                f"PRECISION={precision}, but bundle {bundle.manifest.name} was baked without it; "
-                "bake it again"
-            )
-        hints = dict(_HINTS[precision])
-        if precision == "int8":
-            # 5-20 % faster than f32 around the int8 products, at the same cosine.
-            hints["INFERENCE_PRECISION_HINT"] = "bf16" if has_bf16() else "f32"
         self.name = name or bundle.manifest.name
         self.precision = precision
         self.dimensions = bundle.manifest.dimensions
         self._pad_id, self._pad_left = pad_id, pad_left
-        self._compiled = ov.Core().compile_model(
-            str(bundle.file(TEXT_GRAPH[precision])),
-            "CPU",
-            {
-                **hints,
-                "NUM_STREAMS": streams,
-                "INFERENCE_NUM_THREADS": streams,
-                # Two processes that pin their threads pin them to the same cores and run at half
-                # speed.
-                "ENABLE_CPU_PINNING": False,
-            },
-        )
-        self._requests = threading.local()
-        # The first call sets up statics in OpenVINO's binding, under a C++ guard that lets go of
-        # the GIL: two first calls at once were seen to wait for each other for ever, the GIL held.
+        self._graph = _Graph(bundle, TEXT_GRAPH[precision], precision, streams)
         self.run([np.array([pad_id], np.int64)])
 
     def run(self, inputs: Sequence[Int64]) -> Float32:
@@ -117,10 +143,30 @@ class OpenVINOTextEngine:
             span = slice(longest - len(ids), longest) if self._pad_left else slice(0, len(ids))
             token_ids[row, span] = ids
             mask[row, span] = 1
-        request: ov.InferRequest | None = getattr(self._requests, "request", None)
-        if request is None:
-            request = self._requests.request = self._compiled.create_infer_request()
-        request.infer({"input_ids": token_ids, "attention_mask": mask})
-        return np.array(
-            request.get_output_tensor(0).data, np.float32
-        )  # a copy: the tensor is reused by the next call
+        return self._graph.infer({"input_ids": token_ids, "attention_mask": mask})
+
+
+class OpenVINOImageEngine:
+    """A bundle's image graph, as a batching.Engine; `streams` calls run at a time, on one core
+    each. Safe to call from any number of threads.
+    """
+
+    def __init__(self, bundle: Bundle, precision: Precision, *, streams: int) -> None:
+        """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
+        runs; BundleError.
+        """
+        self.name = f"{bundle.manifest.name} (pictures)"
+        self.precision = precision
+        self.dimensions = bundle.manifest.dimensions
+        self.preprocessing = bundle.preprocessing()
+        self._graph = _Graph(bundle, IMAGE_GRAPH[precision], precision, streams)
+
+    def run(self, inputs: Sequence[UInt8]) -> Float32:
+        """Embed a batch of pictures, each of shape (height, width, 3), prepared up to the crop.
+
+        They wait in the queue as bytes: as float32 they would take four times the memory.
+
+        Returns: float32 of shape (len(inputs), dimensions): what the model's pipeline gives before
+        a trailing Normalize.
+        """
+        return self._graph.infer({"pixel_values": self.preprocessing.normalize(np.stack(inputs))})

@@ -38,6 +38,7 @@ def bundle_cache(pytestconfig: pytest.Config) -> pathlib.Path:
     sources = [
         ROOT / "bake_model.py",
         ROOT / "embeddings.py",
+        ROOT / "image_embeddings.py",
         *sorted((ROOT / "engine").glob("*.py")),
     ]
     for path in [*sources, *sorted(ROOT.glob("requirements*.txt"))]:
@@ -63,4 +64,46 @@ def models_dir(bundle_cache: pathlib.Path, real_model: pathlib.Path) -> pathlib.
 def service(models_dir: pathlib.Path) -> Iterator[Server]:
     """Both bundles, served at fp32 with every default."""
     with serve(models_dir, PRECISION="fp32") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_folder(pytestconfig: pytest.Config) -> pathlib.Path:
+    """The trained tiny CLIP in SentenceTransformers' format, kept as long as its recipe is the
+    same.
+    """
+    source = ROOT / "tests" / "tiny_clip.py"
+    recipe = hashlib.sha256(source.read_bytes() + (ROOT / "requirements.txt").read_bytes())
+    cache = pytestconfig.cache
+    assert cache is not None
+    folder = cache.mkdir(f"tiny-clip-{recipe.hexdigest()[:16]}") / "tiny-clip"
+    if not folder.exists():
+        unfinished = folder.with_name("unfinished")
+        subprocess.run([sys.executable, str(source), str(unfinished)], check=True)
+        unfinished.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_models_dir(bundle_cache: pathlib.Path, tiny_clip_folder: pathlib.Path) -> pathlib.Path:
+    """The tiny CLIP, baked by the command line."""
+    folder = bundle_cache / tiny_clip_folder.parent.name
+    if not (folder / "tiny-clip").exists():
+        command = [sys.executable, "bake_model.py", str(tiny_clip_folder), "--output", str(folder)]
+        subprocess.run(command, cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_transformer(tiny_clip_folder: pathlib.Path) -> Any:
+    """The tiny CLIP as sentence-transformers runs it."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(tiny_clip_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def clip_service(clip_models_dir: pathlib.Path) -> Iterator[Server]:
+    """The tiny CLIP, served at fp32 with every default."""
+    with serve(clip_models_dir, PRECISION="fp32") as server:
         yield server

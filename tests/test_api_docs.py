@@ -43,8 +43,9 @@ def test_every_route_answers_as_documented(service: Server, mode: GenerationMode
         response = case.call(headers={"X-API-Key": KEY})
         case.validate_response(response, checks=CHECKS)
         statuses.append(response.status_code)
-        if response.status_code >= 500:
-            assert response.status_code == 501 and case.body["modality"] == "image"
+        if response.status_code >= 500:  # a picture, for a model of texts
+            assert response.status_code == 501
+            assert "/image" in operation.path or case.body["modality"] == "image"
 
     api = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
     api.validate()
@@ -55,7 +56,8 @@ def test_every_route_answers_as_documented(service: Server, mode: GenerationMode
             continue  # nothing in it can be wrong
         requests = given(case=operation.as_strategy(generation_mode=mode))
         requests(EXAMPLES(lambda case: try_one(case)))()
-        assert 200 in statuses or mode.is_negative, (operation.label, set(statuses))
+        good = 501 if "/image" in operation.path else 200
+        assert good in statuses or mode.is_negative, (operation.label, set(statuses))
     assert len(operations) >= 13
     assert "Traceback" not in service.log
 

@@ -251,7 +251,9 @@ def test_the_default_prompt_applies_unless_another_is_named(
 def test_unknown_and_oversized_prompts_are_refused(
     embedder: TextEmbedder, prompted: TextEmbedder
 ) -> None:
-    with pytest.raises(InvalidInput, match="prompt_name is 'nope'; this model has: long, plain, query"):
+    with pytest.raises(
+        InvalidInput, match="prompt_name is 'nope'; this model has: long, plain, query"
+    ):
         embed(prompted, "x", prompt_name="nope")
     with pytest.raises(InvalidInput, match="the prompt alone fills the model's window of 256"):
         embed(prompted, "x", prompt_name="long")

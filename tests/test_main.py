@@ -1,5 +1,6 @@
 """The service as a whole: vectors over HTTP, start, refusals to start, and what serving imports."""
 
+import base64
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from bake_model import sample
 from conftest import NAME, WIDE
 from engine.bundle import PARITY_FLOOR, Precision
 from engine.openvino_backend import has_bf16
+from image_embeddings import probe_picture
 from servers import KEY, ROOT, Server, free_port, launch, serve, wait_ready
 
 TEXTS = 300
@@ -93,26 +95,32 @@ def test_health_answers_while_the_model_loads_and_calls_wait_for_it(
         assert ready.json() == {"status": "ready", "model": NAME, "supports_images": False}
 
 
+@pytest.mark.parametrize("pictures", [False, True])
 def test_serving_imports_no_torch_transformers_or_sentence_transformers(
-    models_dir: pathlib.Path,
+    models_dir: pathlib.Path, clip_models_dir: pathlib.Path, pictures: bool
 ) -> None:
+    route, body = "/embeddings", {"text": "hello"}
+    if pictures:
+        file = base64.b64encode(probe_picture()).decode()
+        route, body = "/embeddings/image", {"image": file}
     program = (
         "import sys, json, main\n"
         "from werkzeug.test import Client\n"
         "client = Client(main.create_app())\n"
         f"headers = {{'X-API-Key': '{KEY}'}}\n"
-        "answer = client.post('/embeddings', json={'text': 'hello'}, headers=headers)\n"
+        f"answer = client.post('{route}', json={body}, headers=headers)\n"
         "modules = sorted({name.split('.')[0] for name in sys.modules})\n"
         "print(json.dumps([answer.status_code, modules]))"
     )
-    environ = {**os.environ, "MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY}
+    folder = clip_models_dir if pictures else models_dir
+    environ = {**os.environ, "MODELS_DIR": str(folder), "VECTOR_EMBEDDER_API_KEY": KEY}
     out = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environ, capture_output=True, check=True
     )
     status, modules = json.loads(out.stdout)
     assert status == 200
     heavy = {"torch", "transformers", "sentence_transformers", "nncf", "scipy", "sklearn", "pandas"}
-    assert not heavy & set(modules)
+    assert not (heavy | {"torchvision"}) & set(modules)
 
 
 def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) -> tuple[int, str]:

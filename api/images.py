@@ -1,0 +1,194 @@
+"""The service's own dialect for pictures: POST /embeddings/image and /embeddings/image/batch."""
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Sequence
+from typing import IO, Any, TypeVar
+
+import msgspec
+from flask import Blueprint, Request, g, request
+from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.formparser import MultiPartParser
+
+from api.codec import read_body, read_json
+from api.errors import RequestError
+from api.schemas import BatchEmbeddings, Embeddings, EmbedImage, EmbedImages, ImageOptions
+from api.service import Service, endpoint
+from engine.errors import InvalidInput
+from image_embeddings import FORMATS_SENTENCE
+
+Options = TypeVar("Options", bound=ImageOptions)
+Pictures = tuple[list[bytes], ImageOptions]
+
+# Bytes, one field of a multipart body beside its files. Werkzeug has one limit for this and for
+# what it reads at a time, files too, which is 64 KiB and a rest.
+_MAX_FIELD = 262_144
+_MAX_PARTS = 1000  # far more than a batch takes; each costs some work before it can be counted
+_DATA_URI = re.compile(r"data:([^,]{0,256}?)(;base64)?,", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]{1,15}://", re.IGNORECASE)
+_FILE = {"type": "string", "format": "binary"}
+_MEDIA = {
+    "image/*": _FILE,
+    "multipart/form-data": {"type": "object", "additionalProperties": _FILE},
+}
+_KINDS = (
+    "application/json with base64 or a data URI, a picture itself as image/*, or "
+    "multipart/form-data with files"
+)
+
+
+def blueprint(service: Service) -> Blueprint:
+    """The native routes for pictures."""
+    routes = Blueprint("images", __name__)
+
+    def embed(images: Sequence[bytes], options: ImageOptions) -> list[object]:
+        embedder, deadline = service.image_embedder(options.model, g.input_path)
+        embedded = embedder.embed(images, deadline=deadline, dimensions=options.dimensions)
+        return [embedding.vector for embedding in embedded]
+
+    def read(path: str, schema: type[EmbedImage | EmbedImages]) -> Pictures:
+        g.input_path = path
+        if not any(
+            "image" in bundle.manifest.modalities for bundle in service.models.bundles.values()
+        ):
+            service.require_images(None)  # where no model takes pictures, none need be read
+        if request.mimetype == "multipart/form-data":
+            return _read_files(request)
+        if request.mimetype.startswith("image/"):
+            return _read_raw(request)
+        body = _read_json(request, schema)
+        sent = body.images if isinstance(body, EmbedImages) else [body.image]
+        return [picture_bytes(text, index) for index, text in enumerate(sent)], body
+
+    @routes.post("/embeddings/image")
+    @endpoint(
+        Embeddings,
+        EmbedImage,
+        read=lambda: read("$.image", EmbedImage),
+        media=_MEDIA,
+        further={501: None},
+    )
+    def embed_image(sent: Pictures) -> object:
+        """Embed one picture."""
+        files, options = sent
+        if len(files) > 1:
+            raise RequestError(
+                400,
+                "validation",
+                f"{len(files)} files; this route takes one, /embeddings/image/batch several",
+            )
+        return {"embeddings": embed(files, options)}
+
+    @routes.post("/embeddings/image/batch")
+    @endpoint(
+        BatchEmbeddings,
+        EmbedImages,
+        read=lambda: read("$.images[{}]", EmbedImages),
+        media=_MEDIA,
+        further={501: None},
+    )
+    def embed_images(sent: Pictures) -> object:
+        """Embed several pictures, each alone, in order."""
+        return {"embeddings": [[vector] for vector in embed(*sent)]}
+
+    return routes
+
+
+def picture_bytes(text: str, index: int = 0) -> bytes:
+    """What a JSON string stands for: base64 (line breaks are allowed) or a data URI with base64.
+
+    Raises: InvalidInput, at `index`, for anything else; a URL is never fetched.
+    """
+    if _URL.match(text):
+        raise InvalidInput(
+            "this is a URL; the service fetches nothing: send the picture itself, as base64", index
+        )
+    if text[:5].lower() == "data:":
+        head = _DATA_URI.match(text)
+        if head is None or not head[2]:
+            raise InvalidInput("a data URI must be base64: data:image/png;base64,…", index)
+        text = text[head.end() :]
+    try:
+        encoded = text.encode("ascii").translate(None, b" \t\r\n")
+        data = base64.b64decode(encoded, validate=True)
+    except (UnicodeEncodeError, binascii.Error) as error:
+        reason = "it has other characters" if isinstance(error, UnicodeEncodeError) else error
+        raise InvalidInput(f"not valid base64: {reason}", index) from None
+    if not data:
+        raise InvalidInput("picture is empty", index)
+    return data
+
+
+def _read_json(request: Request, schema: type[Options]) -> Options:
+    if request.mimetype and not request.mimetype.endswith("json"):
+        raise _unsupported(request.mimetype)
+    return read_json(request, schema)
+
+
+def _unsupported(kind: str) -> RequestError:
+    return RequestError(
+        415, "unsupported_media_type", f"Content-Type is {kind}; this route takes {_KINDS}"
+    )
+
+
+def _read_raw(request: Request) -> Pictures:
+    """A body that is a picture; options come in the query. What it is, its content says, but for
+    SVG, which is a document.
+    """
+    if "svg" in request.mimetype:
+        raise RequestError(
+            415, "unsupported_media_type", f"{request.mimetype} is not taken: {FORMATS_SENTENCE}"
+        )
+    return [read_body(request)], _options(request.args.items(), "query parameter")
+
+
+def _read_files(request: Request) -> Pictures:
+    """The files of a multipart body in the order sent, whatever their fields are called; options
+    are its other fields.
+    """
+    body = read_body(request)
+    parser = MultiPartParser(
+        stream_factory=_in_memory,
+        max_form_memory_size=_MAX_FIELD,
+        cls=list,  # type: ignore[arg-type]  # a MultiDict would lose the order between fields
+        max_form_parts=_MAX_PARTS,
+    )
+    fields: Any
+    files: Any
+    try:
+        boundary = request.mimetype_params["boundary"].encode("ascii")
+        fields, files = parser.parse(io.BytesIO(body), boundary, len(body))
+    except RequestEntityTooLarge:
+        raise RequestError(
+            413,
+            "too_large",
+            f"more than {_MAX_PARTS} parts, or a field of more than {_MAX_FIELD} bytes; send each "
+            "picture as a file, with a file name",
+        ) from None
+    except KeyError:
+        raise RequestError(
+            400, "validation", "the multipart Content-Type has no boundary"
+        ) from None
+    except ValueError as error:
+        raise RequestError(400, "validation", f"the multipart body is broken: {error}") from None
+    options = _options(fields, "field")
+    pictures = [file.stream.read() for _, file in files]
+    if not pictures:
+        raise RequestError(
+            400, "validation", "the multipart body has no file; send each picture as a file"
+        )
+    return pictures, options
+
+
+def _in_memory(*_: object, **__: object) -> IO[bytes]:
+    return io.BytesIO()  # the whole body is in memory already
+
+
+def _options(pairs: Any, kind: str) -> ImageOptions:
+    """Options from text fields, checked as those of a JSON body are."""
+    try:
+        return msgspec.convert(dict(pairs), ImageOptions, strict=False)
+    except msgspec.ValidationError as error:
+        raise RequestError(400, "validation", f"{kind}: {error}") from None

@@ -1,0 +1,121 @@
+"""bake_model.py on models that take pictures: as each module saves them, and what is refused."""
+
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from transformers.image_utils import SizeDict
+
+import bake_model
+import tiny_clip
+from engine.bundle import PARITY_FLOOR, Bundle, read
+from engine.openvino_backend import available_precisions
+
+
+def bake(folder: pathlib.Path, output: pathlib.Path, *more: str) -> Bundle:
+    options = bake_model._parser().parse_args([str(folder), "--output", str(output), *more])
+    return bake_model.bake(options)
+
+
+def siglip(folder: pathlib.Path) -> pathlib.Path:
+    torch.manual_seed(0)
+    words = tiny_clip.tokenizer()
+    both = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    both["num_hidden_layers"] = 2
+    text = {"vocab_size": len(words), "max_position_embeddings": 64, "projection_size": 64}
+    config = transformers.SiglipConfig(
+        text_config={**both, **text, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
+        vision_config={**both, "image_size": 64, "patch_size": 16},
+    )
+    plain = folder / "plain"
+    transformers.SiglipModel(config).save_pretrained(plain)
+    processor = transformers.SiglipImageProcessorPil(size={"height": 64, "width": 64})
+    transformers.SiglipProcessor(processor, words).save_pretrained(plain)
+    modules = [Transformer(str(plain)), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(
+        str(folder / "siglip"), create_model_card=False
+    )
+    return folder / "siglip"
+
+
+def certified(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert manifest.modalities == ["text", "image"]
+    assert manifest.parity.keys() == manifest.image_parity.keys() == set(available_precisions())
+    for precision in available_precisions():
+        assert manifest.parity[precision].minimum >= PARITY_FLOOR[precision]
+        assert manifest.image_parity[precision].minimum >= PARITY_FLOOR[precision]
+        assert manifest.image_parity[precision].cases >= 25
+    assert {"image.xml", "image.bin", "image-int8.xml", "preprocess.json"} <= manifest.files.keys()
+    bundle.verify()
+
+
+def test_the_legacy_clip_module(clip_models_dir: pathlib.Path, tiny_clip_folder: Any) -> None:
+    assert "CLIPModel" in (tiny_clip_folder / "modules.json").read_text()
+    bundle = read(clip_models_dir / "tiny-clip")
+    certified(bundle)
+    assert bundle.manifest.max_tokens == 77 and not bundle.manifest.normalized
+    preprocessing = bundle.preprocessing()
+    assert preprocessing.resize == 64 and preprocessing.crop == (64, 64)
+    assert preprocessing.resampling == "bicubic" and preprocessing.tokens == 17
+
+
+def test_clip_in_the_transformer_module(tmp_path: pathlib.Path) -> None:
+    folder = tiny_clip.save(tmp_path / "clip", trained=False, legacy=False, patch_size=8)
+    certified(bundle := bake(folder, tmp_path))
+    assert bundle.preprocessing().tokens == 65  # both towers are of one size here
+
+
+def test_siglip(tmp_path: pathlib.Path) -> None:
+    """Its text tower pools at the last position: the certificate is over texts in batches."""
+    certified(bundle := bake(siglip(tmp_path), tmp_path / "models"))
+    assert bundle.manifest.normalized and bundle.preprocessing().resize == (64, 64)
+
+
+def test_a_tower_that_gives_other_vectors_is_refused(
+    tmp_path: pathlib.Path, tiny_clip_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = bake_model.trace_images
+
+    def other(model: Any, preprocessing: Any) -> Any:
+        model[0].model.visual_projection.weight.data[0] *= -1
+        return traced(model, preprocessing)
+
+    monkeypatch.setattr(bake_model, "trace_images", other)
+    says = "at fp32 its pictures' vectors are not the model's own: smallest cosine"
+    with pytest.raises(bake_model.BakeError, match=says):
+        bake(tiny_clip_folder, tmp_path, "--precisions", "fp32")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("resample", 2, None),
+        ("size", {"longest_edge": 64}, "resizes by longest_edge"),
+        ("do_center_crop", False, "different shapes"),
+        ("do_normalize", False, "do_normalize"),
+    ],
+)
+def test_processors(
+    tiny_clip_folder: pathlib.Path, option: str, value: Any, says: str | None
+) -> None:
+    """What a processor does is followed, or refused by name; never passed over."""
+    model = SentenceTransformer(str(tiny_clip_folder), device="cpu")
+    processor = model[0].processor.image_processor
+
+    setattr(processor, option, SizeDict(**value) if option == "size" else value)
+    if says:
+        with pytest.raises(bake_model.BakeError, match=says):
+            bake_model.read_processor(model)
+        return
+    preprocessing = bake_model.read_processor(model)
+    pictures = bake_model.sample_pictures()
+    bake_model.check_processor(model, preprocessing, pictures)
+    setattr(processor, "image_mean", [0.9, 0.1, 0.1])
+    with pytest.raises(bake_model.BakeError, match="off by"):
+        bake_model.check_processor(model, preprocessing, pictures)
