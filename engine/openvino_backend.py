@@ -1,14 +1,21 @@
 """The OpenVINO engines: token ids or pixels in, embeddings out, on this machine's CPU."""
 
+import sys
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov  # type: ignore[import-untyped]
 
-from engine.bundle import IMAGE_GRAPH, TEXT_GRAPH, Bundle, Precision
-from engine.errors import PrecisionUnavailable
+# At its import OpenVINO would tell Google Analytics of it, from a process that it forks: no network
+# at run time, and such a child was seen to hang and to hold up a shutdown. Without this module
+# OpenVINO uses its own stub.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
+import openvino as ov  # type: ignore[import-untyped]  # noqa: E402
+
+from engine.bundle import IMAGE_GRAPH, TEXT_GRAPH, Bundle, Precision  # noqa: E402
+from engine.errors import PrecisionUnavailable  # noqa: E402
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

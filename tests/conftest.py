@@ -69,9 +69,7 @@ def service(models_dir: pathlib.Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def tiny_clip_folder(pytestconfig: pytest.Config) -> pathlib.Path:
-    """The trained tiny CLIP in SentenceTransformers' format, kept as long as its recipe is the
-    same.
-    """
+    """The trained tiny CLIP, kept between runs as long as its recipe is the same."""
     source = ROOT / "tests" / "tiny_clip.py"
     recipe = hashlib.sha256(source.read_bytes() + (ROOT / "requirements.txt").read_bytes())
     cache = pytestconfig.cache

@@ -145,7 +145,7 @@ def test_dimensions_in_json_query_and_field(clip_service: Server) -> None:
     bad = clip_service.post(path, files={"x": ("x", data)}, data={"size": "5"})
     refusal(bad, 400, "validation", "field", "`size`")
     fields = {"image": text(data), "model": "gpt"}
-    refusal(clip_service.post(path, fields), 404, "not_found", "tiny-clip")
+    refusal(clip_service.post(path, fields), 404, "model_not_found", "tiny-clip")
 
 
 def test_vectors_over_http_are_sentence_transformers_own(

@@ -206,7 +206,7 @@ def test_a_bad_request(client: Any, fields: dict[str, Any], param: str | None, s
 
 def test_a_picture_for_a_model_of_texts_is_not_tried_again(aliased: Server) -> None:
     with client_of(aliased, retries=2) as (client, sent):
-        with pytest.raises(openai.InternalServerError, match="not images") as info:
+        with pytest.raises(openai.InternalServerError, match="takes texts only") as info:
             client.embeddings.create(
                 model=NAME, input="data:image/png;base64,", extra_body={"modality": "image"}
             )

@@ -27,7 +27,7 @@ def test_every_curl_gets_a_good_answer(
     """Those for pictures from a service that takes them, with files of the names they use."""
     pictures = "/embeddings/image" in command
     service: Server = request.getfixturevalue("clip_service" if pictures else "service")
-    for name in re.findall(r"@([\w.-]+\.jpg)", command):
+    for name in set(re.findall(r"[\w-]+\.jpg", command)):
         tiny_clip.picture("red", "square", random.Random(1)).save(tmp_path / name)
     command = command.replace("localhost:5001", f"127.0.0.1:{service.port}").replace("abc123", KEY)
     command = command.replace("curl ", "curl --silent --show-error --fail-with-body ", 1)
