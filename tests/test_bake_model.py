@@ -155,7 +155,7 @@ def test_a_bundle_gives_the_models_own_vectors(name: str, tmp_path: pathlib.Path
     model = SentenceTransformer(str(folder), device="cpu")
     expected = model.encode(tiny.TEXTS)
     apart = cosines(expected[:, None], expected[None])[~np.eye(len(expected), dtype=bool)]
-    assert apart.max() < 0.99, "the texts' vectors are too alike to tell right from wrong"
+    assert apart.max() < 0.995, "the texts' vectors are too alike to tell right from wrong"
     with serving(bundle) as (embedder, engine):
         served = embed(embedder, tiny.TEXTS)
         lone = np.concatenate([embed(embedder, [text]) for text in tiny.TEXTS])
@@ -267,7 +267,7 @@ def test_prompts_are_kept_and_the_default_one_is_used(bert: pathlib.Path, baked:
             expected = model.encode(tiny.TEXTS, prompt_name=prompt)
             assert cosines(embed(embedder, tiny.TEXTS, prompt), expected).min() >= 0.9999
         without = embed(embedder, tiny.TEXTS, "document")
-        assert cosines(embed(embedder, tiny.TEXTS), without).max() < 0.99
+        assert cosines(embed(embedder, tiny.TEXTS), without).max() < 0.995
 
 
 def test_a_default_prompt_must_leave_room(bert: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -290,7 +290,7 @@ def check_window(folder: pathlib.Path, bundle: Bundle, window: int) -> None:
     with serving(bundle) as (embedder, _):
         (pieces,) = embedder.chunk([text])
         assert len(pieces) > 1 and max(piece.tokens for piece in pieces) <= window
-        (cut,) = embedder.embed([text], deadline=time.monotonic() + FAR, truncate=True)
+        (cut,) = embedder.embed([text], deadline=time.monotonic() + FAR, truncate="right")
     assert cut.tokens == window
     assert cosines(cut.vector, model.encode(text)) >= 0.9999
     # main.py compares the probe's vector: it must be one chunk's, as sentence-transformers' is.
@@ -315,6 +315,7 @@ def check_window(folder: pathlib.Path, bundle: Bundle, window: int) -> None:
         (tiny.bert, ["-1"], "a window of -1 tokens leaves no room for text"),
         (tiny.t5, [], "it states no window; give one with --max-tokens"),
     ],
+    ids=["bert", "roberta", "mpnet", "tiny", "none", "negative", "not-stated"],
 )
 def test_a_window_the_model_cannot_do_is_refused(
     make: Callable[[], tiny.Made], options: list[str], says: str, tmp_path: pathlib.Path
@@ -352,6 +353,7 @@ def test_the_sample_reaches_from_one_token_to_the_window(baked: Baked, window: i
         (tiny.Scaling, "at fp32 its vectors are not the model's own: their lengths are off by up"),
         (tiny.Broken, "sentence-transformers cannot embed with it: 'nothing of the kind'"),
     ],
+    ids=["raises", "no-conversion", "branches", "scales", "broken"],
 )
 def test_a_model_that_cannot_be_traced_is_refused(
     module: type[Module], says: str, tmp_path: pathlib.Path
@@ -416,6 +418,7 @@ def slow_tokenizer() -> tiny.Made:
             "its tokenizer (ByT5Tokenizer) has no form that the tokenizers library can run",
         ),
     ],
+    ids=["include-prompt", "no-pad-token", "chat-template", "slow-tokenizer"],
 )
 def test_what_serving_could_not_do_is_refused(
     options: dict[str, Any], says: str, tmp_path: pathlib.Path

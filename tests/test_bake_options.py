@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
 
 import bake_model
 import tiny_models
@@ -24,7 +25,9 @@ LONG = "the river rose after three days of rain " * 12
 def source(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A model with a prompt of its own that does not normalise, nor has values around 0."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    return tiny_models.save(folder, dense=True, normalize=False, prompts={"own": "learning: "})
+    heads = [Dense(tiny_models.WIDTH, 48)]
+    prompts = {"own": "learning: "}
+    return tiny_models.save(folder, heads=heads, normalize=False, prompts=prompts)
 
 
 def bake(source: pathlib.Path, *options: str) -> Bundle:

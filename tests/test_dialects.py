@@ -1,13 +1,19 @@
 """All dialects over one core: the same vectors, prompts, chunks."""
 
 import base64
+import io
+import os
+import pathlib
+import random
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 
+import tiny_clip
 from conftest import NAME, WIDE
-from servers import Server
+from servers import Server, serve
 
 TEXTS = {
     "short": "What is deep learning?",
@@ -38,6 +44,10 @@ def vector(service: Server, name: str, text: str, **more: Any) -> Any:
     return np.array(READ[name](response.json()))
 
 
+def unit(vectors: Any) -> Any:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("more", [{}, {"model": WIDE, "dimensions": 64, "prompt_name": "query"}])
 def test_vectors_agree(service: Server, text: str, more: dict[str, Any]) -> None:
@@ -59,6 +69,47 @@ def test_two_models_side_by_side(service: Server, sentence_transformer: Any) -> 
         for name in ASK:
             assert vector(service, name, "a cat", model=model) @ short >= 0.9999
     sentence_transformer.max_seq_length = own
+
+
+def test_a_model_of_texts_and_one_of_pictures_side_by_side(
+    models_dir: pathlib.Path,
+    clip_models_dir: pathlib.Path,
+    sentence_transformer: Any,
+    clip_transformer: Any,
+    tmp_path: pathlib.Path,
+) -> None:
+    for bundle in (models_dir / NAME, clip_models_dir / "tiny-clip"):
+        shutil.copytree(bundle, tmp_path / bundle.name, copy_function=os.symlink)
+    file = io.BytesIO()
+    drawn = tiny_clip.picture("red", "circle", random.Random(7))
+    drawn.save(file, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    with serve(tmp_path, PRECISION="fp32", EMBEDDING_MODEL=NAME) as server:
+        for name in ASK:
+            expected = sentence_transformer.encode("a red circle")
+            assert unit(vector(server, name, "a red circle")) @ expected >= 0.9999
+            expected = unit(clip_transformer.encode("a red circle"))
+            asked = vector(server, name, "a red circle", model="tiny-clip")
+            assert unit(asked) @ expected >= 0.9999
+        seen = unit(clip_transformer.encode(drawn))
+        answer = server.post("/embeddings/image", {"image": uri, "model": "tiny-clip"})
+        assert unit(np.array(answer.json()["embeddings"][0])) @ seen >= 0.9999
+        body = {"input": [uri, uri], "model": "tiny-clip", "modality": "image"}
+        answer = server.post("/v1/embeddings", body)
+        vectors = np.array([entry["embedding"] for entry in answer.json()["data"]])
+        assert (unit(vectors) @ seen).min() >= 0.9999
+        assert answer.json()["usage"]["total_tokens"] > 0
+        answer = server.post("/v1/embeddings", {**body, "input": [uri, "no picture"]})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "input"
+        assert answer.json()["error"]["message"].startswith("$.input[1]: ")
+        answer = server.post("/v1/embeddings", {**body, "prompt_name": "query"})
+        assert answer.status_code == 400 and "are for texts" in answer.json()["error"]["message"]
+        answer = server.post("/embeddings/image", {"image": uri})  # the default takes texts only
+        assert answer.status_code == 501
+        listed = {entry["id"]: entry for entry in server.client.get("/v1/models").json()["data"]}
+        assert listed[NAME]["modalities"] == ["text"] and listed[NAME]["dimensions"] == 384
+        assert listed["tiny-clip"]["modalities"] == ["text", "image"]
+        assert listed["tiny-clip"]["max_tokens"] == 77
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
