@@ -4,7 +4,7 @@ them), against a plain Flask + sentence-transformers service on the same cores.
     python tests/compare_image_speed.py FOLDER [rounds]
 
 Both services run all the time, and rounds alternate, so that what else the machine does hits both.
-Processor seconds a picture are stated too: a busy machine serves the one with more threads better.
+Processor seconds are stated too: a busy machine serves the one with more threads better.
 FOLDER keeps the model and its bundle. Run by hand; takes some minutes.
 """
 
@@ -14,17 +14,14 @@ import pathlib
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
-import numpy as np
 from PIL import Image
 
-from servers import ROOT, free_port, serve
+import benchmark_embeddings as benchmark
+from servers import KEY, ROOT, free_port, serve
 
-CONNECTIONS, PICTURES = 8, 96
-HEADERS = {"Content-Type": "image/jpeg"}
+CONNECTIONS, SECONDS = 8, 4.0
 
 
 def plain() -> Any:
@@ -58,29 +55,6 @@ def save_model(folder: pathlib.Path) -> None:
     tiny_clip.assemble(folder, model, words, tiny_clip.image_processor(224), legacy=True)
 
 
-def jpegs() -> list[bytes]:
-    random = np.random.default_rng(0)
-    files = []
-    for _ in range(16):
-        coarse = Image.fromarray(random.integers(0, 256, (60, 80, 3)).astype(np.uint8))
-        file = io.BytesIO()
-        coarse.resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
-        files.append(file.getvalue())
-    return files
-
-
-def rate(client: httpx.Client, files: list[bytes], count: int) -> float:
-    def send(number: int) -> None:
-        data = files[number % len(files)]
-        answer = client.post("/embeddings/image", content=data, headers=HEADERS)
-        assert answer.status_code == 200, answer.text
-
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        started = time.perf_counter()
-        list(pool.map(send, range(count)))
-        return count / (time.perf_counter() - started)
-
-
 def cpu_seconds(pid: int) -> float:
     """Of a process's children, gunicorn's workers."""
     children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -98,45 +72,40 @@ def main(folder: pathlib.Path, rounds: int) -> None:
     if not (folder / "models").exists():
         bake = [sys.executable, "bake_model.py", str(source), "--output", str(folder / "models")]
         subprocess.run(bake, cwd=ROOT, check=True)
-    files, port = jpegs(), free_port()
-    command = [sys.executable, "-m", "gunicorn", "--threads", str(CONNECTIONS)]
+    port = free_port()
+    command = [sys.executable, "-m", "gunicorn", "--no-control-socket"]
+    command += ["--threads", str(CONNECTIONS), "--bind", f"127.0.0.1:{port}"]
     other = subprocess.Popen(
-        [*command, "--bind", f"127.0.0.1:{port}", "compare_image_speed:plain()"],
+        [*command, "compare_image_speed:plain()"],
         cwd=ROOT / "tests",
         env={**os.environ, "PLAIN_MODEL": str(source)},
     )
+    os.environ["VECTOR_EMBEDDER_API_KEY"] = KEY
     precision = os.environ.get("PRECISION", "auto")
+    load, against = benchmark.image_load(), f"http://127.0.0.1:{port}"
     try:
-        with (
-            serve(folder / "models", PRECISION=precision) as server,
-            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
-        ):
-            while True:
+        with serve(folder / "models", PRECISION=precision) as server:
+            while True:  # torch takes its time to load
                 try:
-                    rate(client, files, 8)
+                    benchmark.run(against, load, 1, 0.5)
                     break
-                except httpx.TransportError:
+                except OSError:
                     time.sleep(0.5)
-            rate(server.client, files, 16)
-            ratios = []
-            for _ in range(rounds):
-                used = [cpu_seconds(other.pid), cpu_seconds(server.process.pid)]
-                theirs = rate(client, files, PICTURES // 3)
-                ours = rate(server.client, files, PICTURES)
-                ratios.append(ours / theirs)
-                cpu_theirs = (cpu_seconds(other.pid) - used[0]) / (PICTURES // 3)
-                cpu_ours = (cpu_seconds(server.process.pid) - used[1]) / PICTURES
-                print(
-                    f"here {ours:.1f}/s, plain {theirs:.1f}/s, {ratios[-1]:.2f} times; "
-                    f"processor time here {cpu_ours * 1e3:.0f} ms, plain {cpu_theirs * 1e3:.0f} ms "
-                    f"a picture, {cpu_theirs / cpu_ours:.2f} times",
-                    flush=True,
-                )
-            print(f"{precision}: median {np.median(ratios):.2f} times")
+            used = [cpu_seconds(server.process.pid), cpu_seconds(other.pid)]
+            sides = benchmark.measure(server.url, against, load, CONNECTIONS, SECONDS, rounds)
+            row = benchmark.summarise(precision, CONNECTIONS, *sides)
+            used = [
+                cpu_seconds(server.process.pid) - used[0],
+                cpu_seconds(other.pid) - used[1],
+            ]
+            for here, there in zip(*sides):
+                print(f"here {here.rate:.1f}/s, plain {there.rate:.1f}/s")
+            print(f"{precision}: median {row.ratio:.2f} times, {row.failed} failed")
+            print(f"processor time in all: here {used[0]:.1f} s, plain {used[1]:.1f} s")
     finally:
         other.terminate()
         other.wait()
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5)
+    main(pathlib.Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 5)
