@@ -8,9 +8,7 @@ its side. Here a request gets a thread when all of it has arrived, head and deco
 and a thread leaves behind what the client does not take at once.
 """
 
-import contextlib
 import io
-import re
 import resource
 import selectors
 import socket
@@ -21,8 +19,9 @@ from typing import Any
 
 from gunicorn import util
 from gunicorn.http import get_parser
-from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
+from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
+from api.connection import Connection, Socket
 from api.errors import RequestError, respond
 
 RECEIVE_TIMEOUT = 3  # seconds without a byte after which a half-sent request is given up
@@ -32,153 +31,7 @@ CLOSE_TIMEOUT = 2  # seconds a client gets to close its side
 # thread. They are taken before any key is looked at, so something else must bound them.
 HELD_BODIES = 4
 LIMIT_REQUEST_FIELDS, LIMIT_REQUEST_FIELD_SIZE = 64, 8190
-_MAX_HEAD = 65_536
-_MAX_CHUNK_LINE, _MAX_TRAILER = 4096, 8192
 _PIECE = 65_536
-# gunicorn's own parser sees the head afterwards and refuses whatever of it is not HTTP.
-_FRAMING = re.compile(
-    rb"\r\n(content-length|transfer-encoding|expect):([^\r\n]*)(?=\r\n)", re.IGNORECASE
-)
-_CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\r\n]*)?")
-
-
-class Socket(socket.socket):
-    """A client's socket that threads write to without ever waiting: what the client does not take
-    at once stays in `unsent`, for the event loop to send.
-    """
-
-    def __init__(self, accepted: socket.socket) -> None:
-        super().__init__(accepted.family, accepted.type, fileno=accepted.detach())
-        # Else the kernel takes megabytes, and a client that reads them slowly looks like one that
-        # does not read.
-        with contextlib.suppress(OSError):  # not every sandbox's kernel can
-            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 131_072)
-        self.unsent = bytearray()
-
-    def sendall(self, data: Any, flags: int = 0) -> None:
-        self.unsent += data
-        with contextlib.suppress(OSError):  # the event loop will meet it again
-            self.send_more()
-
-    def send_more(self) -> bool:
-        """Returns: whether the client has taken any."""
-        try:
-            del self.unsent[: self.send(self.unsent, socket.MSG_DONTWAIT)]
-        except BlockingIOError:
-            return False
-        return True
-
-
-class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
-    """A client's connection and what has arrived of its next request."""
-
-    sock: Socket
-
-    def __init__(self, worker: "Worker", sock: Socket, client: Any, server: Any) -> None:
-        super().__init__(worker.cfg, sock, client, server)
-        self._worker = worker
-        self.held = 0  # bytes that count for HELD_BODIES
-        self.received = bytearray()  # what is not yet sorted into head and body
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget the last request."""
-        self.head, self.body = b"", bytearray()
-        self.length = 0  # of the body; of a chunked one, what its chunks have announced so far
-        self.chunked = False
-        self._searched = 0  # how far `received` holds no end of the head
-
-    def complete(self, max_body: int) -> bool:
-        """Sort what was received into head and body.
-
-        Returns: whether nothing more is needed: the request is whole, or its `length` is over
-        `max_body`.
-        Raises: RequestError for broken framing; OSError when the client has gone.
-        """
-        if not self.head:
-            end = self.received.find(b"\r\n\r\n", self._searched)
-            if end < 0:
-                if len(self.received) > _MAX_HEAD:
-                    raise RequestError(
-                        431, "validation", f"request line and headers pass {_MAX_HEAD} bytes"
-                    )
-                self._searched = max(0, len(self.received) - 3)
-                return False
-            self.head = bytes(self.received[: end + 4])
-            del self.received[: end + 4]
-            self._begin_body(max_body)
-        if self.chunked:
-            return self.length > max_body or self._take_chunks(max_body)
-        if len(self.received) < self.length:
-            return self.length > max_body
-        self.body = self.received[: self.length]
-        del self.received[: self.length]
-        return True
-
-    def _begin_body(self, max_body: int) -> None:
-        fields = [
-            (name.lower(), value.strip(b" \t").lower())
-            for name, value in _FRAMING.findall(self.head)
-        ]
-        framing = [field for field in fields if field[0] != b"expect"]
-        if len(framing) > 1:
-            raise RequestError(400, "validation", "send one Content-Length or Transfer-Encoding")
-        for name, value in framing:
-            if name == b"transfer-encoding":
-                if value != b"chunked":
-                    raise RequestError(400, "validation", "Transfer-Encoding may only be chunked")
-                self.chunked = True
-            elif not value.isdigit() or len(value) > 18:
-                raise RequestError(400, "validation", "Content-Length is not a number of bytes")
-            else:
-                self.length = int(value)
-        if (
-            (b"expect", b"100-continue") in fields
-            and self.head.partition(b"\r\n")[0].endswith(b"HTTP/1.1")
-            and not self.received
-            and (self.chunked or 0 < self.length <= max_body)
-        ):
-            self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _take_chunks(self, max_body: int) -> bool:
-        """Move whole chunks into `body`; True at the last one, or when they pass `max_body`."""
-        received, at = self.received, 0
-        try:
-            while True:
-                line_end = received.find(b"\r\n", at, at + _MAX_CHUNK_LINE)
-                if line_end < 0 and len(received) - at < _MAX_CHUNK_LINE:
-                    return False
-                line = _CHUNK_LINE.fullmatch(received, at, line_end) if line_end >= 0 else None
-                if line is None:
-                    raise RequestError(400, "validation", "a chunk does not begin with its size")
-                size = int(line[1], 16)
-                self.length = len(self.body) + size
-                if self.length > max_body:
-                    return True
-                if not size:
-                    end = received.find(b"\r\n\r\n", line_end, line_end + _MAX_TRAILER)
-                    if end < 0 and len(received) - line_end < _MAX_TRAILER:
-                        return False
-                    # Whoever takes a bare LF for a line end sees other requests than we do.
-                    if end < 0 or b"\n" in received[line_end:end].replace(b"\r\n", b""):
-                        raise RequestError(400, "validation", "the chunks' trailer is broken")
-                    at = end + 4
-                    return True
-                start, end = line_end + 2, line_end + 2 + size
-                if received[end : end + 2] != b"\r\n"[: max(0, len(received) - end)]:
-                    raise RequestError(400, "validation", "a chunk is longer than its size says")
-                if len(received) < end + 2:
-                    return False
-                self.body += received[start:end]
-                at = end + 2
-        finally:
-            del received[:at]
-
-    def close(self, graceful: bool = False) -> None:
-        if graceful:
-            self._worker.close_later(self.sock)
-        else:
-            util.close(self.sock)
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -210,7 +63,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         except OSError:
             return  # another worker was faster, or the client has gone, or no file can be opened
         self.nr_conns += 1
-        conn = Connection(self, Socket(accepted), client, listener.getsockname())
+        conn = Connection(
+            self.cfg, Socket(accepted), client, listener.getsockname(), self.close_later
+        )
         # Front ends open connections ahead of need: until its first byte a new one counts as kept
         # alive.
         self._waiting[conn] = time.monotonic() + self.cfg.keepalive
