@@ -124,12 +124,11 @@ class OpenVINOTextEngine:
         pad_id: int,
         pad_left: bool,
         streams: int,
-        name: str = "",
     ) -> None:
         """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
         runs.
         """
-        self.name = name or bundle.manifest.name
+        self.name = bundle.manifest.name
         self.precision = precision
         self.dimensions = bundle.manifest.dimensions
         self._pad_id, self._pad_left = pad_id, pad_left
