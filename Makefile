@@ -7,7 +7,10 @@ NAME ?= $(notdir $(patsubst %/,%,$(MODEL)))
 BAKE_OPTIONS ?=
 MODELS_DIR ?= models
 bin = $(VENV)/bin
-sources = *.py api engine tests
+validators = $(VENV)/validators/bin
+sources = *.py api engine tests deploy
+find = find . -not -path './.*/*' -not -path './models/*' -type f
+yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}}}
 
 .PHONY: run bake test lint format clean
 
@@ -33,10 +36,20 @@ endef
 test: lint
 	$(bin)/python -m pytest --cov
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test $(VENV)/.validators
 	$(bin)/flake8 $(sources)
 	$(bin)/black --check --quiet $(sources) || { echo "run 'make format'"; exit 1; }
 	$(bin)/mypy
+	$(validators)/yamllint --strict -d '$(yaml_rules)' .github deploy $(wildcard *.yaml)
+	$(find) -name 'Dockerfile*' -exec $(validators)/hadolint {} +
+	$(find) -name 'compose*.yaml' -exec \
+	  $(validators)/check-jsonschema --quiet --builtin-schema vendor.compose-spec {} +
+	$(validators)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*
+	$(validators)/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(validators)/zizmor --offline --quiet --strict-collection .github
+	$(validators)/kubernetes-validate --strict --quiet -k 1.30 deploy/kubernetes.yaml
+	$(validators)/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
+	$(validators)/python deploy/validate.py
 
 format: $(VENV)/.test
 	$(bin)/black --quiet $(sources)
@@ -50,6 +63,11 @@ $(VENV)/.test: requirements-dev.txt requirements.txt requirements-serve.txt
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/pip install --quiet -r requirements-dev.txt
 	touch $@ $(VENV)/.run
+
+$(VENV)/.validators: requirements-lint.txt
+	$(PYTHON) -m venv $(VENV)/validators
+	$(validators)/pip install --quiet --no-compile -r requirements-lint.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) models .pytest_cache .mypy_cache .coverage* htmlcov
