@@ -10,7 +10,7 @@ bin = $(VENV)/bin
 validators = $(VENV)/validators/bin
 sources = *.py api engine tests deploy
 find = find . -not -path './.*/*' -not -path './models/*' -type f
-yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}}}
+yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}, comments: {min-spaces-from-content: 1}}}
 
 .PHONY: run bake test lint format clean
 
