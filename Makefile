@@ -7,10 +7,7 @@ NAME ?= $(notdir $(patsubst %/,%,$(MODEL)))
 BAKE_OPTIONS ?=
 MODELS_DIR ?= models
 bin = $(VENV)/bin
-validators = $(VENV)/validators/bin
-sources = *.py api engine tests deploy
-find = find . -not -path './.*/*' -not -path './models/*' -type f
-yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}, comments: {min-spaces-from-content: 1}}}
+sources = *.py api engine tests
 
 .PHONY: run bake test lint format clean
 
@@ -32,6 +29,11 @@ if [ "$(MODEL)" = all-MiniLM-L6-v2 ]; then \
 	else set -- "$(MODEL)"; fi; \
 	$(bin)/python bake_model.py "$$@" --name "$(NAME)" --output "$(MODELS_DIR)" $(BAKE_OPTIONS)
 endef
+
+sources += deploy
+validators = $(VENV)/validators/bin
+find = find . -not -path './.*/*' -not -path './models/*' -type f
+yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}, comments: {min-spaces-from-content: 1}}}
 
 test: lint
 	$(bin)/python -m pytest --cov

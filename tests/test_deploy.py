@@ -141,9 +141,6 @@ def test_kubernetes_manifests_name_each_other() -> None:
     assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
     ports = {port["name"] for port in CONTAINERS["kubernetes"]["ports"]}
     assert {port["targetPort"] for port in KUBERNETES["Service"]["spec"]["ports"]} <= ports
-    assert {mount["name"] for mount in CONTAINERS["kubernetes"]["volumeMounts"]} == {
-        volume["name"] for volume in POD["volumes"]
-    }
     reference = CONTAINERS["kubernetes"]["env"][0]["valueFrom"]["secretKeyRef"]
     assert f"create secret generic {reference['name']} " in README
     assert f"--from-literal={reference['key']}=" in README
