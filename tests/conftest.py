@@ -40,8 +40,10 @@ def bundle_cache(pytestconfig: pytest.Config) -> pathlib.Path:
         ROOT / "embeddings.py",
         ROOT / "image_embeddings.py",
         *sorted((ROOT / "engine").glob("*.py")),
+        ROOT / "requirements.txt",
+        ROOT / "requirements-serve.txt",
     ]
-    for path in [*sources, *sorted(ROOT.glob("requirements*.txt"))]:
+    for path in sources:
         recipe.update(path.read_bytes())
     cache = pytestconfig.cache
     assert cache is not None
