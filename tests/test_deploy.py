@@ -79,7 +79,7 @@ def test_no_key_is_written_down() -> None:
     assert BASETEN["environment_variables"]["VECTOR_EMBEDDER_API_KEY_FILE"] == f"/secrets/{secret}"
 
 
-def test_no_platform_sends_so_much_that_probes_find_no_thread() -> None:
+def test_no_platform_sends_more_than_there_are_threads() -> None:
     assert REVISION["containerConcurrency"] < DEFAULTS.request_threads
     assert BASETEN["runtime"]["predict_concurrency"] < DEFAULTS.request_threads
 
