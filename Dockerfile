@@ -1,0 +1,73 @@
+# The service with one model inside; it runs without a network.
+#   docker build -t vector-embedder --build-arg EMBEDDING_MODEL=intfloat/e5-base-v2 .
+# `bake` makes the bundle, with torch, on the machine that builds whatever it builds for: a bundle is
+# the same for every CPU. `packages` is what serving needs. The last stage has both, and the code.
+
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+# A folder with a model takes this stage's place:
+#   docker build --build-context model=./my-model --build-arg EMBEDDING_MODEL=/model \
+#     --build-arg MODEL_NAME=my-model .
+FROM scratch AS model
+COPY LICENSE /
+
+FROM --platform=$BUILDPLATFORM ${PYTHON_IMAGE} AS bake
+WORKDIR /app
+# PyPI's own torch brings gigabytes of CUDA libraries. Set to nothing, pip's own settings decide.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+COPY requirements.txt requirements-serve.txt ./
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -r requirements.txt
+COPY bake_model.py embeddings.py image_embeddings.py ./
+COPY engine engine
+ARG EMBEDDING_MODEL=multi-qa-MiniLM-L6-cos-v1
+ARG MODEL_REVISION
+ARG MODEL_NAME
+# hadolint ignore=DL3064
+ARG TOKENIZER_MODEL
+ARG BAKE_OPTIONS
+# For a gated model: --secret id=hf_token,src=FILE
+RUN --mount=type=bind,from=model,target=/model \
+    --mount=type=secret,id=hf_token,target=/root/.cache/huggingface/token \
+    eval "set -- ${BAKE_OPTIONS}" \
+    && python bake_model.py "${EMBEDDING_MODEL}" --output models \
+        ${MODEL_REVISION:+--revision "${MODEL_REVISION}"} \
+        ${MODEL_NAME:+--name "${MODEL_NAME}"} \
+        ${TOKENIZER_MODEL:+--tokenizer "${TOKENIZER_MODEL}"} \
+        "$@"
+
+FROM ${PYTHON_IMAGE} AS packages
+WORKDIR /opt/venv/lib/python3.11/site-packages
+COPY requirements-serve.txt /
+# Serving reads OpenVINO's own format on the CPU: the plugins and readers of everything else go
+# (80 MB), and so does what `tokenizers` downloads with (22 MB).
+RUN python -m venv --without-pip /opt/venv \
+    && pip --python /opt/venv/bin/python install --no-cache-dir --no-compile -r /requirements-serve.txt \
+    && pip --python /opt/venv/bin/python uninstall --yes \
+        anyio filelock fsspec h11 hf-xet httpcore2 httpx2 huggingface-hub idna openvino-telemetry \
+        pyyaml tqdm truststore \
+    && find openvino/libs -name 'libopenvino_*' ! -name '*_cpu_plugin.so' ! -name '*_ir_*' -delete \
+    && rm -rf openvino/libs/cache.json openvino/cmake openvino/include openvino/tools openvino/torch \
+    && find . -type d -name tests -prune -exec rm -rf {} + \
+    && python -m compileall -q --invalidation-mode unchecked-hash .
+
+FROM ${PYTHON_IMAGE}
+LABEL org.opencontainers.image.title="vector-embedder-microservice" \
+      org.opencontainers.image.description="Turns texts and pictures into vectors over HTTP, with the model inside" \
+      org.opencontainers.image.licenses="MIT"
+# Nobody may write bytecode at run time, and the base image has none: without it every start
+# compiles what it imports.
+RUN pip uninstall --yes --root-user-action=ignore wheel setuptools pip \
+    && python -m compileall -q --invalidation-mode unchecked-hash -x 'test|idlelib|lib2to3' /usr/local/lib/python3.11
+COPY --from=packages /opt/venv /opt/venv
+WORKDIR /app
+COPY --from=bake /app/models models
+COPY main.py settings.py gunicorn.conf.py embeddings.py image_embeddings.py benchmark_embeddings.py ./
+COPY engine engine
+COPY api api
+RUN python -m compileall -q --invalidation-mode unchecked-hash .
+ENV PATH=/opt/venv/bin:$PATH
+USER 10001:10001
+EXPOSE 5001
+HEALTHCHECK --interval=10s --timeout=5s --start-period=240s \
+    CMD ["python", "-ISc", "import os, socket; s = socket.create_connection(('127.0.0.1', int(os.environ.get('PORT') or 5001)), 4); s.sendall(b'GET /health/ready HTTP/1.0\\r\\n\\r\\n'); raise SystemExit(b' 200 ' not in s.recv(64))"]
+CMD ["gunicorn", "main:app"]
