@@ -36,28 +36,31 @@ RUN --mount=type=bind,from=model,target=/model \
         "$@"
 
 FROM ${PYTHON_IMAGE} AS packages
-WORKDIR /opt/venv/lib/python3.11/site-packages
-COPY requirements-serve.txt /
+WORKDIR /opt
+COPY requirements-serve.txt ./
 # Serving reads OpenVINO's own format on the CPU: the plugins and readers of everything else go
-# (80 MB), and so does what `tokenizers` downloads with (22 MB).
-RUN python -m venv --without-pip /opt/venv \
-    && pip --python /opt/venv/bin/python install --no-cache-dir --no-compile -r /requirements-serve.txt \
-    && pip --python /opt/venv/bin/python uninstall --yes \
+# (80 MB), and so does what `tokenizers` would download with (22 MB).
+RUN python -m venv --without-pip venv \
+    && pip --python venv/bin/python install --no-cache-dir --no-compile -r requirements-serve.txt \
+    && pip --python venv/bin/python uninstall --yes \
         anyio filelock fsspec h11 hf-xet httpcore2 httpx2 huggingface-hub idna openvino-telemetry \
         pyyaml tqdm truststore \
-    && find openvino/libs -name 'libopenvino_*' ! -name '*_cpu_plugin.so' ! -name '*_ir_*' -delete \
-    && rm -rf openvino/libs/cache.json openvino/cmake openvino/include openvino/tools openvino/torch \
-    && find . -type d -name tests -prune -exec rm -rf {} + \
-    && python -m compileall -q --invalidation-mode unchecked-hash .
+    && openvino="$(echo venv/lib/python3.*/site-packages/openvino)" \
+    && find "${openvino}/libs" -name 'libopenvino_*' ! -name '*_cpu_plugin.so' ! -name '*_ir_*' -delete \
+    && rm -rf "${openvino}/libs/cache.json" "${openvino}/cmake" "${openvino}/include" \
+        "${openvino}/tools" "${openvino}/torch" \
+    && find venv -type d -name tests -prune -exec rm -rf {} + \
+    && python -m compileall -q --invalidation-mode unchecked-hash venv
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="vector-embedder-microservice" \
       org.opencontainers.image.description="Turns texts and pictures into vectors over HTTP, with the model inside" \
       org.opencontainers.image.licenses="MIT"
-# Nobody may write bytecode at run time, and the base image has none: without it every start
-# compiles what it imports.
+# Bytecode cannot be written at run time, and the base image comes without: ready after 0.8 s with
+# this and the packages', 1.6 s with neither.
 RUN pip uninstall --yes --root-user-action=ignore wheel setuptools pip \
-    && python -m compileall -q --invalidation-mode unchecked-hash -x 'test|idlelib|lib2to3' /usr/local/lib/python3.11
+    && python -m compileall -q --invalidation-mode unchecked-hash \
+        -x 'test|idlelib|lib2to3' /usr/local/lib/python3.*
 COPY --from=packages /opt/venv /opt/venv
 WORKDIR /app
 COPY --from=bake /app/models models
