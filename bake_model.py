@@ -4,7 +4,8 @@ vectors, write the folder.
     python bake_model.py MODEL [--name NAME] [--output models] …
 
 MODEL is a name on the Hugging Face hub (multi-qa-MiniLM-L6-cos-v1, intfloat/e5-base-v2) or a
-folder; all-MiniLM-L6-v2 comes with requirements.txt and needs no hub. Runs at image build; serving needs nothing of what this imports.
+folder; all-MiniLM-L6-v2 comes with requirements.txt and needs no hub. Runs at image build; serving
+needs nothing of what this imports.
 """
 
 import argparse
