@@ -12,8 +12,9 @@ import numpy as np
 from flask import Flask
 
 import settings as configuration
-from api import auth, docs, errors, health, images, native, openai, tei
+from api import auth, docs, errors, health, images, logs, metrics, native, openai, tei
 from api.service import Embedders, Service
+from api.watch import Watch
 from embeddings import Float32, TextEmbedder, TextLimits, load_tokenizer
 from engine.batching import Batcher
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
@@ -45,11 +46,7 @@ def create_app(
     Raises: SettingsError, BundleError.
     """
     settings = settings or configuration.load(os.environ)
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
+    logs.configure(settings.log_format, settings.log_level, settings.api_keys)
     models: Models[Embedders] = Models(
         discover(pathlib.Path(settings.models_dir)),
         settings.embedding_model or None,
@@ -61,6 +58,7 @@ def create_app(
         max_queue_tokens=settings.max_queue_tokens,
         threads=settings.inference_threads,
     )
+    counted = metrics.Metrics(models, batcher)
     batcher.start()
 
     def load_model(bundle: Bundle) -> Embedders:
@@ -71,6 +69,7 @@ def create_app(
     def load() -> None:
         try:
             models.load(load_model)
+            log.info("serving %s", _describe(settings, models))
         except Exception as error:
             if not isinstance(error, EmbedderError):
                 log.error("unexpected error while loading", exc_info=error)
@@ -96,7 +95,30 @@ def create_app(
     }
     app.register_blueprint(tei.blueprint(service, limits))
     app.register_blueprint(docs.blueprint(OPEN_PATHS))
+    app.register_blueprint(metrics.blueprint(counted))
+    counted.add_routes(app.url_map)
+    requests = logs.RequestLog(settings.log_format, settings.log_level, settings.api_keys)
+    app.extensions["watch"] = watch = Watch(app.wsgi_app, counted, requests)
+    app.wsgi_app = watch  # type: ignore[method-assign]  # as Flask's documentation has it
     return app
+
+
+def _describe(settings: Settings, models: Models[Embedders]) -> str:
+    """The models and the limits, in one line, for the log."""
+    served = ", ".join(
+        f"{name} ({models.get(name, 0).texts.precision}, {bundle.manifest.dimensions} dimensions, "
+        f"{' and '.join(bundle.manifest.modalities)})"
+        for name, bundle in models.bundles.items()
+    )
+    return (
+        f"{served}; default {models.default}; {settings.web_concurrency} workers, in each "
+        f"{settings.inference_threads} inference threads and {settings.request_threads} requests "
+        f"at a time; engine calls of up to {settings.max_batch_size} chunks and "
+        f"{settings.max_batch_tokens} tokens; requests of up to {settings.max_texts_per_batch} "
+        f"texts, {settings.max_images_per_batch} pictures, {settings.max_request_tokens} tokens "
+        f"and {settings.max_body_size} bytes; a queue of {settings.max_queue_tokens} tokens; "
+        f"{settings.request_timeout:g} s a request"
+    )
 
 
 def load_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> TextEmbedder:

@@ -137,6 +137,13 @@ class Settings:
         "debug, info, warning or error",
         choices=("debug", "info", "warning", "error"),
     )
+    log_format: str = _option(
+        "LOG_FORMAT",
+        "",
+        "text or json (with Cloud Logging's names)",
+        choices=("text", "json"),
+        by="json on Cloud Run, else text",
+    )
 
     @property
     def api_keys(self) -> tuple[str, ...]:
@@ -202,9 +209,15 @@ def load(environ: Mapping[str, str]) -> Settings:
             f"MAX_QUEUE_TOKENS={settings.max_queue_tokens}: such a request could never be queued"
         )
     if not settings.inference_threads:
-        threads = max(1, -(-available_cores() // settings.web_concurrency))
-        settings = Settings(**values, inference_threads=threads)
-    return settings
+        values["inference_threads"] = max(1, -(-available_cores() // settings.web_concurrency))
+    values["log_format"] = settings.log_format or log_format(environ)
+    return Settings(**values)
+
+
+def log_format(environ: Mapping[str, str]) -> str:
+    """LOG_FORMAT, for what must be said before the configuration is known to be right."""
+    default = "json" if "K_SERVICE" in environ else "text"
+    return environ.get("LOG_FORMAT", "").strip().lower() or default
 
 
 def _parse(option: "Field[Any]", raw: str) -> Any:

@@ -27,6 +27,8 @@ class Socket(socket.socket):
     at once stays in `unsent`, for the event loop to send.
     """
 
+    arrived = 0.0  # when the last request had arrived in full, on the clock of `time.perf_counter`
+
     def __init__(self, accepted: socket.socket) -> None:
         super().__init__(accepted.family, accepted.type, fileno=accepted.detach())
         # Else the kernel takes megabytes, and a client that reads them slowly looks like one that
@@ -75,6 +77,22 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self.length = 0  # of the body; of a chunked one, what its chunks have announced so far
         self.chunked = False
         self._searched = 0  # how far `received` holds no end of the head
+
+    def environ(self) -> dict[str, Any]:
+        """As much of WSGI's environ as has arrived, for a request that no application sees."""
+        head = (self.head or self.received).decode("latin-1").rpartition("\r\n")[0]
+        line, *fields = head.split("\r\n")
+        environ = {"REMOTE_ADDR": self.client[0]}
+        method, _, rest = line.partition(" ")
+        target, _, environ["SERVER_PROTOCOL"] = rest.partition(" ")
+        if target.startswith("/"):
+            environ["REQUEST_METHOD"] = method
+            environ["PATH_INFO"] = util.unquote_to_wsgi_str(target.partition("?")[0])
+        for field in fields:
+            name, _, value = field.partition(":")
+            environ["HTTP_" + name.upper().replace("-", "_")] = value.strip()
+        environ["CONTENT_LENGTH"] = str(self.length)
+        return environ
 
     def complete(self, max_body: int) -> bool:
         """Sort what was received into head and body.

@@ -50,10 +50,10 @@ def document(app: Flask, open_paths: Collection[str]) -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(bodies, ref_template=_REF)
     paths: dict[str, Any] = {}
 
-    def content(kind: Any) -> dict[str, Any]:
+    def content(kind: Any, form: str = "application/json") -> dict[str, Any]:
         (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
         schemas.update(components)
-        return {"application/json": {"schema": schema}}
+        return {form: {"schema": schema}}
 
     for path, method, made, name, summary in routes:
         answers: dict[int, Any] = {200: made.answer, 500: None, **made.further}
@@ -70,7 +70,11 @@ def document(app: Flask, open_paths: Collection[str]) -> dict[str, Any]:
             "responses": {
                 str(status): {
                     "description": http.HTTPStatus(status).phrase,
-                    "content": content(dialect(path)[1] if kind is None else kind),
+                    "content": (
+                        content(dialect(path)[1])
+                        if kind is None
+                        else content(kind, made.produces if status == 200 else "application/json")
+                    ),
                 }
                 for status, kind in sorted(answers.items())
             },

@@ -86,6 +86,7 @@ class Operation:
     bodies: tuple[type, ...]
     further: Mapping[int, Any] = field(default_factory=dict)  # status: type; None for an error
     media: Mapping[str, Any] = field(default_factory=dict)  # schemas of bodies that are no JSON
+    produces: str = "application/json"  # the content type of a 200
 
 
 def endpoint(
@@ -95,6 +96,7 @@ def endpoint(
     read: Callable[[], object] | None = None,
     media: Mapping[str, Any] | None = None,
     further: Mapping[int, Any] | None = None,
+    produces: str = "application/json",
 ) -> Callable[[Callable[..., object]], Callable[..., Response]]:
     """Make a route of a function: its body is decoded as what it is documented to be.
 
@@ -107,6 +109,7 @@ def endpoint(
         media: the JSON Schemas of such bodies, by content type.
         further: statuses that other routes of this kind do not answer, each with its type; None for
             an error in the dialect's form.
+        produces: content type of the answer, where the function returns a Response with another.
     """
 
     def decorate(view: Callable[..., object]) -> Callable[..., Response]:
@@ -120,7 +123,7 @@ def endpoint(
             result = view(*sent, **arguments)
             return result if isinstance(result, Response) else json_response(result)
 
-        operation = Operation(answer, bodies, further or {}, media or {})
+        operation = Operation(answer, bodies, further or {}, media or {}, produces)
         run.operation = operation  # type: ignore[attr-defined]
         return run
 

@@ -15,14 +15,17 @@ import socket
 import time
 from collections.abc import Mapping
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from gunicorn import util
-from gunicorn.http import get_parser
+from gunicorn.http import errors, get_parser
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
 from api.connection import Connection, Socket
 from api.errors import RequestError, respond
+from api.logs import request_id
+from api.watch import Watch
 
 RECEIVE_TIMEOUT = 3  # seconds without a byte after which a half-sent request is given up
 SEND_TIMEOUT = 5  # seconds after which a client that takes no more of its answer is given up
@@ -32,6 +35,18 @@ CLOSE_TIMEOUT = 2  # seconds a client gets to close its side
 HELD_BODIES = 4
 LIMIT_REQUEST_FIELDS, LIMIT_REQUEST_FIELD_SIZE = 64, 8190
 _PIECE = 65_536
+# What gunicorn answers to what its parser refuses; all else is 500.
+_FAULTS: dict[type, int] = {
+    errors.ParseException: 400,
+    errors.ForbiddenProxyRequest: 403,
+    errors.LimitRequestLine: 414,
+    errors.ExpectationFailed: 417,
+    errors.LimitRequestHeaders: 431,
+    errors.ConfigurationProblem: 500,
+    errors.InvalidResponseHeader: 500,
+    errors.InvalidResponseHeaderName: 500,
+    errors.UnsupportedTransferCoding: 501,
+}
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -111,6 +126,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         else:
             if complete:
                 self._forget(conn)
+                conn.sock.arrived = time.perf_counter()
                 conn.initialized = True
                 conn.parser = get_parser(self.cfg, [conn.head], conn.client)
                 self.enqueue_req(conn)
@@ -172,15 +188,39 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self, conn: Connection, error: RequestError, headers: Mapping[str, str] | None = None
     ) -> None:
         """Answer in place of the application, which never sees the request."""
+        environ = conn.environ()
         self._forget(conn)
         self._release(conn)
-        _, _, target = conn.head.decode("latin-1").partition(" ")
-        path = target.partition(" ")[0]
+        path = environ.get("PATH_INFO", "")
         response = respond(error.status, error.error_type, str(error), headers, path)
+        response.headers["X-Request-Id"] = request_id(environ)
         head = f"HTTP/1.1 {response.status}\r\nConnection: close\r\n{response.headers}"
         conn.sock.sendall(head.encode() + response.data)
         self.nr_conns -= 1
         conn.close(graceful=True)
+        self._watch.refused(environ, error.status, len(response.data), error.error_type)
+
+    def handle_error(self, req: Any, client: Socket, addr: Any, exc: Exception) -> None:
+        """Answer what gunicorn's parser refuses, in gunicorn's form. The log gets the kind of fault
+        and not, as gunicorn's would, what was sent: it may hold a key.
+        """
+        status = next((_FAULTS[kind] for kind in type(exc).__mro__ if kind in _FAULTS), 500)
+        fault = "" if status == 500 else str(exc)
+        util.write_error(client, status, HTTPStatus(status).phrase, fault)
+        if status == 500:  # the application has been counted already
+            self.log.error("error around the application", exc_info=exc)
+        else:
+            self._watch.refused({"REMOTE_ADDR": addr[0]}, status, len(fault), type(exc).__name__)
+
+    @property
+    def _watch(self) -> Watch:
+        watch: Watch = self.wsgi.extensions["watch"]
+        return watch
+
+    def notify(self) -> None:
+        """Called once a turn of the event loop, at least each second."""
+        super().notify()
+        self._watch.metrics.sample()
 
     def murder_pending(self) -> None:
         """Give up on clients that wait too long, or do not close, or are too many. Called once a

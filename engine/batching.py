@@ -44,6 +44,7 @@ class Engine(Protocol):
     """Anything that turns a list of arrays into one vector each; called from several threads."""
 
     name: str
+    modality: str
     dimensions: int
 
     @property
@@ -62,6 +63,7 @@ class Job:
     rows: list[int]  # inputs[i] belongs to vectors[rows[i]]
     vectors: Float32
     deadline: float
+    submitted: float = 0.0  # on the batcher's clock, as `deadline`
     tag: float = 0.0
     running: int = 0
     error: EmbedderError | None = None
@@ -118,6 +120,16 @@ class Batcher:
         self._share_clock = 0.0
         self._closed = False
         self._served_tokens, self._busy_seconds = 0, 0.0
+        # Told of every engine call when it has ended: the batch, its seconds, whether it failed.
+        self.observe: Callable[[Batch, float, bool], None] = lambda *_: None
+
+    @property
+    def waiting_jobs(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._waiting_tokens
 
     # -- the first verb
     # ------------------------------------------------------------------------------------------
@@ -144,6 +156,7 @@ class Batcher:
             order,
             np.empty((len(inputs), engine.dimensions), np.float32),
             deadline,
+            self._now(),
         )
         if not order:
             return job.vectors
@@ -240,6 +253,7 @@ class Batcher:
                 job.vectors[row] = vectors[number]
                 if not job.running and not job.costs:
                     job.done.set()
+        self.observe(batch, seconds, vectors is None)
 
     def _end(self, job: Job, error: EmbedderError) -> None:
         """Fail a job: what of it still waits leaves the queue, what is running is computed and
@@ -278,7 +292,8 @@ class Batcher:
                     vectors = batch.engine.run(batch.inputs)
                 except Exception:
                     log.exception(
-                        "engine %s failed on a batch of %d inputs",
+                        "%s engine %s failed on a batch of %d inputs",
+                        batch.engine.modality,
                         batch.engine.name,
                         len(batch.entries),
                     )

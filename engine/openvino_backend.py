@@ -128,7 +128,7 @@ class OpenVINOTextEngine:
         """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
         runs.
         """
-        self.name = bundle.manifest.name
+        self.name, self.modality = bundle.manifest.name, "text"
         self.precision = precision
         self.dimensions = bundle.manifest.dimensions
         self._pad_id, self._pad_left = pad_id, pad_left
@@ -161,7 +161,7 @@ class OpenVINOImageEngine:
         """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
         runs; BundleError.
         """
-        self.name = f"{bundle.manifest.name} (pictures)"
+        self.name, self.modality = bundle.manifest.name, "image"
         self.precision = precision
         self.dimensions = bundle.manifest.dimensions
         self.preprocessing = bundle.preprocessing()

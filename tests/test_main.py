@@ -205,8 +205,8 @@ def test_a_warning_for_the_default_key_and_for_a_tokenizer_at_run_time(
     models_dir: pathlib.Path,
 ) -> None:
     with serve(models_dir, VECTOR_EMBEDDER_API_KEY="abc123", TOKENIZER_MODEL="x") as server:
-        assert "WARNING: VECTOR_EMBEDDER_API_KEY is the default" in server.log
-        assert "WARNING: TOKENIZER_MODEL is ignored" in server.log
+        assert "WARNING start: VECTOR_EMBEDDER_API_KEY is the default" in server.log
+        assert "WARNING start: TOKENIZER_MODEL is ignored" in server.log
         answer = server.post("/embeddings", {"text": "x"}, headers={"X-API-Key": "abc123"})
         assert answer.status_code == 200
 

@@ -1,0 +1,276 @@
+"""Logs: one line a request and one a record, as plain text or as JSON with Cloud Logging's names.
+Nothing that a client sent in a body, a query or a key gets into them.
+"""
+
+import datetime
+import logging
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import orjson
+from flask import has_request_context, request
+from gunicorn.glogging import Logger
+
+# https://cloud.google.com/logging/docs/structured-logging#special-payload-fields
+_TRACE, _SPAN = "logging.googleapis.com/trace", "logging.googleapis.com/spanId"
+_SAMPLED = "logging.googleapis.com/trace_sampled"
+_UTC = datetime.UTC
+# A line of a pipe arrives whole, whoever else writes, up to 4096 bytes (PIPE_BUF).
+_MAX_PATH, _MAX_AGENT = 512, 256
+_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# W3C Trace Context: version-trace-parent-flags. Google's own: trace/span;o=flag, the span decimal.
+_TRACEPARENT = re.compile(
+    r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
+)
+_CLOUD_TRACE = re.compile(r"([0-9a-f]{32})(?:/(\d{1,20}))?(?:;o=(\d))?")
+_ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}")
+_REQUEST_ID = "embedder.request_id"  # in a WSGI environ
+
+
+def escape(text: str) -> str:
+    r"""`text` with its control characters written as `\x0a`: it stays one line, and harmless."""
+    if text.isprintable():
+        return text
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def request_id(environ: dict[str, Any]) -> str:
+    """The request's X-Request-Id where it is a sane one, else one of its own: 32 hex digits."""
+    known: str | None = environ.get(_REQUEST_ID)
+    if known is None:
+        sent = environ.get("HTTP_X_REQUEST_ID", "")
+        known = sent if _ID.fullmatch(sent) else os.urandom(16).hex()
+        environ[_REQUEST_ID] = known
+    return known
+
+
+def trace_fields(environ: Mapping[str, Any], project: str) -> dict[str, object]:
+    """What links an entry to its trace and to Cloud Run's own entry for the request. A trace's name
+    needs the project; without it the id goes into a field of our own.
+    """
+    fields: dict[str, object] = {}
+    if found := _TRACEPARENT.match(environ.get("HTTP_TRACEPARENT", "")):
+        trace, span, sampled = found[1], found[2], int(found[3], 16) & 1 == 1
+    elif found := _CLOUD_TRACE.match(environ.get("HTTP_X_CLOUD_TRACE_CONTEXT", "")):
+        trace, span, sampled = found[1], f"{int(found[2] or 0):016x}", found[3] == "1"
+    else:
+        return fields
+    if not project:
+        return {"traceId": trace}
+    fields[_TRACE] = f"projects/{project}/traces/{trace}"
+    if len(span) == 16 and span.strip("0"):
+        fields[_SPAN] = span
+    fields[_SAMPLED] = sampled
+    return fields
+
+
+class Formatter(logging.Formatter):
+    """Every record as one JSON object, or as text whose further lines are indented, so that none
+    looks like a record. Configured keys are blotted out.
+    """
+
+    def __init__(self, *, json: bool, keys: Sequence[str] = (), project: str = "") -> None:
+        super().__init__()
+        self._json, self._keys, self._project = json, keys, project
+
+    def blot(self, text: str) -> str:
+        for key in self._keys:
+            if key in text:
+                text = text.replace(key, "***")
+        return text
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = escape(self.blot(record.getMessage()))
+        if record.exc_info and record.exc_info[0]:
+            # Cloud Error Reporting looks for it in `message`.
+            trace = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n").split("\n")
+            lines = [escape(line) for line in self.blot("\n".join(trace)).split("\n")]
+            message = "\n".join([message, *lines])
+        environ = request.environ if has_request_context() else {}
+        name = "gunicorn" if record.name == "gunicorn.error" else record.name
+        when = datetime.datetime.fromtimestamp(record.created, _UTC)
+        if not self._json:
+            known = f" (request {request_id(environ)})" if environ else ""
+            stamp = when.isoformat(timespec="milliseconds")[:-6]
+            body = message.replace("\n", "\n    ")
+            return f"{stamp}Z {record.levelname} {name}: {body}{known}"
+        entry: dict[str, object] = {
+            "severity": record.levelname,
+            "message": message,
+            "time": when,
+            "logger": name,
+        }
+        if environ:
+            entry |= {"requestId": request_id(environ), **trace_fields(environ, self._project)}
+        return orjson.dumps(entry, option=orjson.OPT_UTC_Z).decode()
+
+
+def _write(line: bytes) -> None:
+    """One write, so that lines of several workers do not mix. A log nobody can take is lost."""
+    try:
+        os.write(2, line)
+    except OSError:
+        pass
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            _write(self.format(record).encode(errors="backslashreplace") + b"\n")
+        except Exception:
+            self.handleError(record)
+
+
+def configure(
+    form: str, level: str, keys: Sequence[str] = (), environ: Mapping[str, str] = os.environ
+) -> None:
+    """Send all records, warnings and uncaught exceptions of this process, and of those it forks, to
+    standard error.
+
+    Args:
+        form: "json" or "text".
+        level: the least severe that is written.
+        keys: what must never be.
+        environ: for GOOGLE_CLOUD_PROJECT.
+    """
+    handler = _Handler()
+    project = environ.get("GOOGLE_CLOUD_PROJECT", "")
+    handler.setFormatter(Formatter(json=form == "json", keys=keys, project=project))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    sys.excepthook = _uncaught
+    threading.excepthook = lambda args: _uncaught(
+        args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback
+    )
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    log = logging.getLogger("python")
+    log.critical("uncaught exception", exc_info=(kind, error, trace))
+
+
+def last_line(form: str, message: str) -> str:
+    """A message to end a start with, before any configuration is known to be right."""
+    if form != "json":
+        return message
+    entry = {"severity": "CRITICAL", "message": message, "time": datetime.datetime.now(_UTC)}
+    return orjson.dumps(entry, option=orjson.OPT_UTC_Z).decode()
+
+
+class GunicornLogger(Logger):  # type: ignore[misc]  # gunicorn has no types
+    """gunicorn's own records, handled as all others are. Its access log stays off."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
+
+
+class RequestLog:
+    """One line a request, written after its answer was sent.
+
+    It goes past `logging`: a JSON line costs about 6 us, a record through a logger 20.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        level: str,
+        keys: Sequence[str] = (),
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        """`environ` is for GOOGLE_CLOUD_PROJECT and K_SERVICE."""
+        self._json = form == "json"
+        self._level = getattr(logging, level.upper())
+        self._keys = tuple(keys)
+        self._project = environ.get("GOOGLE_CLOUD_PROJECT", "")
+        # Cloud Run's front end adds the client's address as the last; elsewhere anybody may have.
+        self._front_end = "K_SERVICE" in environ
+
+    def write(
+        self,
+        environ: dict[str, Any],
+        status: int,
+        size: int,
+        seconds: float | None,
+        *,
+        level: int = logging.INFO,
+        why: str = "",
+    ) -> None:
+        """Args:
+        environ: WSGI's; what is missing in it is left out.
+        size: bytes of the answer's body.
+        seconds: from the request's last byte to the answer; None where it was never whole.
+        level: info becomes warning for a status of 4xx, error for 5xx.
+        why: what was wrong, in a word.
+        """
+        if status >= 400 and level == logging.INFO:
+            level = logging.ERROR if status >= 500 else logging.WARNING
+        if level < self._level:
+            return
+        severity = logging.getLevelName(level)
+        get = environ.get
+        method, path = escape(get("REQUEST_METHOD", "-")[:32]), self._path(environ)
+        address, known = self._address(environ), request_id(environ)
+        now = datetime.datetime.now(_UTC)
+        line = f"{method} {path} {status}"
+        if seconds is not None:
+            line += f" {seconds * 1000:.1f} ms"
+        if why:
+            line += f" {why}"
+        if not self._json:
+            stamp = now.isoformat(timespec="milliseconds")[:-6]
+            _write(f"{stamp}Z {severity} {line} {size} bytes {address} {known}\n".encode())
+            return
+        http = {
+            "requestMethod": method,
+            "requestUrl": path,
+            "status": status,
+            "requestSize": get("CONTENT_LENGTH") or "0",
+            "responseSize": str(size),
+            "userAgent": self._clean(get("HTTP_USER_AGENT", ""), _MAX_AGENT),
+            "remoteIp": address,
+            "protocol": escape(get("SERVER_PROTOCOL", "")[:32]),
+        }
+        if seconds is not None:
+            http["latency"] = f"{seconds:.6f}s"
+        entry: dict[str, object] = {
+            "severity": severity,
+            "message": line,
+            "time": now,
+            "httpRequest": http,
+            "requestId": known,
+        }
+        if "HTTP_TRACEPARENT" in environ or "HTTP_X_CLOUD_TRACE_CONTEXT" in environ:
+            entry |= trace_fields(environ, self._project)
+        option = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
+        _write(orjson.dumps(entry, option=option))
+
+    def _path(self, environ: Mapping[str, Any]) -> str:
+        """Without the query, which may hold a key."""
+        path: str = environ.get("PATH_INFO", "-")
+        if not path.isascii():  # WSGI gives UTF-8 as Latin-1
+            path = path.encode("latin-1").decode(errors="replace")
+        return self._clean(path, _MAX_PATH)
+
+    def _clean(self, sent: str, limit: int) -> str:
+        """What a client sent, fit for a line: cut, escaped, and without any configured key."""
+        for key in self._keys:
+            if key in sent:
+                return "***"  # before it is cut: a part of a key says much of it
+        return escape(sent if len(sent) <= limit else sent[:limit] + "…")
+
+    def _address(self, environ: Mapping[str, Any]) -> str:
+        if self._front_end:
+            last: str = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
+            if _ADDRESS.fullmatch(last):
+                return last
+        address: str = environ.get("REMOTE_ADDR", "-")
+        return address
