@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,11 @@ def free_port() -> int:
 
 
 def launch(
-    models_dir: pathlib.Path, log_path: pathlib.Path, port: int, **env: str
+    models_dir: pathlib.Path,
+    log_path: pathlib.Path,
+    port: int,
+    prefix: Sequence[str] = (),
+    **env: str,
 ) -> "subprocess.Popen[bytes]":
     """Start the service as the README does. Nothing is waited for."""
     environ = {
@@ -73,7 +77,7 @@ def launch(
     }
     with log_path.open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "main:app"],
+            [*prefix, sys.executable, "-m", "gunicorn", "main:app"],
             cwd=ROOT,
             env=environ,
             stdout=log,
@@ -82,12 +86,17 @@ def launch(
 
 
 @contextlib.contextmanager
-def serve(models_dir: pathlib.Path, *, wait: bool = True, **env: str) -> Iterator[Server]:
-    """A service on a free port, ready unless `wait` is False, stopped by SIGTERM at the end."""
+def serve(
+    models_dir: pathlib.Path, *, wait: bool = True, prefix: Sequence[str] = (), **env: str
+) -> Iterator[Server]:
+    """A service on a free port, ready unless `wait` is False, stopped by SIGTERM at the end.
+
+    `prefix` is a command that runs the service's.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log_path = pathlib.Path(folder) / "log"
-        process = launch(models_dir, log_path, port, **env)
+        process = launch(models_dir, log_path, port, prefix, **env)
         client = httpx.Client(
             base_url=f"http://127.0.0.1:{port}",
             headers={"X-API-Key": KEY},

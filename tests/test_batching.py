@@ -17,7 +17,7 @@ NEVER = 1e6
 class Echo:
     """An engine whose vector of an input is (its first value, its length)."""
 
-    name, dimensions = "echo", 2
+    name, modality, dimensions = "echo", "text", 2
 
     def __init__(self, fail_on: int | None = None) -> None:
         self.fail_on = fail_on
