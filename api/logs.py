@@ -3,6 +3,7 @@ Nothing that a client sent in a body, a query or a key gets into them.
 """
 
 import datetime
+import io
 import logging
 import os
 import re
@@ -35,7 +36,7 @@ _REQUEST_ID = "embedder.request_id"  # in a WSGI environ
 
 
 def escape(text: str) -> str:
-    r"""`text` with its control characters written as `\x0a`: it stays one line, and harmless."""
+    r"""`text` with its control characters written as `\n` or `\x1b`: one line, and harmless."""
     if text.isprintable():
         return text
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
@@ -123,9 +124,24 @@ def _write(line: bytes) -> None:
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            _write(self.format(record).encode(errors="backslashreplace") + b"\n")
-        except Exception:
-            self.handleError(record)
+            line = self.format(record)
+        except Exception as error:  # a wrong argument, say; logging's own way would print a trace
+            record.msg, record.args, record.exc_info = "cannot be logged: %r", (error,), None
+            line = self.format(record)
+        _write(line.encode(errors="backslashreplace") + b"\n")
+
+
+class _Lines(io.TextIOBase):
+    """A standard stream whose lines become records: gunicorn prints some itself."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._held = (self._held + text).split("\n")
+        for line in filter(str.strip, lines):
+            logging.getLogger("print").warning("%s", line)
+        return len(text)
 
 
 def configure(
@@ -145,6 +161,8 @@ def configure(
     handler.setFormatter(Formatter(json=form == "json", keys=keys, project=project))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+    if form == "json":
+        sys.stdout = sys.stderr = _Lines()
     sys.excepthook = _uncaught
     threading.excepthook = lambda args: _uncaught(
         args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback

@@ -294,7 +294,9 @@ class Metrics:
                 if route.seconds.buckets(total)[-1][1]
             ),
         )
-        yield value(Gauge, "requests_in_flight", "Requests being worked on.", _IN_FLIGHT)
+        yield value(
+            Gauge, "requests_in_flight", "Requests being worked on, this one too.", _IN_FLIGHT
+        )
         yield values(
             Counter,
             "requests_rejected",
