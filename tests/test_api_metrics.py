@@ -366,6 +366,21 @@ def test_the_dashboard_asks_only_for_what_there_is(own: Server) -> None:
     assert ours - families == set()  # and every metric is on it
 
 
+def test_the_readme_has_every_metric_and_its_labels(own: Server) -> None:
+    own.embed("a text")
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("\n## Watch it\n")[2].partition("\n## ")[0]
+    told: dict[str, set[str]] = {}
+    for row in re.findall(r"^\| (`[a-z].*?) \|", section, re.MULTILINE):
+        for name, labels in re.findall(r"`(\w+)(?:{([\w, ]+)})?`", row):
+            told[f"embedder_{name}"] = {label for label in labels.split(", ") if label}
+    exposed: dict[str, set[str]] = {"embedder_images_total": {"model"}}  # this service takes none
+    for name, labels in scrape(own):
+        family = re.sub("_(bucket|sum|count)$", "", name)
+        exposed.setdefault(family, set()).update({label for label, _ in labels} - {"le"})
+    assert told == exposed
+
+
 def nodes(expression: Any) -> Iterator[Any]:
     """An expression of PromQL and all that is in it."""
     yield expression
