@@ -49,6 +49,7 @@ def test_set_but_empty_counts_as_not_set() -> None:
         ("REQUEST_TIMEOUT", "soon", "a number from 0.001 to 3600.0"),
         ("PRECISION", "fp16", "one of auto, fp32, bf16, int8"),
         ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
+        ("LOG_FORMAT", "xml", "one of text, json"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_it_got_and_takes(
@@ -86,6 +87,13 @@ def test_the_default_key_is_refused_on_cloud_run() -> None:
         with pytest.raises(SettingsError, match="on Cloud Run set one of your own"):
             load({**environ, "K_SERVICE": "embedder"})
     assert load({KEY: "mine", "K_SERVICE": "embedder"}).api_keys == ("mine",)
+
+
+def test_the_log_is_json_on_cloud_run_unless_told_otherwise() -> None:
+    run = {KEY: "mine", "K_SERVICE": "embedder"}
+    assert load({}).log_format == "text"
+    assert load(run).log_format == load({"LOG_FORMAT": "JSON"}).log_format == "json"
+    assert load({**run, "LOG_FORMAT": "text"}).log_format == "text"
 
 
 def test_a_request_must_fit_the_queue() -> None:
