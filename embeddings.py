@@ -4,7 +4,7 @@ import bisect
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,6 +119,7 @@ class TextEmbedder:
         texts: Sequence[str],
         *,
         deadline: float,
+        gone: Callable[[], bool] | None = None,
         prompt_name: str | None = None,
         dimensions: int | None = None,
         normalize: bool | None = None,
@@ -132,6 +133,7 @@ class TextEmbedder:
 
         Args:
             deadline: when to give up, on the clock of `time.monotonic`.
+            gone: whether nobody waits for the vectors any more, as `Batcher.submit` takes it.
             prompt_name: one of the model's prompts, put before every chunk; None means the model's
                 default.
             dimensions: keep this many leading values (Matryoshka models), and normalise what is
@@ -140,7 +142,7 @@ class TextEmbedder:
             truncate: drop what passes the window on this side instead of splitting the text.
 
         Returns: one TextEmbedding a text, in order.
-        Raises: InvalidInput, InputTooLarge, QueueFull, DeadlineExceeded, EngineFailed.
+        Raises: InvalidInput, InputTooLarge, and what `Batcher.submit` raises.
         """
         if dimensions is not None and not 1 <= dimensions <= self.manifest.dimensions:
             raise InvalidInput(
@@ -148,7 +150,8 @@ class TextEmbedder:
             )
         chunks = self.chunk(texts, prompt_name=prompt_name, truncate=truncate)
         flat = [chunk.token_ids for pieces in chunks for chunk in pieces]
-        vectors = self._batcher.submit(self._engine, flat, [len(ids) for ids in flat], deadline)
+        costs = [len(ids) for ids in flat]
+        vectors = self._batcher.submit(self._engine, flat, costs, deadline, gone)
         unit = self.manifest.normalized if normalize is None else normalize
         if unit and self.manifest.normalized:
             vectors = unit_vectors(vectors)
@@ -175,6 +178,7 @@ class TextEmbedder:
         source: str,
         *,
         deadline: float,
+        gone: Callable[[], bool] | None = None,
         prompt_name: str | None = None,
         truncate: Side | None = None,
     ) -> list[float]:
@@ -188,6 +192,7 @@ class TextEmbedder:
             embedded = self.embed(
                 [*sentences, source],
                 deadline=deadline,
+                gone=gone,
                 prompt_name=prompt_name,
                 normalize=True,
                 truncate=truncate,

@@ -13,6 +13,8 @@ from gunicorn.arbiter import Arbiter
 
 import settings as configuration
 from api import logs, metrics
+from api.connection import refuse_new
+from api.spread import Spread
 from api.worker import LIMIT_REQUEST_FIELD_SIZE, LIMIT_REQUEST_FIELDS, Worker
 from engine.bundle import discover
 from engine.errors import BundleError, ModelNotFound
@@ -44,10 +46,12 @@ with contextlib.suppress(AttributeError, OSError):
 
 bind = f"0.0.0.0:{settings.port}"
 Worker.max_body_size = settings.max_body_size
+Worker.max_wait = settings.max_queue_seconds / 4  # for a thread; the rest is for the engine
+Worker.spread = Spread(settings.web_concurrency)
 worker_class = Worker
 workers = settings.web_concurrency
 threads = settings.request_threads
-worker_connections = max(1000, 2 * threads)
+worker_connections = max(2000, 2 * threads)  # a thousand at once, and the probes
 loglevel = settings.log_level
 logger_class = logs.GunicornLogger
 keepalive = 75  # seconds; longer than the 60 s after which load balancers let go of idle ones
@@ -67,5 +71,21 @@ def pre_fork(server: Arbiter, worker: Worker) -> None:
     worker.table, worker.row = metrics.table, metrics.table.claim()
 
 
+def when_ready(server: Arbiter) -> None:
+    """Called by gunicorn before it starts workers. At SIGTERM, and not at a reload, where other
+    workers go on, new connections end before any worker stops to accept.
+    """
+    halt = server.handle_term
+
+    def handle_term() -> None:
+        for listener in server.LISTENERS:
+            refuse_new(listener)
+        halt()
+
+    server.handle_term = handle_term
+
+
 def child_exit(server: Arbiter, worker: Worker) -> None:
+    """Called by gunicorn when a worker has ended, however it did."""
+    Worker.spread.leave(worker.age)
     worker.table.release(worker.row)

@@ -7,7 +7,7 @@ import io
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +98,7 @@ class ImageEmbedder:
         images: Sequence[bytes],
         *,
         deadline: float,
+        gone: Callable[[], bool] | None = None,
         dimensions: int | None = None,
         normalize: bool | None = None,
     ) -> list[ImageEmbedding]:
@@ -105,12 +106,13 @@ class ImageEmbedder:
 
         Args:
             deadline: when to give up, on the clock of `time.monotonic`.
+            gone: whether nobody waits for the vectors any more, as `Batcher.submit` takes it.
             dimensions: keep this many leading values, and normalise what is left.
             normalize: overrides whether vectors have length 1; None does as the model does.
 
         Returns: one ImageEmbedding a picture, in order.
-        Raises: InvalidInput (not a picture, broken, too many), InputTooLarge, QueueFull,
-        DeadlineExceeded, EngineFailed.
+        Raises: InvalidInput (not a picture, broken, too many), InputTooLarge, and what
+        `Batcher.submit` raises.
         """
         limits, tokens = self.limits, self.preprocessing.tokens
         if dimensions is not None and not 1 <= dimensions <= self.manifest.dimensions:
@@ -136,7 +138,8 @@ class ImageEmbedder:
                     index,
                 )
         pixels = [self._prepare(data, index, deadline) for index, data in enumerate(images)]
-        vectors = self._batcher.submit(self._engine, pixels, [tokens] * len(pixels), deadline)
+        costs = [tokens] * len(pixels)
+        vectors = self._batcher.submit(self._engine, pixels, costs, deadline, gone)
         unit = self.manifest.normalized if normalize is None else normalize
         if dimensions is not None:
             vectors = vectors[:, :dimensions]

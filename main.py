@@ -57,6 +57,7 @@ def create_app(
         max_batch_tokens=settings.max_batch_tokens,
         max_queue_tokens=settings.max_queue_tokens,
         threads=settings.inference_threads,
+        max_queue_seconds=settings.max_queue_seconds,
     )
     counted = metrics.Metrics(models, batcher)
     batcher.start()
@@ -100,6 +101,12 @@ def create_app(
     requests = logs.RequestLog(settings.log_format, settings.log_level, settings.api_keys)
     app.extensions["watch"] = watch = Watch(app.wsgi_app, counted, requests)
     app.wsgi_app = watch  # type: ignore[method-assign]  # as Flask's documentation has it
+
+    def stop() -> None:
+        batcher.stop()
+        models.stop()
+
+    app.extensions["stop"] = stop  # api/worker.py calls it
     return app
 
 

@@ -103,7 +103,7 @@ class Settings:
     max_request_tokens: int = _option(
         "MAX_REQUEST_TOKENS",
         65_536,
-        "tokens in one request, prompts and special tokens too; bounds how long a shutdown takes",
+        "tokens in one request, prompts and special tokens too",
         low=1,
         high=1 << 30,
     )
@@ -113,6 +113,13 @@ class Settings:
         "waiting tokens beyond which 429 is answered",
         low=1,
         high=1 << 30,
+    )
+    max_queue_seconds: float = _option(
+        "MAX_QUEUE_SECONDS",
+        20.0,
+        "seconds of waiting work, at the speed measured, beyond which 429 is answered",
+        low=0.001,
+        high=3600.0,
     )
     request_timeout: float = _option(
         "REQUEST_TIMEOUT", 60.0, "seconds a request may wait", low=0.001, high=3600.0

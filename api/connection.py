@@ -3,8 +3,11 @@ last answer.
 """
 
 import contextlib
+import ctypes
 import re
 import socket
+import struct
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +16,45 @@ from gunicorn.workers.gthread import TConn
 
 from api.errors import RequestError
 
+# Seconds for which nobody looks whether a client is still there: one that closes its sending side
+# behind a request looks like one that has gone, and may wait for as long as that.
+GONE_AFTER = 1.0
 _MAX_HEAD = 65_536
 _MAX_CHUNK_LINE, _MAX_TRAILER = 4096, 8192
 # gunicorn's own parser sees the head afterwards and refuses whatever of it is not HTTP.
 _FRAMING = re.compile(
     rb"\r\n(content-length|transfer-encoding|expect):([^\r\n]*)(?=\r\n)", re.IGNORECASE
 )
+_CLOSE = re.compile(rb"\r\nconnection:[^\r\n]*close", re.IGNORECASE)
 _CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\r\n]*)?")
+
+
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+# Drops what has SYN set and not ACK, and lets pass what else comes (linux/filter.h; a TCP header
+# has its flags at byte 13).
+_NO_SYN = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load a byte
+        (0x54, 0, 0, 0x12),  # and
+        (0x15, 0, 1, 0x02),  # if equal
+        (0x06, 0, 0, 0),  # drop
+        (0x06, 0, 0, 0xFFFF_FFFF),  # pass
+    )
+)
+
+
+def refuse_new(listener: socket.socket) -> None:
+    """Let the kernel make no further connections for a listening socket, in any process, so that
+    those it has made can be accepted before the socket is closed: closing resets the rest. Between
+    a last accept and a close a busy process may pass milliseconds.
+
+    Clients try again after a second and are refused then.
+    """
+    code = ctypes.create_string_buffer(_NO_SYN)
+    program = struct.pack("HL", len(_NO_SYN) // 8, ctypes.addressof(code))
+    with contextlib.suppress(OSError):  # not every sandbox's kernel can
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
 
 class Socket(socket.socket):
@@ -36,11 +71,42 @@ class Socket(socket.socket):
         with contextlib.suppress(OSError):  # not every sandbox's kernel can
             self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 131_072)
         self.unsent = bytearray()
+        self.answering = False  # whether any of the answer has been written
+        self._ended = False
+        self._writing = threading.Lock()
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        self.unsent += data
-        with contextlib.suppress(OSError):  # the event loop will meet it again
-            self.send_more()
+        with self._writing:
+            if self._ended:
+                return
+            self.answering = True
+            self.unsent += data
+            with contextlib.suppress(OSError):  # the event loop will meet it again
+                self.send_more()
+
+    def end_with(self, data: bytes) -> None:
+        """Answer in place of a thread that has not begun to; what it writes later is dropped."""
+        with self._writing:
+            if not self.answering and not self._ended:
+                self._ended = True
+                with contextlib.suppress(OSError):
+                    self.send(data, socket.MSG_DONTWAIT)
+                    self.shutdown(socket.SHUT_WR)
+
+    def peek(self) -> bytes | None:
+        """Returns: a byte that is still unread; empty when the client has closed its side; None
+        when nothing has come.
+        """
+        try:
+            return self.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def gone(self) -> bool:
+        """Whether the client has closed its side, and nothing that it sent is still unread."""
+        return self.peek() == b""
 
     def send_more(self) -> bool:
         """Returns: whether the client has taken any."""
@@ -76,6 +142,7 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self.head, self.body = b"", bytearray()
         self.length = 0  # of the body; of a chunked one, what its chunks have announced so far
         self.chunked = False
+        self.sock.answering = False
         self._searched = 0  # how far `received` holds no end of the head
 
     def environ(self) -> dict[str, Any]:
@@ -93,6 +160,18 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
             environ["HTTP_" + name.upper().replace("-", "_")] = value.strip()
         environ["CONTENT_LENGTH"] = str(self.length)
         return environ
+
+    @property
+    def path(self) -> str:
+        """Of the request whose head has come, without its query."""
+        return (self.head.split(b" ", 2) + [b"", b""])[1].partition(b"?")[0].decode("latin-1")
+
+    @property
+    def persistent(self) -> bool:
+        """Whether the client may send a further request after this one."""
+        return self.head.partition(b"\r\n")[0].endswith(b"HTTP/1.1") and not _CLOSE.search(
+            self.head
+        )
 
     def complete(self, max_body: int) -> bool:
         """Sort what was received into head and body.

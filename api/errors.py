@@ -24,6 +24,8 @@ _ANSWERS: dict[type[errors.EmbedderError], tuple[int, str, dict[str, str]]] = {
     errors.ModalityNotSupported: (501, "not_supported", {}),
     errors.QueueFull: (429, "overloaded", {}),
     errors.DeadlineExceeded: (504, "timeout", {}),
+    errors.CallerGone: (499, "client_closed", {}),  # nginx's number for it; only logs see it
+    errors.ShuttingDown: (503, "shutting_down", {"Retry-After": "1"}),
     errors.EngineFailed: (500, "backend", {}),
 }
 

@@ -44,8 +44,8 @@ def blueprint(service: Service) -> Blueprint:
     routes = Blueprint("images", __name__)
 
     def embed(images: Sequence[bytes], options: ImageOptions) -> list[object]:
-        embedder, deadline = service.image_embedder(options.model, g.input_path)
-        embedded = embedder.embed(images, deadline=deadline, dimensions=options.dimensions)
+        embedder, waiting = service.image_embedder(options.model, g.input_path)
+        embedded = embedder.embed(images, **waiting, dimensions=options.dimensions)
         return [embedding.vector for embedding in embedded]
 
     def read(path: str, schema: type[EmbedImage | EmbedImages]) -> Pictures:

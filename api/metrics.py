@@ -44,9 +44,10 @@ LATENCIES = (
 CALLS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 ITEMS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 TOKENS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
-_STATUSES = tuple(int(status) for status in http.HTTPStatus if status >= 200)
-REASONS = ("queue_full", "memory", "deadline", "loading", "stalled_client")
-_REASON = {429: "queue_full", 503: "loading", 504: "deadline"}
+# 499: the client closed before its answer was there (nginx's number).
+_STATUSES = (*(int(status) for status in http.HTTPStatus if status >= 200), 499)
+REASONS = ("queue_full", "memory", "deadline", "unavailable", "stalled_client", "client_gone")
+_REASON = {429: "queue_full", 499: "client_gone", 503: "unavailable", 504: "deadline"}
 
 _COLUMNS = 65_536  # of a row: 512 KiB, of which the system provides only the pages that are used
 _SPARE_ROWS = 16  # for workers that are added by a signal
@@ -189,9 +190,9 @@ class Metrics:
         reason = None if path in PROBES else _REASON.get(status)
         self._answered(path, status, seconds, reason, 1.0)
 
-    def refused(self, path: str, status: int) -> None:
-        """A request was answered before the application saw it."""
-        reason = {408: "stalled_client", 429: "memory"}.get(status)
+    def refused(self, path: str, status: int, reason: str | None = None) -> None:
+        """A request was answered before the application saw it; `reason` is one of REASONS."""
+        reason = reason or {**_REASON, 408: "stalled_client"}.get(status)
         self._answered(path, status, None, reason, 0.0)
 
     def _answered(
@@ -301,7 +302,8 @@ class Metrics:
             Counter,
             "requests_rejected",
             "Requests answered without their work being done: queue_full and memory (429), "
-            "deadline (504), loading (503), stalled_client (408).",
+            "deadline (504), unavailable (503: loading or"
+            " shutting down), stalled_client (408), client_gone (499, never sent).",
             ["reason"],
             (([reason], total[column]) for reason, column in self._rejected.items()),
         )

@@ -14,9 +14,9 @@ def blueprint(service: Service) -> Blueprint:
     def embed(
         texts: list[str], path: str, options: ChunkRequest
     ) -> tuple[list[object], dict[str, object]]:
-        embedder, deadline = service.embedder(options.model, path)
+        embedder, waiting = service.embedder(options.model, path)
         embedded = embedder.embed(
-            texts, deadline=deadline, prompt_name=options.prompt_name, dimensions=options.dimensions
+            texts, **waiting, prompt_name=options.prompt_name, dimensions=options.dimensions
         )
         form = options.encoding_format
         chunks = [encode_chunks(embedding, form) for embedding in embedded if options.chunks]

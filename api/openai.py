@@ -64,9 +64,9 @@ def blueprint(service: Service) -> Blueprint:
         texts, path = listed(body.input, "input")
         if body.modality == "image":
             return embed_images(body, texts, path)
-        embedder, deadline = service.embedder(body.model, path)
+        embedder, waiting = service.embedder(body.model, path)
         embedded = embedder.embed(
-            texts, deadline=deadline, prompt_name=body.prompt_name, dimensions=body.dimensions
+            texts, **waiting, prompt_name=body.prompt_name, dimensions=body.dimensions
         )
         form = body.encoding_format
         chunks = [encode_chunks(embedding, form) for embedding in embedded if body.chunks]
@@ -75,9 +75,9 @@ def blueprint(service: Service) -> Blueprint:
     def embed_images(body: OpenAIEmbedRequest, uris: list[str], path: str) -> object:
         if body.chunks or body.prompt_name is not None:
             raise InvalidInput("chunks and prompt_name are for texts, not for pictures")
-        embedder, deadline = service.image_embedder(body.model, path)
+        embedder, waiting = service.image_embedder(body.model, path)
         pictures = [picture_bytes(uri, index) for index, uri in enumerate(uris)]
-        embedded = embedder.embed(pictures, deadline=deadline, dimensions=body.dimensions)
+        embedded = embedder.embed(pictures, **waiting, dimensions=body.dimensions)
         return answer(body, embedder.manifest.name, embedded, [])
 
     def answer(

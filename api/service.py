@@ -6,11 +6,12 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from flask import Response, g, request
 
 from api.codec import json_response, read_json
+from api.connection import GONE_AFTER, Socket
 from embeddings import TextEmbedder
 from engine.errors import ModalityNotSupported
 from engine.models import Models
@@ -26,34 +27,41 @@ class Embedders(NamedTuple):
     images: ImageEmbedder | None
 
 
+class Waiting(TypedDict):
+    """How long a request waits: what every embedder's `embed` takes."""
+
+    deadline: float  # on the clock of `time.monotonic`
+    gone: Callable[[], bool]  # whether its client has closed the connection
+
+
 class Service:
     """The models as a request sees them."""
 
     def __init__(self, models: Models[Embedders], timeout: float) -> None:
         self.models, self._timeout = models, timeout
 
-    def embedder(self, model: str | None, input_path: str = "") -> tuple[TextEmbedder, float]:
+    def embedder(self, model: str | None, input_path: str = "") -> tuple[TextEmbedder, Waiting]:
         """Wait for a model.
 
         Args:
             model: by name, source or alias; None means the default.
             input_path: where the request's inputs stand, `{}` for their index, for errors.
 
-        Returns: the embedder, and the request's deadline on the clock of `time.monotonic`.
+        Returns: the embedder, and how long the request waits for it.
         Raises: ModelNotFound, ModelNotReady.
         """
-        embedders, deadline = self._wait(model, input_path)
-        return embedders.texts, deadline
+        embedders, waiting = self._wait(model, input_path)
+        return embedders.texts, waiting
 
-    def image_embedder(self, model: str | None, input_path: str) -> tuple[ImageEmbedder, float]:
+    def image_embedder(self, model: str | None, input_path: str) -> tuple[ImageEmbedder, Waiting]:
         """Wait for a model that takes pictures; as `embedder`.
 
         Raises: ModelNotFound, ModelNotReady, ModalityNotSupported.
         """
         self.require_images(model)
-        embedders, deadline = self._wait(model, input_path)
+        embedders, waiting = self._wait(model, input_path)
         assert embedders.images  # its manifest says so
-        return embedders.images, deadline
+        return embedders.images, waiting
 
     def require_images(self, model: str | None) -> None:
         """Raises: ModelNotFound; ModalityNotSupported for a model that takes texts only."""
@@ -65,10 +73,16 @@ class Service:
                 "on pictures has more)"
             )
 
-    def _wait(self, model: str | None, input_path: str) -> tuple[Embedders, float]:
+    def _wait(self, model: str | None, input_path: str) -> tuple[Embedders, Waiting]:
         g.input_path = input_path
-        deadline = time.monotonic() + self._timeout
-        return self.models.get(model, deadline), deadline
+        now = time.monotonic()
+        deadline, look = now + self._timeout, now + GONE_AFTER
+        sock: Socket | None = request.environ.get("gunicorn.socket")
+
+        def gone() -> bool:
+            return sock is not None and time.monotonic() > look and sock.gone()
+
+        return self.models.get(model, deadline), {"deadline": deadline, "gone": gone}
 
 
 def listed(sent: str | list[str], name: str) -> tuple[list[str], str]:

@@ -46,10 +46,10 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
 
     def embed(body: TEIEmbedRequest) -> object:
         texts, path = listed(body.inputs, "inputs")
-        embedder, deadline = service.embedder(body.model, path)
+        embedder, waiting = service.embedder(body.model, path)
         embedded = embedder.embed(
             texts,
-            deadline=deadline,
+            **waiting,
             prompt_name=body.prompt_name,
             dimensions=body.dimensions,
             normalize=body.normalize,
@@ -59,11 +59,11 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
 
     def compare(body: SimilarityRequest) -> object:
         options = body.parameters or SimilarityParameters()
-        embedder, deadline = service.embedder(body.model, "$.inputs.sentences[{}]")
+        embedder, waiting = service.embedder(body.model, "$.inputs.sentences[{}]")
         return embedder.similarities(
             body.inputs.sentences,
             body.inputs.source_sentence,
-            deadline=deadline,
+            **waiting,
             prompt_name=options.prompt_name,
             truncate=options.side,
         )
@@ -75,9 +75,9 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
         if isinstance(body, TEIEmbedRequest):
             return embed(body)
         texts, path = listed(body.text, "text")
-        embedder, deadline = service.embedder(body.model, path)
+        embedder, waiting = service.embedder(body.model, path)
         (embedding,) = embedder.embed(
-            texts, deadline=deadline, prompt_name=body.prompt_name, dimensions=body.dimensions
+            texts, **waiting, prompt_name=body.prompt_name, dimensions=body.dimensions
         )
         return embedding.vector
 

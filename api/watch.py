@@ -50,15 +50,23 @@ class Watch:
         else:
             self._log.write(environ, answer.status, answer.size, seconds)
 
-    def refused(self, environ: dict[str, Any], status: int, size: int, why: str) -> None:
+    def refused(
+        self,
+        environ: dict[str, Any],
+        status: int,
+        size: int,
+        why: str,
+        reason: str | None = None,
+    ) -> None:
         """The server answered in place of the application.
 
         Args:
             environ: as much of WSGI's as there is.
             size: bytes of the answer's body.
             why: for the log, in a word.
+            reason: one of `metrics.REASONS`, where the status does not tell.
         """
-        self.metrics.refused(environ.get("PATH_INFO", ""), status)
+        self.metrics.refused(environ.get("PATH_INFO", ""), status, reason)
         self._log.write(environ, status, size, None, why=why)
 
 

@@ -6,14 +6,20 @@ request and until the client has taken the answer. So as many stalled clients as
 silence the service, `/health` with it; and its event loop waits up to 2 s for each client to close
 its side. Here a request gets a thread when all of it has arrived, head and decoded body in memory,
 and a thread leaves behind what the client does not take at once.
+
+The event loop also decides what gets a thread at all. gunicorn's pool has a queue without end, in
+which a request waits unseen; here it is bounded in length and time, and beyond that a request is
+answered 429 without a thread. Probes have a thread of their own.
 """
 
+import functools
 import io
 import resource
 import selectors
 import socket
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -22,9 +28,10 @@ from gunicorn import util
 from gunicorn.http import errors, get_parser
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
-from api.connection import Connection, Socket
+from api.connection import GONE_AFTER, Connection, Socket
 from api.errors import RequestError, respond
 from api.logs import request_id
+from api.spread import Spread
 from api.watch import Watch
 
 RECEIVE_TIMEOUT = 3  # seconds without a byte after which a half-sent request is given up
@@ -33,6 +40,15 @@ CLOSE_TIMEOUT = 2  # seconds a client gets to close its side
 # How many bodies of MAX_BODY_SIZE may be held at once, half-sent ones and those that wait for a
 # thread. They are taken before any key is looked at, so something else must bound them.
 HELD_BODIES = 4
+QUEUED_PER_THREAD = 3  # requests that wait for a thread, for each thread there is
+PROBES = ("/health", "/health/ready", "/healthcheck", "/metrics")  # they never wait for the engine
+# Seconds after SIGTERM when what still waits is answered 503. Kept connections are open for 2 s
+# (STOP_KEEPALIVE_LINGER), and what arrives on them has some seconds then; the rest of
+# graceful_timeout is for engine calls that run, and for clients to take their answers.
+STOP_COMPUTING = 6.5
+STOP_WAITING = 8.0  # seconds after SIGTERM when 503 answers even what a thread still works on
+YIELD, YIELD_MEMORY = 0.002, 0.010  # seconds a connection is left for a worker that holds fewer
+LET_GO = 0.1  # seconds between two kept connections that are sent to another worker
 LIMIT_REQUEST_FIELDS, LIMIT_REQUEST_FIELD_SIZE = 64, 8190
 _PIECE = 65_536
 # What gunicorn answers to what its parser refuses; all else is 500.
@@ -50,33 +66,88 @@ _FAULTS: dict[type, int] = {
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """The worker class for gunicorn.conf.py. `max_body_size` is set there, in bytes.
+    """The worker class for gunicorn.conf.py. `max_body_size` (bytes), `max_wait` (seconds) and
+    `spread` are set there.
 
     A connection is in one place at a time, and the event loop alone moves it: `_waiting` for its
-    client to send or to take more, with a thread, in gunicorn's `keepalived_conns`, or `_closing`.
+    client to send or to take more, `_queued` for a thread, with a thread, in gunicorn's
+    `keepalived_conns`, or `_closing`.
     """
 
     max_body_size = 33_554_432
+    max_wait = 5.0  # for a thread
+    spread = Spread(1)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._waiting: dict[Connection, float] = {}  # when to give up on each; oldest first
         self._closing: dict[Socket, float] = {}
+        self._queued: dict[Connection, float] = {}  # since when; oldest first
+        self._started: set[Connection] = set()  # those with a thread
+        self._free_threads = self.cfg.threads
         self._held = 0
         self._stopping_since: float | None = None
+        self._stopped = False
+        # Until when listeners are left to others, and until when they have been for long enough.
+        self._yield_until = self._yielded_until = 0.0
+        self._let_go_at = 0.0
 
     def init_process(self) -> None:
         self.cfg.set("sendfile", False)  # it would overtake what is `unsent`
         # The usual soft limit of 1024 open files leaves too few beside worker_connections.
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self._probes = ThreadPoolExecutor(1)
         super().init_process()
 
+    def set_accept_enabled(self, enabled: bool) -> None:
+        if enabled and (not self.alive or time.monotonic() < self._yield_until):
+            return
+        self.spread.hold(self.age, self.nr_conns)
+        super().set_accept_enabled(enabled)
+        if not enabled and not self.alive and self._stopping_since is None:
+            self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        """Take the connections that the kernel has made already, and let it refuse the next."""
+        self._stopping_since = time.monotonic()
+        self.spread.leave(self.age)
+        for listener in self.sockets:
+            while self._accept(listener):
+                pass
+            listener.close()
+
+    def is_parent_alive(self) -> bool:
+        if not super().is_parent_alive():
+            self.alive = False
+        return bool(self.alive)
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        now = time.monotonic()
+        if now < self._yield_until:
+            timeout = self._yield_until - now
+        elif self._stopping_since is not None:
+            timeout = min(timeout, 0.1)
+        super().wait_for_and_dispatch_events(timeout)
+
     def accept(self, listener: socket.socket) -> None:
+        """Take a connection, or leave it to a worker that holds fewer. What nobody has taken after
+        YIELD seconds is taken anyway: the other may be busy, or dead.
+        """
+        now = time.monotonic()
+        if self.spread.excess(self.age) > 0 and now > self._yielded_until:
+            self._yield_until, self._yielded_until = now + YIELD, now + YIELD_MEMORY
+            self.set_accept_enabled(False)
+            return
+        self._yielded_until = 0.0
+        self._accept(listener)
+        self.spread.hold(self.age, self.nr_conns)
+
+    def _accept(self, listener: socket.socket) -> bool:
         try:
             accepted, client = listener.accept()
         except OSError:
-            return  # another worker was faster, or the client has gone, or no file can be opened
+            return False  # another was faster, or the client has gone, or no file can be opened
         self.nr_conns += 1
         conn = Connection(
             self.cfg, Socket(accepted), client, listener.getsockname(), self.close_later
@@ -85,6 +156,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         # alive.
         self._waiting[conn] = time.monotonic() + self.cfg.keepalive
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._receive, conn))
+        return True
 
     def on_client_socket_readable(self, conn: Connection, client: Socket) -> None:
         """A kept-alive connection has the beginning of its next request."""
@@ -131,8 +203,71 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 conn.parser = get_parser(self.cfg, [conn.head], conn.client)
                 self.enqueue_req(conn)
 
+    def enqueue_req(self, conn: Connection) -> None:
+        """Give a whole request a thread, now or when its turn comes, or refuse it."""
+        if conn.path in PROBES:
+            self._start(conn, self._probes)
+        elif self._free_threads:
+            self._free_threads -= 1
+            self._start(conn, self.tpool)
+        elif len(self._queued) < QUEUED_PER_THREAD * self.cfg.threads:
+            self._queued[conn] = time.monotonic()
+        else:
+            self._turn_away(
+                conn, f"all {self.cfg.threads} threads are busy, and {len(self._queued)} wait"
+            )
+
+    def _start(self, conn: Connection, pool: ThreadPoolExecutor) -> None:
+        self._started.add(conn)
+        future = pool.submit(self.handle, conn)
+        future.add_done_callback(
+            lambda future: self.method_queue.defer(self._done, conn, pool, future)
+        )
+
+    def _done(self, conn: Connection, pool: ThreadPoolExecutor, future: "Future[Any]") -> None:
+        self._started.remove(conn)
+        if pool is self.tpool:
+            self._free_threads += 1
+        self.finish_request(conn, future)
+        while self._queued and self._free_threads:
+            first = next(iter(self._queued))
+            since = self._queued.pop(first)
+            if time.monotonic() - since > GONE_AFTER and first.sock.gone():
+                self.log.debug("a client has gone before its request had a thread")
+                self._release(first)
+                self.nr_conns -= 1
+                first.close()
+                continue
+            self._free_threads -= 1
+            self._start(first, self.tpool)
+
+    def _turn_away(self, conn: Connection, reason: str) -> None:
+        """Refuse a whole request for want of time. The connection is kept where it can be: to open
+        another would cost more than the refusal.
+        """
+        keep = (
+            self.alive
+            and conn.persistent
+            and conn.length <= self.max_body_size  # else the rest of the body is still to come
+            and not conn.received  # pipelined ones would be refused one within the other
+            and len(self.keepalived_conns) < self.max_keepalived
+        )
+        error = RequestError(429, "overloaded", f"{reason}; come back with this request")
+        if not self.alive:
+            error = RequestError(503, "shutting_down", f"{reason}; the service is shutting down")
+        kept = "keep-alive" if keep else "close"
+        self._answer(conn, error, {"Retry-After": "1"}, kept)
+        done: Future[bool] = Future()
+        done.set_result(keep)
+        self.finish_request(conn, done)
+
     def handle_request(self, req: Any, conn: Connection) -> bool:
         """Runs in a thread, as `_keepalive_after` does."""
+        # Asked when the answer's head is written, and again afterwards: it must be the same.
+        asked_to_close = req.should_close
+        req.should_close = functools.cache(
+            lambda: asked_to_close() or not self.alive or self._lets_go()
+        )
         req._expected_100_continue = False  # Connection has sent it
         req.body = io.BytesIO(conn.body)
         if conn.chunked:  # RFC 9112 section 7.1.3: decoded, it has a length and no transfer coding
@@ -141,6 +276,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if conn.length > self.max_body_size:
             req.force_close()  # the rest of the body is still to come, or never will
         return bool(super().handle_request(req, conn))
+
+    def _lets_go(self) -> bool:
+        """Whether to close a kept connection, so that it comes back to a worker that holds
+        fewer.
+        """
+        now = time.monotonic()
+        if now < self._let_go_at or self.spread.excess(self.age) < 2:
+            return False
+        self._let_go_at = now + LET_GO
+        return True
 
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
         return keepalive  # no body is left on the socket
@@ -185,20 +330,31 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         conn.close()
 
     def _refuse(
-        self, conn: Connection, error: RequestError, headers: Mapping[str, str] | None = None
+        self,
+        conn: Connection,
+        error: RequestError,
+        headers: Mapping[str, str] | None = None,
+        reason: str | None = None,
     ) -> None:
         """Answer in place of the application, which never sees the request."""
-        environ = conn.environ()
         self._forget(conn)
         self._release(conn)
-        path = environ.get("PATH_INFO", "")
-        response = respond(error.status, error.error_type, str(error), headers, path)
-        response.headers["X-Request-Id"] = request_id(environ)
-        head = f"HTTP/1.1 {response.status}\r\nConnection: close\r\n{response.headers}"
-        conn.sock.sendall(head.encode() + response.data)
+        self._answer(conn, error, headers, "close", reason)
         self.nr_conns -= 1
         conn.close(graceful=True)
-        self._watch.refused(environ, error.status, len(response.data), error.error_type)
+
+    def _answer(
+        self,
+        conn: Connection,
+        error: RequestError,
+        headers: Mapping[str, str] | None,
+        connection: str,
+        reason: str | None = None,
+    ) -> None:
+        environ = conn.environ()
+        body, head = _response(environ, error, headers, connection)
+        conn.sock.sendall(head + body)
+        self._watch.refused(environ, error.status, len(body), error.error_type, reason)
 
     def handle_error(self, req: Any, client: Socket, addr: Any, exc: Exception) -> None:
         """Answer what gunicorn's parser refuses, in gunicorn's form. The log gets the kind of fault
@@ -222,20 +378,53 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().notify()
         self._watch.metrics.sample()
 
+    def murder_keepalived(self, force: bool = False) -> None:
+        """Close kept connections whose time is over; not one whose next request has come while the
+        event loop was busy.
+        """
+        now = time.monotonic()
+        spared = []
+        while self.keepalived_conns and (force or self.keepalived_conns[0].timeout <= now):
+            conn = self.keepalived_conns.popleft()
+            if conn.sock.peek() and not force:
+                spared.append(conn)
+                continue
+            self.poller.unregister(conn.sock)
+            self.nr_conns -= 1
+            conn.close()
+        self.keepalived_conns.extendleft(reversed(spared))
+
     def murder_pending(self) -> None:
         """Give up on clients that wait too long, or do not close, or are too many. Called once a
         turn of the event loop.
         """
         now = time.monotonic()
-        if not self.alive and self._stopping_since is None:
-            self._stopping_since = now
+        if self.alive:
+            self.spread.hold(self.age, self.nr_conns)
+        if self._stopping_since is not None:
+            if not self._stopped and now >= self._stopping_since + STOP_COMPUTING:
+                self._stopped = True
+                self.wsgi.extensions["stop"]()
+            if now >= self._stopping_since + STOP_WAITING:
+                error = RequestError(503, "shutting_down", "the service is shutting down")
+                for conn in self._started:
+                    body, head = _response(conn.environ(), error, {"Retry-After": "1"}, "close")
+                    conn.sock.end_with(head + body)
+        for conn, since in list(self._queued.items()):
+            if now - since < self.max_wait and not self._stopped:
+                break
+            del self._queued[conn]
+            self._turn_away(conn, f"no thread was free for {now - since:.1f} s")
         for conn, until in list(self._waiting.items()):
             idle = not conn.held and not conn.sock.unsent
             if idle and self._stopping_since is not None:
                 until = min(until, self._stopping_since + STOP_KEEPALIVE_LINGER)
-            if until > now:
+            if until > now and not (conn.held and self._stopped) or idle and conn.sock.peek():
                 continue
-            if conn.held:
+            if conn.held and self._stopped:
+                message = "the service is shutting down, and not all of the request has arrived"
+                self._refuse(conn, RequestError(503, "shutting_down", message))
+            elif conn.held:
                 message = f"nothing more of the request arrived for {RECEIVE_TIMEOUT} s"
                 self._refuse(conn, RequestError(408, "timeout", message))
             else:
@@ -255,8 +444,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             if largest.held <= _PIECE:
                 break
             message = f"requests of {limit} bytes are in memory already; come back with this one"
-            self._refuse(largest, RequestError(429, "overloaded", message), {"Retry-After": "1"})
-        while self.nr_conns >= self.worker_connections:
+            error = RequestError(429, "overloaded", message)
+            self._refuse(largest, error, {"Retry-After": "1"}, "memory")
+        while self.alive and self.nr_conns >= self.worker_connections:
             if self._closing:
                 self._close_now(next(iter(self._closing)))
             elif self._waiting:
@@ -296,3 +486,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.poller.unregister(sock)
         util.close(sock)
         self.nr_conns -= 1
+
+
+def _response(
+    environ: dict[str, Any],
+    error: RequestError,
+    headers: Mapping[str, str] | None,
+    connection: str,
+) -> tuple[bytes, bytes]:
+    """Returns: an answer's body and its head."""
+    path = environ.get("PATH_INFO", "")
+    response = respond(error.status, error.error_type, str(error), headers, path)
+    response.headers["X-Request-Id"] = request_id(environ)
+    head = f"HTTP/1.1 {response.status}\r\nConnection: {connection}\r\n{response.headers}"
+    return bytes(response.data), head.encode()

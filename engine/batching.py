@@ -25,7 +25,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import DeadlineExceeded, EmbedderError, EngineFailed, QueueFull
+from engine.errors import (
+    CallerGone,
+    DeadlineExceeded,
+    EmbedderError,
+    EngineFailed,
+    QueueFull,
+    ShuttingDown,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +45,9 @@ CALL_OVERHEAD_TOKENS = 12
 # A free thread leaves the others their share of what waits, but no call is made smaller than this
 # for that reason.
 MIN_SHARE_TOKENS = 64
+# Seconds of engine calls after which the speed they showed is believed, and after which older ones
+# begin to count less.
+SPEED_KNOWN, SPEED_MEMORY = 1.0, 20.0
 
 
 class Engine(Protocol):
@@ -64,6 +74,7 @@ class Job:
     vectors: Float32
     deadline: float
     submitted: float = 0.0  # on the batcher's clock, as `deadline`
+    gone: Callable[[], bool] | None = None
     tag: float = 0.0
     running: int = 0
     error: EmbedderError | None = None
@@ -103,11 +114,13 @@ class Batcher:
         max_batch_tokens: int,
         max_queue_tokens: int,
         threads: int,
+        max_queue_seconds: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`threads` is how many threads will call `next_batch`; `start` makes them, a test may call
         it itself.
         """
+        self.max_queue_seconds = max_queue_seconds
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         self.max_queue_tokens = max_queue_tokens
@@ -119,7 +132,8 @@ class Batcher:
         self._waiting_tokens = 0
         self._share_clock = 0.0
         self._closed = False
-        self._served_tokens, self._busy_seconds = 0, 0.0
+        self._served_tokens, self._busy_seconds = 0.0, 0.0
+        self.callers_gone = 0  # requests left out because nobody waited for them any more
         # Told of every engine call when it has ended: the batch, its seconds, whether it failed.
         self.observe: Callable[[Batch, float, bool], None] = lambda *_: None
 
@@ -135,7 +149,12 @@ class Batcher:
     # ------------------------------------------------------------------------------------------
 
     def submit(
-        self, engine: Engine, inputs: Sequence[Array], costs: Sequence[int], deadline: float
+        self,
+        engine: Engine,
+        inputs: Sequence[Array],
+        costs: Sequence[int],
+        deadline: float,
+        gone: Callable[[], bool] | None = None,
     ) -> Float32:
         """Compute all inputs and wait for them.
 
@@ -143,10 +162,12 @@ class Batcher:
             costs: tokens of each input, in the same order; a picture states its cost in the same
                 unit.
             deadline: on this batcher's clock (`time.monotonic` unless told otherwise).
+            gone: whether nobody waits for the vectors any more; asked, from an inference thread and
+                quick to answer, before every engine call that finds inputs of this request waiting.
 
         Returns: float32 of shape (len(inputs), engine.dimensions), in the order of `inputs`.
-        Raises: QueueFull at once; DeadlineExceeded; EngineFailed when a call that held one of the
-        inputs failed.
+        Raises: QueueFull at once; DeadlineExceeded; CallerGone; ShuttingDown; EngineFailed when a
+        call that held one of the inputs failed.
         """
         order = sorted(range(len(inputs)), key=costs.__getitem__)
         job = Job(
@@ -157,17 +178,19 @@ class Batcher:
             np.empty((len(inputs), engine.dimensions), np.float32),
             deadline,
             self._now(),
+            gone,
         )
         if not order:
             return job.vectors
         total = sum(costs)
         with self._lock:
             if self._closed:
-                raise EngineFailed("the service is shutting down")
-            if self._waiting_tokens and self._waiting_tokens + total > self.max_queue_tokens:
+                raise _shutting_down()
+            limit = self._queue_limit()
+            if self._waiting_tokens and self._waiting_tokens + total > limit:
                 raise QueueFull(
                     f"{self._waiting_tokens} tokens are waiting and this request adds {total}; "
-                    f"the limit is {self.max_queue_tokens} (MAX_QUEUE_TOKENS)",
+                    f"the limit is {limit} (MAX_QUEUE_TOKENS, MAX_QUEUE_SECONDS)",
                     self._seconds_to_serve(self._waiting_tokens),
                 )
             job.tag = self._share_clock
@@ -203,6 +226,10 @@ class Batcher:
                             "the request waited longer than REQUEST_TIMEOUT for the engine"
                         ),
                     )
+                for job in [job for job in self._jobs if job.gone and job.gone()]:
+                    log.debug("a caller has gone: %d tokens are left out", sum(job.costs))
+                    self.callers_gone += 1
+                    self._end(job, CallerGone("the client closed before its answer was there"))
                 if self._jobs:
                     return self._take_batch()
                 if self._closed:
@@ -243,6 +270,11 @@ class Batcher:
         with self._lock:
             self._served_tokens += batch.tokens
             self._busy_seconds += seconds
+            if self._busy_seconds > SPEED_MEMORY:
+                self._served_tokens, self._busy_seconds = (
+                    self._served_tokens / 2,
+                    self._busy_seconds / 2,
+                )
             for number, (job, row, _) in enumerate(batch.entries):
                 job.running -= 1
                 if vectors is None:
@@ -266,6 +298,13 @@ class Batcher:
             self._waiting_tokens -= sum(job.costs)
         job.inputs, job.costs, job.rows, job.error = [], [], [], error
         job.done.set()
+
+    def _queue_limit(self) -> int:
+        """Tokens that may wait: max_queue_tokens, or fewer if they take max_queue_seconds."""
+        if self._busy_seconds < SPEED_KNOWN or self.max_queue_seconds == math.inf:
+            return self.max_queue_tokens
+        speed = self._served_tokens / self._busy_seconds * self.threads
+        return min(self.max_queue_tokens, int(self.max_queue_seconds * speed))
 
     def _seconds_to_serve(self, tokens: int) -> int:
         """Whole seconds, at least 1, that `tokens` take at the speed seen so far on all threads."""
@@ -310,6 +349,17 @@ class Batcher:
         with self._lock:
             self._closed = True
             self._work.notify_all()
+
+    def stop(self) -> None:
+        """Refuse new work and fail what waits with ShuttingDown; what runs is still computed."""
+        self.close()
+        with self._lock:
+            for job in list(self._jobs):
+                self._end(job, _shutting_down())
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the service is shutting down; send the request again, to another instance")
 
 
 def _nearest(costs: list[int], target: int) -> int:

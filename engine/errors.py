@@ -49,6 +49,14 @@ class DeadlineExceeded(EmbedderError):
     """The request waited longer than REQUEST_TIMEOUT."""
 
 
+class CallerGone(EmbedderError):
+    """Nobody waits for this request's answer any more; what of it was not computed is left out."""
+
+
+class ShuttingDown(EmbedderError):
+    """The service ends before this request's turn would have come."""
+
+
 class EngineFailed(EmbedderError):
     """The engine raised while it computed a batch that held this request's input."""
 

@@ -37,6 +37,7 @@ class Models(Generic[T]):
         self.default = self._resolve(default or next(iter(self.bundles)))
         self._loaded: dict[str, T] = {}
         self._changed = threading.Condition()
+        self._stopped = False
 
     def _resolve(self, name: str) -> str:
         try:
@@ -54,6 +55,12 @@ class Models(Generic[T]):
                 self._loaded[name] = loaded
                 self._changed.notify_all()
 
+    def stop(self) -> None:
+        """Let nobody wait for a model any longer."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
     @property
     def ready(self) -> bool:
         """Whether every model is loaded."""
@@ -69,15 +76,18 @@ class Models(Generic[T]):
     def get(self, name: str | None, deadline: float) -> T:
         """The loaded model, waited for until `deadline` (`time.monotonic`).
 
-        Raises: ModelNotFound at once; ModelNotReady when it is still loading at the deadline.
+        Raises: ModelNotFound at once; ModelNotReady when it is still loading at the deadline, or at
+        `stop`.
         """
         name = self.bundle(name).manifest.name
         loaded = self._loaded.get(name)
         if loaded is None:
             with self._changed:
-                if not self._changed.wait_for(
-                    lambda: name in self._loaded, max(0.0, deadline - time.monotonic())
-                ):
-                    raise ModelNotReady(f"model {name} is still loading")
-                loaded = self._loaded[name]
+                self._changed.wait_for(
+                    lambda: name in self._loaded or self._stopped,
+                    max(0.0, deadline - time.monotonic()),
+                )
+                loaded = self._loaded.get(name)
+            if loaded is None:
+                raise ModelNotReady(f"model {name} is still loading")
         return loaded

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from engine.batching import CALL_OVERHEAD_TOKENS, Batch, Batcher
-from engine.errors import DeadlineExceeded, EmbedderError, EngineFailed, QueueFull
+from engine.errors import (
+    CallerGone,
+    DeadlineExceeded,
+    EmbedderError,
+    EngineFailed,
+    QueueFull,
+    ShuttingDown,
+)
 
 NEVER = 1e6
 
@@ -47,13 +54,17 @@ class Bench:
         self.pool = ThreadPoolExecutor(64)
 
     def submit(
-        self, *inputs: tuple[int, int], engine: Any = ECHO, deadline: float = NEVER
+        self,
+        *inputs: tuple[int, int],
+        engine: Any = ECHO,
+        deadline: float = NEVER,
+        gone: Callable[[], bool] | None = None,
     ) -> "Future[Any]":
         """Queue a request of (marker, token count) inputs; returns once it is queued or refused."""
         before = len(self.batcher._jobs)
         arrays = [tokens(marker, count) for marker, count in inputs]
         costs = [count for _, count in inputs]
-        future = self.pool.submit(self.batcher.submit, engine, arrays, costs, deadline)
+        future = self.pool.submit(self.batcher.submit, engine, arrays, costs, deadline, gone)
         while len(self.batcher._jobs) == before and not future.done():
             threading.Event().wait(0.0005)
         return future
@@ -250,6 +261,28 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(bench: Make) -> None:
     assert info.value.retry_after == 10
 
 
+def test_a_queue_is_full_when_it_would_take_too_long(bench: Make) -> None:
+    b = bench(max_queue_tokens=1000, max_queue_seconds=5.0, threads=2)
+    b.submit((1, 90))
+    b.batcher._served_tokens, b.batcher._busy_seconds = 9, 0.9  # too little to know the speed by
+    b.submit((2, 20))
+    b.batcher._served_tokens, b.batcher._busy_seconds = 120, 10.0  # 24 tokens/s on two threads
+    b.submit((3, 10))
+    with pytest.raises(QueueFull, match="120 tokens are waiting .* adds 1; the limit is 120 ") as e:
+        b.submit((4, 1)).result()
+    assert e.value.retry_after == 5
+
+
+def test_the_speed_is_that_of_late(bench: Make) -> None:
+    b = bench(max_batch_size=1)
+    for speed, count in ((10, 60), (1000, 80)):
+        for _ in range(count):
+            b.submit((1, speed))
+            batch = b.take()
+            b.batcher.finish(batch, batch.engine.run(batch.inputs), 1.0)
+    assert b.batcher._served_tokens / b.batcher._busy_seconds == pytest.approx(1000, rel=0.05)
+
+
 def test_an_empty_queue_takes_a_request_of_any_size(bench: Make) -> None:
     b = bench(max_queue_tokens=100)
     future = b.submit((1, 101))
@@ -274,6 +307,38 @@ def test_a_request_that_gives_up_leaves_the_queue() -> None:
     with pytest.raises(DeadlineExceeded):
         batcher.submit(ECHO, [tokens(1, 90)], [90], 0.0)
     assert not batcher._jobs and batcher._waiting_tokens == 0
+
+
+def test_what_nobody_waits_for_any_more_is_not_computed(bench: Make) -> None:
+    """Before its first call, and between two."""
+    b = bench(max_batch_size=1)
+    left: set[int] = set()
+    asked = b.submit((1, 30), (2, 20), gone=lambda: 1 in left)
+    never = b.submit((3, 10), (4, 10), gone=lambda: 3 in left)
+    other = b.submit((5, 10), gone=lambda: False)
+    left.add(3)
+    assert b.run() == [1]
+    left.add(1)
+    assert b.run() == [5]
+    for future in (asked, never):
+        with pytest.raises(CallerGone):
+            future.result()
+    assert other.result().tolist() == [[5, 10]]
+    assert b.batcher.callers_gone == 2 and b.batcher._waiting_tokens == 0
+
+
+def test_stop_fails_what_waits_and_finishes_what_runs(bench: Make) -> None:
+    b = bench(max_batch_size=1)
+    running, waiting = b.submit((1, 30)), b.submit((2, 20), (3, 20))
+    batch = b.take()
+    b.batcher.stop()
+    with pytest.raises(ShuttingDown):
+        waiting.result()
+    with pytest.raises(ShuttingDown):
+        b.submit((4, 10)).result()
+    b.run(batch)
+    assert running.result().tolist() == [[1, 30]]
+    assert b.batcher.next_batch() is None
 
 
 def test_close_refuses_new_work_and_drains_what_waits(bench: Make) -> None:

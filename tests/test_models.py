@@ -2,6 +2,7 @@
 
 import pathlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -49,3 +50,14 @@ def test_the_default_loads_first_and_readiness_means_all(models_dir: pathlib.Pat
         models.get(NAME, time.monotonic())
     models.load(load)
     assert order == [WIDE, NAME] and models.ready
+
+
+def test_stop_ends_the_wait_for_a_model(models_dir: pathlib.Path) -> None:
+    models: Models[str] = Models(two(models_dir))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(models.get, NAME, time.monotonic() + 60)
+        models.stop()
+        with pytest.raises(ModelNotReady):
+            waiting.result()
+    models.load(lambda bundle: bundle.manifest.name)
+    assert models.get(NAME, time.monotonic()) == NAME
