@@ -102,7 +102,7 @@ def run
     vector = embed(text) or break
     milliseconds = (Process.clock_gettime(Process::CLOCK_MONOTONIC) - started) * 1000
     first = vector.first(4).map { |value| format("%.4f", value) }.join(", ")
-    puts format("%p: %d dimensions [%s, …] in %.1f ms", text, vector.size, first, milliseconds)
+    puts format('"%s": %d dimensions [%s, …] in %.1f ms', text, vector.size, first, milliseconds)
     break if stopped_within?(INTERVAL)
   end
 end
