@@ -57,7 +57,7 @@ def test_a_final_answer_ends_it(service: Server) -> None:
         assert app.returncode == 1 and err.startswith("cannot go on: 401 ")
 
 
-ANSWERS = {
+ANSWERS: dict[str, list[tuple[int, object]]] = {
     "/health/ready": [(503, {"status": "loading"}), (200, {"status": "ready", "model": "m"})],
     "/embeddings": [
         (429, {"error": "queue full"}),
