@@ -1,0 +1,160 @@
+"""What is sent: texts of random words, all different, and pictures; and as whose requests."""
+
+import base64
+import io
+import itertools
+import json
+import os
+import random
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+# Common English words and a tail of rare ones; about 1.28 tokens each for BERT's tokenizer.
+WORDS = (
+    "the of and to in is that for it as was with be by on not he his but at are this have from or "
+    "had an they which one you were all her she there would their we him been has when who will no "
+    "more if out so said what up its about into than them can only other new some could time these "
+    "two may then do first any my now such like our over man me even most made after also did many "
+    "before must through back years where much your way well down should because each just those "
+    "people how too little state good very make world still own see men work long get here between "
+    "both life being under never day same another know while last might us great old year off come "
+    "since against go came right used take three small water house music river mountain history "
+    "science energy market company city school student teacher doctor paper report result system "
+    "number model search query answer question document language translation network computer "
+    "program service price order customer payment delivery garden kitchen window forest animal "
+    "horse bird weather winter summer morning photosynthesis electromagnetic jurisprudence "
+    "archipelago Kierkegaard mitochondrial quaternion cryptography Reykjavik hyperparameter "
+    "bougainvillea tokenization embeddings PostgreSQL Kubernetes antidisestablishment nanometre "
+    "Übermensch café microservice backpropagation saxophone rheumatology Wollstonecraft isothermal "
+    "polymerase sesquipedalian"
+).split()
+IMAGES = "image-640x480"
+
+Dialect = Literal["native", "openai", "tei"]
+DIALECTS: tuple[Dialect, ...] = ("native", "openai", "tei")
+
+
+class Load(NamedTuple):
+    """One kind of request, and how it is usually measured."""
+
+    fewest: int  # words a text
+    most: int
+    connections: tuple[int, ...]
+    texts: int = 1  # a request
+    times: int = 1  # the usual seconds, so that slow answers are counted well too
+
+
+LOADS = {
+    "query": Load(8, 18, (1, 16, 64)),
+    "passage": Load(90, 120, (1, 16)),
+    "mixed": Load(4, 200, (16,), times=2),
+    "long": Load(380, 420, (4,), times=2),
+    "batch32": Load(4, 120, (4,), texts=32, times=4),
+}
+STREAM = Load(390, 390, (1,), texts=100, times=8)  # about 490 tokens a text
+
+
+class Target(NamedTuple):
+    """A service and how it is spoken to."""
+
+    url: str
+    dialect: Dialect = "native"
+    path: str | None = None  # in place of the dialect's own
+    model: str = "model"  # sent where the dialect wants a model's name
+
+    def request(self, texts: Sequence[str]) -> bytes:
+        """A whole HTTP request. One text goes to the native dialect's route of one text."""
+        if self.dialect == "openai":
+            return self._post("/v1/embeddings", {"model": self.model, "input": texts})
+        if self.dialect == "tei":
+            return self._post("/embed", {"inputs": texts})
+        if len(texts) == 1:
+            return self._post("/embeddings", {"text": texts[0]})
+        return self._post("/embeddings/batch", {"texts": texts})
+
+    def image_request(self, file: bytes) -> bytes:
+        """A whole HTTP request with one JPEG. Raises: ValueError for a dialect without pictures."""
+        if self.dialect == "tei":
+            raise ValueError("this dialect has no pictures")
+        if self.dialect == "native":
+            return self._send("/embeddings/image", "image/jpeg", file)
+        uri = "data:image/jpeg;base64," + base64.b64encode(file).decode()
+        body = {"model": self.model, "input": [uri], "modality": "image"}
+        return self._post("/v1/embeddings", body)
+
+    def _post(self, path: str, body: object) -> bytes:
+        return self._send(path, "application/json", json.dumps(body, ensure_ascii=False).encode())
+
+    def _send(self, path: str, content_type: str, body: bytes) -> bytes:
+        address = urllib.parse.urlsplit(self.url)
+        key = os.environ.get("VECTOR_EMBEDDER_API_KEY", "abc123").partition(",")[0].strip()
+        head = (
+            f"POST {address.path.rstrip('/')}{self.path or path} HTTP/1.1\r\n"
+            f"Host: {address.netloc}\r\nContent-Type: {content_type}\r\n"
+            f"X-API-Key: {key}\r\nAuthorization: Bearer {key}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
+
+def texts(load: Load, seed: int) -> Iterator[str]:
+    """Endless texts, all different; the same seed gives the same."""
+    source = random.Random(seed)
+    while True:
+        yield " ".join(source.choices(WORDS, k=source.randint(load.fewest, load.most)))
+
+
+def requests(target: Target, load: Load, seed: int) -> Iterator[bytes]:
+    """Endless requests, as bytes."""
+    source = texts(load, seed)
+    while True:
+        yield target.request(list(itertools.islice(source, load.texts)))
+
+
+def image_requests(target: Target) -> Iterator[bytes]:
+    """Endless requests of one picture each; 16 pictures in turn."""
+    return itertools.cycle([target.image_request(file) for file in images(16)])
+
+
+def exact_texts(count: Callable[[str], int], tokens: int, number: int) -> list[str]:
+    """Texts of exactly so many tokens.
+
+    Args:
+        count: the tokens of a text, special tokens included.
+
+    Raises: ValueError where the tokenizer cannot make a text of exactly so many of these words.
+    """
+    source, found = random.Random(tokens), []
+    for _ in range(8 * number):
+        words = source.choices(WORDS, k=tokens)
+        low, high = 0, len(words)  # the most words that still fit
+        while low < high:
+            middle = (low + high + 1) // 2
+            if count(" ".join(words[:middle])) <= tokens:
+                low = middle
+            else:
+                high = middle - 1
+        kept = words[:low]
+        kept += ["the"] * (tokens - count(" ".join(kept)))
+        text = " ".join(kept)
+        if kept and count(text) == tokens:
+            found.append(text)
+        if len(found) == number:
+            return found
+    raise ValueError(f"this tokenizer makes no texts of exactly {tokens} tokens")
+
+
+def images(number: int) -> list[bytes]:
+    """JPEGs of 640 x 480 pixels with the soft shapes of a photograph, all different."""
+    source = np.random.default_rng(0)
+    files = []
+    for _ in range(number):
+        coarse = Image.fromarray(source.integers(0, 256, (60, 80, 3)).astype(np.uint8))
+        file = io.BytesIO()
+        coarse.resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
+        files.append(file.getvalue())
+    return files
