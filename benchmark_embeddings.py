@@ -1,44 +1,154 @@
-"""How fast it is on this machine, and what to expect of it.
+"""How fast it is on this machine, and what to deploy it with.
 
-    python benchmark_embeddings.py [WHAT] [options]
+    python benchmark_embeddings.py [WHAT] [--url URL] [--json] [--plot FILE.png] …
 
-WHAT: texts (the default), ceiling, padding, fairness, start or recommend.
+WHAT is one of
+  texts      (the default) texts of exactly 200, 500 and 1000 tokens, and pictures where the model
+             takes them, one at a time and in company, at each precision, in this process, beside
+             sentence-transformers; with --url a running service over HTTP, alone or --against
+             another in alternating rounds
+  ceiling    what a service gives of what the engine alone can do with the same texts
+  padding    how much of what the engine computes is padding, and wasted
+  fairness   a client's single queries while another sends large batches one after another
+  start      from the start of the process to ready, memory, first request, exit
+  recommend  CPU, memory, concurrency, workers and precision for Cloud Run (also: --recommend)
+
+All but `texts` start a service of their own, or take --url. The model is the default one of
+MODELS_DIR, and the service's own variables apply; the key is read from VECTOR_EMBEDDER_API_KEY.
+Loads over HTTP are closed loops of random texts, all different: query (8-18 words), passage
+(90-120), mixed (4-200), long (380-420), batch32 (32 texts of 4-120 words a request).
 """
 
 import argparse
 import contextlib
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
-from benchmark import in_process, measures, report
-from benchmark.loads import DIALECTS, LOADS, Target
-from benchmark.service import service
+from benchmark import advice, in_process, measures, report
+from benchmark.advice import Advice
+from benchmark.loads import DIALECTS, IMAGES, LOADS, Target
+from benchmark.plain import Plain
+from benchmark.plot import plot
+from benchmark.report import Row
+from benchmark.service import available, service
+from engine.bundle import Manifest
 from engine.errors import EmbedderError
 from settings import SettingsError
 
 WHATS = ("texts", "ceiling", "padding", "fairness", "start", "recommend")
+PLOTTED = ("texts", "recommend")
+LOAD = "mixed"  # that `recommend` looks at, unless told otherwise
+CURVE = [1, 2, 4, 8, 16, 32, 64]
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Exits with 2 and its usage where that makes no sense."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("what", nargs="?", choices=WHATS, default="texts")
-    made.add_argument("--url", help="a running service instead of this process or one of its own")
-    made.add_argument("--dialect", choices=DIALECTS, default="native", help="that --url speaks")
-    made.add_argument("--path", help="of its route, where it is not the dialect's own")
-    made.add_argument("--model-name", default="model", help="sent where the dialect wants one")
-    made.add_argument("--against", metavar="URL", help="a second service, in alternating rounds")
-    made.add_argument("--against-dialect", choices=DIALECTS, default="native")
-    made.add_argument("--against-path")
-    made.add_argument(
-        "--loads", nargs="+", default=[], metavar="LOAD", help=f"some of {', '.join(LOADS)}"
-    )
-    made.add_argument("--connections", type=int, nargs="+", default=[1, 16])
-    made.add_argument("--seconds", type=float, default=3.0, help="of one round")
-    made.add_argument("--rounds", type=int, help="3; starts: 10")
-    made.add_argument("--json", action="store_true", help="for machines")
-    return made
+    add = parser.add_argument
+    add("what", nargs="?", choices=WHATS, default="texts", metavar="WHAT")
+    add("--recommend", action="store_const", dest="what", const="recommend", help="as WHAT")
+    add("--url", help="measure this running service")
+    add("--dialect", choices=DIALECTS, default="native", help="that --url speaks")
+    add("--path", help="of its route, where it is not the dialect's own")
+    add("--model-name", default="model", help="sent where a dialect wants one")
+    add("--against", metavar="URL", help="and this one, in alternating rounds; states the ratio")
+    add("--against-dialect", choices=DIALECTS, default="native")
+    add("--against-path")
+    add("--model", help="for sentence-transformers: folder or name; default: the bundle's source")
+    add("--tokens", type=_positive, nargs="+", default=[200, 500, 1000], help="in process")
+    add("--loads", nargs="+", default=[], metavar="LOAD", help="some only, as query or query-c16")
+    add("--connections", type=_positive, nargs="+", help="at a time: 1 16; recommend: 1 to 64")
+    add("--p99", type=float, default=500.0, help="ms, what recommend has to keep (default 500)")
+    add("--seconds", type=float, default=2.0, help="of a round (default 2; slow loads take more)")
+    add("--rounds", type=_positive, help="default 3; start: 10; recommend: 1")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", type=pathlib.Path, metavar="FILE.png", help="throughput and p99 as a picture")
+    options = parser.parse_args(arguments)
+    defaults = {"start": 10, "recommend": 1}
+    options.rounds = options.rounds or defaults.get(options.what, 3)
+    options.connections = options.connections or (CURVE if options.what == "recommend" else [1, 16])
+    known = [*LOADS, IMAGES]
+    if options.what in ("ceiling", "padding"):
+        known = [*LOADS, *(f"{name}-c{number}" for name, number in measures.usual_loads())]
+    unknown = [name for name in options.loads if name not in known]
+    if unknown:
+        parser.error(f"no load {unknown[0]!r}; there is: {', '.join(known)}")
+    if options.plot and options.what not in PLOTTED:
+        parser.error(f"--plot draws {' and '.join(PLOTTED)}")
+    if options.against and not (options.url and options.what == "texts"):
+        parser.error("--against needs --url, and compares texts")
+    if options.url and options.what in ("padding", "start", "recommend"):
+        parser.error(f"{options.what} starts its own; --url has no effect")
+    return options
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Exits with 1 and one line when something needed is not there."""
+    options = parse(arguments)
+    try:
+        conditions, rows, advised = measure(options)
+        if options.plot:
+            plot(report.series(rows), options.plot)
+    except (OSError, ValueError, EmbedderError, SettingsError) as error:
+        sys.exit(f"cannot measure: {error}")
+    if options.json:
+        more = {"recommended": advised.fields()} if advised else {}
+        print(report.as_json(options.what, conditions, rows, **more))
+        return
+    print(f"{options.what}: {conditions}\n\n{report.table(rows)}")
+    if advised:
+        print("\n" + advice.text(advised, len(available())))
+
+
+def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]:
+    """Returns: on what was measured, the rows, and for `recommend` the advice."""
+    what, seconds, rounds = options.what, options.seconds, options.rounds
+    if options.url and what != "ceiling":
+        target = Target(options.url, options.dialect, options.path, options.model_name)
+        if what == "fairness":
+            return report.machine(), measures.fairness(target, seconds, rounds), None
+        other = None
+        if options.against:
+            dialect, path = options.against_dialect, options.against_path
+            other = Target(options.against, dialect, path, options.model_name)
+        loads = measures.http_loads(options.loads, options.connections, target)
+        return report.machine(), measures.http(target, other, loads, seconds, rounds), None
+    settings = in_process.settings()
+    bundle = in_process.default_bundle(settings)
+    conditions = f"{bundle.manifest.name}, {report.machine()}"
+    pairs, advised = measures.usual_loads(options.loads), None
+    if what == "texts":
+        with _plain(bundle.manifest, options.model) as plain:
+            rows = in_process.speed(
+                settings, bundle, plain, options.tokens, options.connections, seconds, rounds
+            )
+    elif what == "ceiling":
+        ceilings = in_process.ceilings(settings, bundle, {name: LOADS[name] for name, _ in pairs})
+        with _target(options) as target:
+            rows = measures.ceiling(target, ceilings, pairs, seconds, rounds)
+    elif what == "padding":
+        company = [pair for pair in pairs if pair[1] > 1]
+        rows = in_process.padding(settings, bundle, company, seconds)
+    elif what == "fairness":
+        with _target(options) as target:
+            rows = measures.fairness(target, seconds, rounds)
+    elif what == "start":
+        rows = measures.start(rounds)
+    else:
+        load = options.loads[0] if options.loads else LOAD
+        curves = advice.measure(bundle, load, options.connections, seconds, rounds)
+        rows = advice.rows(curves, load)
+        advised = advice.recommend(curves, advice.parity(bundle), options.p99)
+    return conditions, rows, advised
 
 
 @contextlib.contextmanager
@@ -51,48 +161,19 @@ def _target(options: argparse.Namespace) -> Iterator[Target]:
             yield Target(running.url)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Exits with 1 and one line when something needed is not there."""
-    options = parser().parse_args(arguments)
-    rounds = options.rounds or (10 if options.what == "start" else 3)
+@contextlib.contextmanager
+def _plain(manifest: Manifest, model: str | None) -> Iterator[Plain | None]:
+    """sentence-transformers; None, and a word on stderr, where it is not there and nobody asked."""
     try:
-        if options.url and options.what == "texts":
-            target = Target(options.url, options.dialect, options.path, options.model_name)
-            other = Target(
-                options.against, options.against_dialect, options.against_path, options.model_name
-            )
-            pairs = measures.http_loads(options.loads, options.connections, target)
-            rows = measures.http(
-                target, other if options.against else None, pairs, options.seconds, rounds
-            )
-            print(
-                report.as_json("texts", report.machine(), rows)
-                if options.json
-                else report.table(rows)
-            )
-            return
-        settings = in_process.settings()
-        bundle = in_process.default_bundle(settings)
-        conditions = f"{report.machine()}; {bundle.manifest.name}"
-        if options.what == "ceiling":
-            pairs = measures.usual_loads(options.loads)
-            loads = {name: LOADS[name] for name, _ in pairs}
-            ceilings = in_process.ceilings(settings, bundle, loads)
-            with _target(options) as target:
-                rows = measures.ceiling(target, ceilings, pairs, options.seconds, rounds)
-        elif options.what == "fairness":
-            with _target(options) as target:
-                rows = measures.fairness(target, options.seconds, rounds)
-        elif options.what == "start":
-            rows = measures.start(rounds)
-        else:
-            sys.exit("not yet")
-    except (OSError, EmbedderError, SettingsError) as error:
-        sys.exit(f"cannot measure: {error}")
-    if options.json:
-        print(report.as_json(options.what, conditions, rows))
-    else:
-        print(conditions + "\n\n" + report.table(rows))
+        plain = Plain(manifest, model)
+    except OSError as error:
+        if model:
+            raise
+        print(f"without sentence-transformers beside it: {error}", file=sys.stderr)
+        yield None
+        return
+    with contextlib.closing(plain):
+        yield plain
 
 
 if __name__ == "__main__":

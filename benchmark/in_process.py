@@ -2,25 +2,34 @@
 as `main` builds them.
 """
 
+import dataclasses
+import functools
 import itertools
 import os
 import pathlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import main
 import settings as configuration
-from benchmark.loads import Load, texts
-from benchmark.traffic import Result
+from api.service import Embedders
+from benchmark.loads import IMAGES, LOADS, Load, exact_texts, images, texts
+from benchmark.plain import Plain
+from benchmark.report import Progress, Row, row
+from benchmark.traffic import Result, alternate
 from embeddings import Int64, TextEmbedder, TextLimits, load_tokenizer
 from engine.batching import Batch, Batcher
-from engine.bundle import Bundle, discover
+from engine.bundle import Bundle, Precision, discover
 from engine.models import Models
-from engine.openvino_backend import OpenVINOTextEngine, choose_precision
+from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
+from image_embeddings import ImageEmbedder
 from settings import Settings
 
 DEADLINE = 600.0  # seconds; nothing here should wait that long
+TEXTS = 64  # of one length, sent in turn
+PLAIN = "sentence-transformers"
 SAMPLE_TOKENS = 24_000  # of a load, for the ceiling: some seconds' work
 
 
@@ -150,6 +159,141 @@ class Ceiling:
 
         in_threads(caller, threads or self.threads)
         return sum(rates) * self.texts_a_chunk
+
+
+def precisions(bundle: Bundle) -> list[Precision]:
+    """What this CPU and this bundle offer."""
+    return [precision for precision in available_precisions() if bundle.offers(precision)]
+
+
+def embedders(options: Settings, bundle: Bundle) -> dict[str, Embedders]:
+    """The bundle at each precision, all behind one Batcher as `main` has it.
+
+    Raises: BundleError.
+    """
+    queue = batcher(options)
+    queue.start()
+    made: dict[str, Embedders] = {}
+    for precision in precisions(bundle):
+        ours = dataclasses.replace(options, precision=precision)
+        pictures = "image" in bundle.manifest.modalities
+        made[precision] = Embedders(
+            main.load_embedder(bundle, ours, queue),
+            main.load_image_embedder(bundle, ours, queue) if pictures else None,
+        )
+    return made
+
+
+def padding(
+    options: Settings, bundle: Bundle, pairs: Sequence[tuple[str, int]], seconds: float
+) -> list[Row]:
+    """Of the tokens that the engine computes under a load, how many are padding: counted in the
+    Batcher's own batches, while so many threads embed.
+    """
+    progress, rows = Progress(len(pairs)), []
+    for name, company in pairs:
+        progress(f"{name} from {company} threads")
+        queue, load = batcher(options), LOADS[name]
+        queue.start()
+        embedder = main.load_embedder(bundle, options, queue)
+        queue.tokens = queue.padded_tokens = 0  # without the probe
+        source = texts(load, seed=1)
+        requests = [list(itertools.islice(source, load.texts)) for _ in range(512)]
+        result = drive(_embed(embedder, requests), company, seconds * load.times)
+        queue.close()
+        rows.append(
+            {
+                "load": f"{name}-c{company}",
+                "rate": result.rate * load.texts,
+                "real_tokens": queue.tokens,
+                "padded_tokens": queue.padded_tokens,
+                "wasted": 1 - queue.tokens / queue.padded_tokens,
+            }
+        )
+    progress.close()
+    return rows
+
+
+def _embed(embedder: TextEmbedder, requests: Sequence[Sequence[str]]) -> Callable[[int], None]:
+    def call(number: int) -> None:
+        embedder.embed(requests[number % len(requests)], deadline=time.monotonic() + DEADLINE)
+
+    return call
+
+
+def _embed_images(embedder: ImageEmbedder, files: Sequence[bytes]) -> Callable[[int], None]:
+    def call(number: int) -> None:
+        file = files[number % len(files)]
+        embedder.embed([file], deadline=time.monotonic() + DEADLINE)
+
+    return call
+
+
+def speed(
+    options: Settings,
+    bundle: Bundle,
+    plain: Plain | None,
+    lengths: Sequence[int],
+    companies: Sequence[int],
+    seconds: float,
+    rounds: int,
+) -> list[Row]:
+    """Texts of exactly so many tokens, and pictures where the model takes them, one at a time and
+    in company, at every precision; with their ratio to sentence-transformers, which gets the same
+    chunks, and its company in one call.
+
+    Raises: BundleError; ValueError for a length that this tokenizer cannot make.
+    """
+    made = embedders(options, bundle)
+    tokenizer, _, _ = load_tokenizer(bundle)
+    pictures = "image" in bundle.manifest.modalities
+    names = [f"{tokens} tokens" for tokens in lengths] + [IMAGES] * pictures
+    progress, rows = Progress(len(names) * len(companies) * (rounds + 1)), []
+    for at, name in enumerate(names):
+        sides: dict[str, Callable[[int, float], Result]] = {}
+        tokens = lengths[at] if at < len(lengths) else None
+        if tokens:
+            sent = exact_texts(lambda text: len(tokenizer.encode(text).ids), tokens, TEXTS)
+            for precision, (texts_embedder, _) in made.items():
+                call = _embed(texts_embedder, [[text] for text in sent])
+                sides[precision] = functools.partial(drive, call)
+            cut = next(iter(made.values())).texts.chunk
+            pieces = [[text[c.start : c.end] for c in cut([text])[0]] for text in sent]
+            if plain:
+                sides[PLAIN] = functools.partial(plain.texts, pieces)
+        else:
+            files = images(16)
+            for precision, (_, image_embedder) in made.items():
+                assert image_embedder
+                sides[precision] = functools.partial(drive, _embed_images(image_embedder, files))
+            if plain:
+                sides[PLAIN] = functools.partial(plain.images, files)
+        for company in companies:
+            results = _rounds(sides, company, seconds, rounds, progress, name)
+            for side, own in results.items():
+                rates = row(side, name, company, own, results.get(PLAIN, []))
+                rows.append({**rates, "tokens": rates["rate"] * tokens if tokens else None})
+    progress.close()
+    return rows
+
+
+def _rounds(
+    sides: Mapping[str, Callable[[int, float], Result]],
+    company: int,
+    seconds: float,
+    rounds: int,
+    progress: Progress,
+    name: str,
+) -> dict[str, list[Result]]:
+    results: dict[str, list[Result]] = {side: [] for side in sides}
+
+    def one(side: str, number: int) -> None:
+        result = sides[side](company, seconds if number else min(0.5, seconds))
+        results[side] += [result] if number else []
+
+    progress.doing = f"{name}, {company} at a time, "
+    alternate([functools.partial(one, side) for side in sides], rounds, progress)
+    return results
 
 
 def ceilings(options: Settings, bundle: Bundle, loads: dict[str, Load]) -> dict[str, Ceiling]:

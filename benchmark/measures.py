@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from benchmark.in_process import Ceiling
 from benchmark.loads import IMAGES, LOADS, STREAM, Load, Target, image_requests, requests
-from benchmark.report import Progress, Row
+from benchmark.report import Progress, Row, row
 from benchmark.service import service
 from benchmark.traffic import Client, Result, alternate, drive, middle, takes_images
 
@@ -63,34 +63,12 @@ def http(
 
             return run
 
-        def tick(number: int) -> None:
-            progress(f"{name} at {connections} connections, round {number}")
-
-        alternate([tick, *map(side, targets, runs)], rounds)
+        progress.doing = f"{name} at {connections} connections, "
+        alternate([*map(side, targets, runs)], rounds, progress)
         for to, results in zip(targets, runs):
             rows.append(row(to.url, name, connections, results, runs[-1] if against else []))
     progress.close()
     return rows
-
-
-def row(
-    side: str, load: str, connections: int, results: Sequence[Result], others: Sequence[Result]
-) -> Row:
-    """Medians; the ratio to `others` round by round, none where either side failed a request."""
-    whole = middle(results)
-    failed = whole.failed + sum(other.failed for other in others)
-    ratios = [one.rate / other.rate for one, other in zip(results, others) if other.rate]
-    return {
-        "side": side,
-        "load": load,
-        "connections": connections,
-        "rate": whole.rate,
-        "p50": whole.p50,
-        "p99": whole.p99,
-        "failed": whole.failed,
-        "ratio": statistics.median(ratios) if ratios and not failed else None,
-        "cpu": whole.cpu,
-    }
 
 
 def one(target: Target, name: str, connections: int, seconds: float, seed: int) -> Result:
@@ -119,7 +97,6 @@ def ceiling(
         alone: list[float] = []
 
         def serve(number: int) -> None:
-            progress(f"{name} at {connections} connections, round {number}")
             result = one(target, name, connections, seconds if number else WARM_UP, number)
             if number:
                 served.append(result)
@@ -133,7 +110,8 @@ def ceiling(
             if connections == LOADS[name].texts == 1:
                 alone.append(engine.run(1, seconds, threads=1))
 
-        alternate([serve, compute], rounds)
+        progress.doing = f"{name} at {connections} connections, "
+        alternate([serve, compute], rounds, progress)
         whole = middle(served)
         shares = [result.rate / top for result, top in zip(served, best)]
         lone = [result.rate / top for result, top in zip(served, alone)]
@@ -160,7 +138,7 @@ def fairness(target: Target, seconds: float, rounds: int, stream: Load = STREAM)
     """How a client with one query after another fares while another client sends large batches one
     after another, and what the batches lose by it.
     """
-    progress = Progress(3 * (rounds + 1))
+    progress = Progress(rounds + 1)
     long, query = seconds * stream.times, LOADS["query"]
     quiet: list[Result] = []
     alone: list[Result] = []
@@ -174,23 +152,20 @@ def fairness(target: Target, seconds: float, rounds: int, stream: Load = STREAM)
         return Client(target.url, requests(target, query, seed), 1)
 
     def only_queries(number: int) -> None:
-        progress(f"queries alone, round {number}")
         results = drive([queries(number)], seconds if number else WARM_UP)
         quiet.extend(results if number else [])
 
     def only_batches(number: int) -> None:
-        progress(f"batches alone, round {number}")
         results = drive([batches(number)], long if number else WARM_UP)
         alone.extend(results if number else [])
 
     def both(number: int) -> None:
-        progress(f"both, round {number}")
         results = drive([batches(number), queries(number)], long if number else WARM_UP)
         if number:
             beside.append(results[0])
             lone.append(results[1])
 
-    alternate([only_queries, only_batches, both], rounds)
+    alternate([only_queries, only_batches, both], rounds, progress)
     progress.close()
     queried = middle(lone)
     kept = [there.rate / here.rate for here, there in zip(alone, beside)]

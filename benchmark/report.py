@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from benchmark.traffic import Result, middle
 from settings import available_cores
 
 Row = dict[str, Any]  # the keys of HEADS
@@ -42,7 +44,8 @@ HEADS = {
     "first": "first request ms",
     "steady": "steady ms",
     "stop": "to exit s",
-    "padded_tokens": "padded tokens",
+    "real_tokens": "tokens",
+    "padded_tokens": "padded",
     "wasted": "wasted",
     "cores": "cores",
     "workers": "workers",
@@ -55,17 +58,37 @@ class Progress:
     """Says on stderr which of how many measurements runs."""
 
     def __init__(self, total: int) -> None:
-        self.done, self.total = 0, total
+        self.done, self.total, self.doing = 0, total, ""
 
-    def __call__(self, what: str) -> None:
+    def __call__(self, step: str) -> None:
         self.done += 1
-        line, wipe = f"[{self.done}/{self.total}] {what}", sys.stderr.isatty()
+        line, wipe = f"[{self.done}/{self.total}] {self.doing}{step}", sys.stderr.isatty()
         print(f"\r\x1b[K{line}" if wipe else line, end="" if wipe else "\n", file=sys.stderr)
         sys.stderr.flush()
 
     def close(self) -> None:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
+
+
+def row(
+    side: str, load: str, connections: int, results: Sequence[Result], others: Sequence[Result]
+) -> Row:
+    """Medians; the ratio to `others` round by round, none where either side failed a request."""
+    whole = middle(results)
+    failed = whole.failed + sum(other.failed for other in others)
+    ratios = [one.rate / other.rate for one, other in zip(results, others) if other.rate]
+    return {
+        "side": side,
+        "load": load,
+        "connections": connections,
+        "rate": whole.rate,
+        "p50": whole.p50,
+        "p99": whole.p99,
+        "failed": whole.failed,
+        "ratio": statistics.median(ratios) if ratios and not failed else None,
+        "cpu": whole.cpu or None,
+    }
 
 
 def machine() -> str:
@@ -81,7 +104,7 @@ def machine() -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown. Columns that every row leaves at None are dropped."""
-    keys = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    keys = [key for key in HEADS if any(row.get(key) is not None for row in rows)]
     lines = ["| " + " | ".join(HEADS[key] for key in keys) + " |", "|---" * len(keys) + "|"]
     for row in rows:
         lines.append("| " + " | ".join(_cell(key, row[key]) for key in keys) + " |")
@@ -105,3 +128,17 @@ def as_json(what: str, conditions: str, rows: Sequence[Row], **more: Any) -> str
     ]
     whole = {"what": what, "conditions": conditions, "rows": rounded, **more}
     return json.dumps(whole, indent=1)
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, float, float]]]:
+    """Rows with rate and p99 at several connections, as `plot` takes them; a line for each setting
+    and load.
+    """
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for row in rows:
+        parts = [row.get("side") or row.get("precision"), row["load"]]
+        if row.get("cores"):
+            parts.append(f"{row['cores']} cores, {row['workers']} workers")
+        points = lines.setdefault(", ".join(parts), [])
+        points.append((row["connections"], row["rate"], row["p99"]))
+    return {name: sorted(points) for name, points in lines.items()}

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmark.traffic import get
+from settings import available_cores
 
 ROOT = pathlib.Path(__file__).parent.parent
 START_TIMEOUT = 240.0  # seconds
@@ -47,6 +48,11 @@ def _family(pid: int) -> list[int]:
             for child in task.read_text().split():
                 pids += _family(int(child))
     return pids
+
+
+def available() -> list[int]:
+    """The processors this process may use, no more than its quota is worth."""
+    return sorted(os.sched_getaffinity(0))[: available_cores()]
 
 
 @contextlib.contextmanager

@@ -198,12 +198,15 @@ def _named(url: str) -> Iterator[None]:
         raise OSError(f"{url}: {error}") from None
 
 
-def alternate(sides: Sequence[Callable[[int], None]], rounds: int) -> None:
+def alternate(
+    sides: Sequence[Callable[[int], None]], rounds: int, say: Callable[[str], None]
+) -> None:
     """Call every side once a round with the round's number, forwards and backwards in turn, so that
     a machine whose speed drifts hits them alike. Round 0 comes before the `rounds` that count, to
-    warm up.
+    warm up. `say` is told of each round.
     """
     for number in range(rounds + 1):
+        say(f"round {number}" if number else "warming up")
         for side in sides if number % 2 else sides[::-1]:
             side(number)
 

@@ -18,7 +18,10 @@ from typing import Any
 
 from PIL import Image
 
-import benchmark_embeddings as benchmark
+from benchmark import measures
+from benchmark.loads import IMAGES, Target
+from benchmark.report import table
+from benchmark.traffic import get
 from servers import KEY, ROOT, free_port, serve
 
 CONNECTIONS, SECONDS = 8, 4.0
@@ -82,25 +85,23 @@ def main(folder: pathlib.Path, rounds: int) -> None:
     )
     os.environ["VECTOR_EMBEDDER_API_KEY"] = KEY
     precision = os.environ.get("PRECISION", "auto")
-    load, against = benchmark.image_load(), f"http://127.0.0.1:{port}"
+    against = f"http://127.0.0.1:{port}"
     try:
         with serve(folder / "models", PRECISION=precision) as server:
             while True:  # torch takes its time to load
                 try:
-                    benchmark.run(against, load, 1, 0.5)
+                    get(against, "/")
                     break
                 except OSError:
                     time.sleep(0.5)
             used = [cpu_seconds(server.process.pid), cpu_seconds(other.pid)]
-            sides = benchmark.measure(server.url, against, load, CONNECTIONS, SECONDS, rounds)
-            row = benchmark.summarise(precision, CONNECTIONS, *sides)
+            sides, loads = (Target(server.url), Target(against)), [(IMAGES, CONNECTIONS)]
+            rows = measures.http(*sides, loads, SECONDS, rounds)
             used = [
                 cpu_seconds(server.process.pid) - used[0],
                 cpu_seconds(other.pid) - used[1],
             ]
-            for here, there in zip(*sides):
-                print(f"here {here.rate:.1f}/s, plain {there.rate:.1f}/s")
-            print(f"{precision}: median {row.ratio:.2f} times, {row.failed} failed")
+            print(f"{precision}:\n{table(rows)}")
             print(f"processor time in all: here {used[0]:.1f} s, plain {used[1]:.1f} s")
     finally:
         other.terminate()
