@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("what", nargs="?", choices=WHATS, default="texts", metavar="WHAT")
-    add("--recommend", action="store_const", dest="what", const="recommend", help="as WHAT")
+    add("--recommend", action="store_true", help="as WHAT")
     add("--url", help="measure this running service")
     add("--dialect", choices=DIALECTS, default="native", help="that --url speaks")
     add("--path", help="of its route, where it is not the dialect's own")
@@ -67,6 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print JSON")
     add("--plot", type=pathlib.Path, metavar="FILE.png", help="throughput and p99 as a picture")
     options = parser.parse_args(arguments)
+    options.what = "recommend" if options.recommend else options.what
     defaults = {"start": 10, "recommend": 1}
     options.rounds = options.rounds or defaults.get(options.what, 3)
     options.connections = options.connections or (CURVE if options.what == "recommend" else [1, 16])
@@ -81,7 +82,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.against and not (options.url and options.what == "texts"):
         parser.error("--against needs --url, and compares texts")
     if options.url and options.what in ("padding", "start", "recommend"):
-        parser.error(f"{options.what} starts its own; --url has no effect")
+        parser.error(f"{options.what} takes no --url")
     return options
 
 

@@ -131,8 +131,8 @@ def recommend(curves: Sequence[Curve], parity: Mapping[str, float], limit: float
         for curve, point in found[1:]:
             gain = point.rate / taken[1].rate
             reasons.append(
-                f"{cores} cores, {curve.workers} workers: {gain:.2f} times the texts of "
-                f"{taken[0].workers}; {WORTH} times are asked for, since memory doubles"
+                f"WEB_CONCURRENCY={curve.workers} at {cores} CPU: {gain:.2f} times the texts of "
+                f"{taken[0].workers}; {WORTH} times are asked for, for the memory it takes"
             )
             if gain >= WORTH:
                 taken = curve, point
@@ -193,8 +193,8 @@ def measure(
         with service(cpus[:cores], **environ) as running:
             target, points, memory = Target(running.url), [], 0.0
             for number in connections:
-                progress(f"{precision}, {cores} cores, {workers} workers, {number} connections")
-                one(target, load, number, WARM_UP, 0)
+                progress(f"{precision}, cores {cores}, workers {workers}, connections {number}")
+                one(target, load, number, min(WARM_UP, seconds), 0)
                 results: list[Result] = []
                 for seed in range(rounds):
                     results.append(one(target, load, number, seconds, seed + 1))
@@ -243,9 +243,9 @@ def text(advice: Advice, cores: int) -> str:
     lines = [advice.command, "", *(f"- {reason}" for reason in advice.reasons)]
     lines += [
         f"- price: {advice.price}",
-        f"- measured: all of the above, on this machine, up to its {cores} cores, with the load's "
-        "generator on the same machine (it takes up to some hundredths of a core)",
-        "- not measured, so not advised: more cores than that, another processor (Cloud Run does "
-        "not promise which one it gives; measure there with --url), its network, cold starts",
+        f"- measured: all of the above, on this machine, up to its {cores} cores; with all of them "
+        "the service shares some hundredths of a core with the generator of the load",
+        "- not measured, so not advised: more cores than that; another processor (Cloud Run does "
+        "not promise which one it gives: measure what you deployed with --url); its network",
     ]
     return "\n".join(lines)

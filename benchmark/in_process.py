@@ -78,8 +78,8 @@ def drive(embed: Callable[[int], None], company: int, seconds: float) -> Result:
 
     def caller() -> None:
         begun = done = time.perf_counter()
-        own = []
-        while done < deadline:
+        own: list[float] = []
+        while not own or done < deadline:
             sent = done
             embed(next(numbers))
             done = time.perf_counter()
@@ -166,13 +166,11 @@ def precisions(bundle: Bundle) -> list[Precision]:
     return [precision for precision in available_precisions() if bundle.offers(precision)]
 
 
-def embedders(options: Settings, bundle: Bundle) -> dict[str, Embedders]:
+def embedders(options: Settings, bundle: Bundle, queue: Batcher) -> dict[str, Embedders]:
     """The bundle at each precision, all behind one Batcher as `main` has it.
 
     Raises: BundleError.
     """
-    queue = batcher(options)
-    queue.start()
     made: dict[str, Embedders] = {}
     for precision in precisions(bundle):
         ours = dataclasses.replace(options, precision=precision)
@@ -244,7 +242,9 @@ def speed(
 
     Raises: BundleError; ValueError for a length that this tokenizer cannot make.
     """
-    made = embedders(options, bundle)
+    queue = batcher(options)
+    queue.start()
+    made = embedders(options, bundle, queue)
     tokenizer, _, _ = load_tokenizer(bundle)
     pictures = "image" in bundle.manifest.modalities
     names = [f"{tokens} tokens" for tokens in lengths] + [IMAGES] * pictures
@@ -273,6 +273,7 @@ def speed(
             for side, own in results.items():
                 rates = row(side, name, company, own, results.get(PLAIN, []))
                 rows.append({**rates, "tokens": rates["rate"] * tokens if tokens else None})
+    queue.close()
     progress.close()
     return rows
 

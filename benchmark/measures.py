@@ -57,7 +57,9 @@ def http(
 
         def side(to: Target, results: list[Result]) -> Callable[[int], None]:
             def run(number: int) -> None:
-                result = one(to, name, connections, seconds if number else WARM_UP, number)
+                result = one(
+                    to, name, connections, seconds if number else min(WARM_UP, seconds), number
+                )
                 if number:
                     results.append(result)
 
@@ -97,7 +99,9 @@ def ceiling(
         alone: list[float] = []
 
         def serve(number: int) -> None:
-            result = one(target, name, connections, seconds if number else WARM_UP, number)
+            result = one(
+                target, name, connections, seconds if number else min(WARM_UP, seconds), number
+            )
             if number:
                 served.append(result)
 
@@ -152,15 +156,17 @@ def fairness(target: Target, seconds: float, rounds: int, stream: Load = STREAM)
         return Client(target.url, requests(target, query, seed), 1)
 
     def only_queries(number: int) -> None:
-        results = drive([queries(number)], seconds if number else WARM_UP)
+        results = drive([queries(number)], seconds if number else min(WARM_UP, seconds))
         quiet.extend(results if number else [])
 
     def only_batches(number: int) -> None:
-        results = drive([batches(number)], long if number else WARM_UP)
+        results = drive([batches(number)], long if number else min(WARM_UP, seconds))
         alone.extend(results if number else [])
 
     def both(number: int) -> None:
-        results = drive([batches(number), queries(number)], long if number else WARM_UP)
+        results = drive(
+            [batches(number), queries(number)], long if number else min(WARM_UP, seconds)
+        )
         if number:
             beside.append(results[0])
             lone.append(results[1])

@@ -133,7 +133,7 @@ def _serve(name: str, window: int, prompt: str) -> None:
         inputs = task.get("texts") or [base64.b64decode(image) for image in task["images"]]
         encode: Any = encode_texts if "texts" in task else encode_images
         begun = done = time.perf_counter()
-        while done < begun + task["seconds"]:
+        while not latencies or done < begun + task["seconds"]:
             sent = done
             encode([inputs[(at + number) % len(inputs)] for number in range(company)])
             at, done = at + company, time.perf_counter()

@@ -138,7 +138,7 @@ def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, float, float]]]:
     for row in rows:
         parts = [row.get("side") or row.get("precision"), row["load"]]
         if row.get("cores"):
-            parts.append(f"{row['cores']} cores, {row['workers']} workers")
+            parts.append(f"cores {row['cores']}, workers {row['workers']}")
         points = lines.setdefault(", ".join(parts), [])
         points.append((row["connections"], row["rate"], row["p99"]))
     return {name: sorted(points) for name, points in lines.items()}

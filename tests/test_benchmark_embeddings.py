@@ -1,71 +1,467 @@
 """benchmark_embeddings.py: what it sends is answered, what it prints is what it measured."""
 
+import http.server
+import itertools
 import json
+import pathlib
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from PIL import Image
 
-import benchmark_embeddings as benchmark
-from benchmark_embeddings import Result, Row
+import benchmark_embeddings as command
+from benchmark import advice, in_process, loads, measures, plot, report, traffic
+from benchmark.advice import Curve, Point
+from benchmark.loads import LOADS, STREAM, Dialect, Load, Target
+from benchmark.service import available, service as own_service
+from benchmark.traffic import Client, Result
+from conftest import NAME
+from embeddings import load_tokenizer
+from engine.openvino_backend import available_precisions
 from servers import KEY, Server, free_port
+
+QUICK = ["--seconds", "0.2", "--rounds", "1"]
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch, models_dir: pathlib.Path) -> None:
     monkeypatch.setenv("VECTOR_EMBEDDER_API_KEY", f"{KEY},another")
+    monkeypatch.setenv("MODELS_DIR", str(models_dir))
+    monkeypatch.setenv("EMBEDDING_MODEL", NAME)
 
 
-def quick(*more: str) -> list[str]:
-    return ["--seconds", "0.2", "--rounds", "1", "--tokens", "20", "--connections", "1", "2", *more]
+def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    command.main([*arguments, "--json"])
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+# -- what is sent
+
+
+def test_texts_are_of_the_words_asked_for_and_all_different() -> None:
+    for load in (*LOADS.values(), STREAM):
+        texts = list(itertools.islice(loads.texts(load, seed=3), 200))
+        assert len(set(texts)) == 200
+        assert {load.fewest <= len(text.split()) <= load.most for text in texts} == {True}
+        assert texts == list(itertools.islice(loads.texts(load, seed=3), 200))
+
+
+@pytest.mark.parametrize("tokens", [3, 20, 200, 500, 1000])
+def test_texts_have_exactly_the_tokens_they_are_named_for(service: Server, tokens: int) -> None:
+    bundle = in_process.default_bundle(in_process.settings())
+    tokenizer, _, _ = load_tokenizer(bundle)
+    texts = loads.exact_texts(lambda text: len(tokenizer.encode(text).ids), tokens, 4)
+    answer = service.post("/tokenize", {"inputs": texts}).json()
+    assert [len(found) for found in answer] == [tokens] * 4
+    assert tokens < 10 or len(set(texts)) == 4
+
+
+def test_no_text_has_fewer_tokens_than_the_special_ones() -> None:
+    with pytest.raises(ValueError, match="no texts of exactly 2 tokens"):
+        loads.exact_texts(lambda text: len(text.split()) + 2, 2, 1)
+
+
+@pytest.mark.parametrize("dialect", loads.DIALECTS)
+def test_every_dialect_is_answered(service: Server, dialect: Dialect) -> None:
+    target = Target(service.url + "/", dialect, model=NAME)
+    for name in ("query", "batch32"):
+        result = measures.one(target, name, 2, 0.2, seed=1)
+        assert result.failed == 0 and result.rate > 0 and result.cpu > 0
+
+
+def test_a_path_of_its_own_and_pictures_in_dialects(clip_service: Server) -> None:
+    request = Target("http://127.0.0.1:1/base/", "openai", "/own", "m").request(["a", "b"])
+    head, _, body = request.partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /base/own HTTP/1.1\r\nHost: 127.0.0.1:1\r\n")
+    assert json.loads(body) == {"model": "m", "input": ["a", "b"]}
+    model = clip_service.client.get("/health/ready").json()["model"]
+    result = measures.one(Target(clip_service.url, "openai", model=model), loads.IMAGES, 1, 0.2, 1)
+    assert result.failed == 0 and result.rate > 0
+    with pytest.raises(ValueError, match="no pictures"):
+        Target(clip_service.url, "tei").image_request(b"")
+
+
+# -- the generator
+
+
+class Peer(http.server.BaseHTTPRequestHandler):
+    """A server with other habits than ours."""
+
+    protocol_version = "HTTP/1.1"
+    habit = ""
+    answered = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        type(self).answered += 1
+        self.send_response(200)
+        if self.habit == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"3\r\n[0]\r\n0\r\n\r\n")
+            return
+        self.send_header("Content-Length", "3")
+        if self.habit == "closing":
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(b"[0" if self.habit == "broken" else b"[0]")
+        # Unannounced, as a server does whose time for idle connections is over.
+        self.close_connection = self.habit != ""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(params=["", "closing", "leaving", "chunked", "broken"])
+def peer(request: pytest.FixtureRequest) -> Iterator[tuple[str, type[Peer]]]:
+    handler = type("Handler", (Peer,), {"habit": request.param, "answered": 0})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", handler
+        server.shutdown()
+        thread.join()
+
+
+def test_peers_of_all_habits(peer: tuple[str, type[Peer]]) -> None:
+    url, handler = peer
+    client = Client(url, loads.requests(Target(url), LOADS["batch32"], 1), 3, units=32)
+    if handler.habit == "broken":
+        with pytest.raises(OSError, match=f"{url}: closed the connection in the middle"):
+            traffic.drive([client], 0.2)
+        return
+    (result,) = traffic.drive([client], 0.2)
+    assert result.failed == 0 and 0 < result.p50 <= result.p99
+    assert 3 <= len(result.latencies) <= handler.answered
+    # Requests that were under way when the time ended count in part.
+    assert len(result.latencies) - 3 <= result.rate * 0.2 / 32 <= len(result.latencies)
+
+
+def test_clients_of_different_kinds_at_the_same_time(service: Server) -> None:
+    target = Target(service.url)
+    large = Client(service.url, loads.requests(target, LOADS["batch32"], 1), 1, 32)
+    small = Client(service.url, loads.requests(target, LOADS["query"], 2), 2)
+    results = traffic.drive([large, small], 0.5)
+    assert all(result.failed == 0 and result.rate > 0 for result in results)
+    assert results[0].p50 > results[1].p50
+
+
+def test_rounds_alternate() -> None:
+    calls: list[str] = []
+    said: list[str] = []
+    sides = [lambda number, side=side: calls.append(f"{side}{number}") for side in "ab"]
+    traffic.alternate(sides, 2, said.append)
+    assert calls == ["b0", "a0", "a1", "b1", "b2", "a2"]
+    assert said == ["warming up", "round 1", "round 2"]
+
+
+# -- what is made of it
+
+
+def test_middle_is_of_rounds_and_latencies_of_all() -> None:
+    rounds = [Result(rate, (rate,) * 2, int(rate), 0.1) for rate in (3.0, 1.0, 2.0)]
+    assert traffic.middle(rounds) == Result(2.0, (3.0, 3.0, 1.0, 1.0, 2.0, 2.0), 6, 0.1)
+
+
+def test_the_ratio_is_taken_round_by_round() -> None:
+    here = [Result(rate, (2.0,), 0) for rate in (10.0, 100.0, 30.0)]
+    there = [Result(rate, (1.0,), 0) for rate in (5.0, 25.0, 10.0)]
+    row = report.row("x", "query", 8, here, there)
+    assert (row["rate"], row["p50"], row["p99"], row["ratio"]) == (30.0, 2.0, 2.0, 3.0)
+    failing = report.row("x", "query", 8, here, [*there[:2], Result(10.0, (1.0,), 1)])
+    assert failing["ratio"] is None
+
+
+def test_a_table_has_no_empty_columns() -> None:
+    rows = [{"load": "query", "rate": 1234.5, "share": 0.5, "ratio": None}]
+    assert report.table(rows).splitlines() == [
+        "| load | a second | share |",
+        "|---|---|---|",
+        "| query | 1234 | 50.0 % |",
+    ]
+
+
+def test_a_plot_is_a_picture_with_its_lines(tmp_path: pathlib.Path) -> None:
+    file, lines = tmp_path / "curves.png", {"a": [(1, 10.0, 5.0), (16, 90.0, 80.0)]}
+    plot.plot({**lines, "one point": [(4, 0.0, 0.0)]}, file)
+    with Image.open(file) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
+    wanted = {tuple(bytes.fromhex(colour[1:])) for colour in plot.COLORS[:2]}
+    assert wanted | {(255, 255, 255)} <= colours
+    assert [plot.nice(step) for step in (0.0, 0.11, 3.0, 51.0)] == [1.0, 0.2, 5.0, 100.0]
+
+
+# -- the command, on running services
 
 
 def test_texts_and_pictures_against_another_service(
     clip_service: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    urls = ["--url", clip_service.url, "--against", clip_service.url + "/"]
-    benchmark.main(quick(*urls, "--json"))
-    rows = json.loads(capsys.readouterr().out)
-    assert [(row["load"], row["connections"]) for row in rows] == [
-        ("text-20", 1),
-        ("text-20", 2),
-        ("image-640x480", 1),
-        ("image-640x480", 2),
+    urls = [
+        "--url",
+        clip_service.url,
+        "--against",
+        clip_service.url + "/",
+        "--connections",
+        "1",
+        "2",
+    ]
+    answer = measured(capsys, *urls, "--loads", "query", loads.IMAGES, *QUICK)
+    rows = answer["rows"]
+    assert answer["what"] == "texts" and "cores" in answer["conditions"]
+    assert [(row["side"], row["load"], row["connections"]) for row in rows] == [
+        (url, load, connections)
+        for load in ("query", loads.IMAGES)
+        for connections in (1, 2)
+        for url in (clip_service.url, clip_service.url + "/")
     ]
     for row in rows:
         assert row["failed"] == 0 and row["rate"] > 0 and 0 < row["p50"] <= row["p99"]
         assert row["ratio"] > 0
 
 
-def test_a_table_to_paste(service: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.main(quick("--url", service.url))
-    header, rule, *rows = capsys.readouterr().out.splitlines()
-    assert rule == "|---|---|---|---|---|---|---|" and len(rows) == 2  # no pictures: it takes none
-    assert rows[0].startswith("| text-20 | 1 | ")
+def test_a_table_to_paste_and_progress_beside_it(
+    service: Server, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "curve.png"
+    few = ["--loads", "query", "--connections", "1", "2", "--plot", str(file)]
+    command.main(["--url", service.url, *few, *QUICK])
+    out, err = capsys.readouterr()
+    conditions, _, header, rule, *rows = out.splitlines()
+    assert conditions.startswith("texts: ") and set(rule) == {"|", "-"} and len(rows) == 2
+    assert header.startswith("| what | load | at a time | a second | p50 ms | p99 ms | failed |")
+    assert rows[0].startswith(f"| {service.url} | query | 1 | ")
+    assert err.splitlines()[-1] == "[4/4] query at 2 connections, round 1"
+    with Image.open(file) as picture:
+        assert picture.width > 500
 
 
 def test_failures_are_counted_and_void_the_ratio(
-    service: Server, monkeypatch: pytest.MonkeyPatch
+    service: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VECTOR_EMBEDDER_API_KEY", "wrong")
-    result = benchmark.run(service.url, benchmark.text_load(20), 2, 0.2)
-    assert result.failed > 0 and result.rate == 0
-    row = benchmark.summarise("x", 2, [result], [Result(1.0, 1.0, 1.0, 0)])
-    assert row.ratio is None and row.failed == result.failed
-
-
-def test_the_ratio_is_taken_round_by_round() -> None:
-    here = [Result(rate, 2.0, 4.0, 0) for rate in (10.0, 100.0, 30.0)]
-    there = [Result(rate, 1.0, 1.0, 0) for rate in (5.0, 25.0, 10.0)]
-    row = benchmark.summarise("x", 8, here, there)
-    assert row == Row("x", 8, rate=30.0, p50=2.0, p99=4.0, failed=0, ratio=3.0)
-
-
-def test_texts_have_about_the_tokens_they_are_named_for(service: Server) -> None:
-    for tokens in (20, 200, 500):
-        body = json.loads(benchmark.text_load(tokens, 1).bodies[0])
-        (found,) = service.post("/tokenize", {"inputs": body["text"]}).json()
-        assert len(found) == pytest.approx(tokens, rel=0.25)
+    urls = ["--url", service.url, "--against", service.url, "--loads", "query"]
+    here, there = measured(capsys, *urls, "--connections", "2", *QUICK)["rows"]
+    assert here["failed"] > 0 and there["failed"] > 0
+    assert here["rate"] == 0 and here["ratio"] is there["ratio"] is None
 
 
 def test_a_service_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(SystemExit, match="cannot measure: .*refused"):
-        benchmark.main(quick("--url", f"http://127.0.0.1:{free_port()}"))
+    with pytest.raises(SystemExit, match="cannot measure: http.*refused"):
+        command.main(["--url", f"http://127.0.0.1:{free_port()}", *QUICK])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["start", "--plot", "x.png"], "--plot draws texts and recommend"),
+        (["--loads", "query-c16"], "no load 'query-c16'"),
+        (["--against", "http://127.0.0.1:1"], "--against needs --url"),
+        (["--recommend", "--url", "http://127.0.0.1:1"], "recommend takes no --url"),
+        (["--rounds", "0"], "'0' is not a whole number of 1 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_served_against_the_ceiling(service: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    some = ["--url", service.url, "--loads", "query-c1", "query-c16", "long"]
+    rows = measured(capsys, "ceiling", *some, *QUICK)["rows"]
+    assert [row["load"] for row in rows] == ["query-c1", "query-c16", "long-c4"]
+    for row in rows:
+        assert row["failed"] == 0
+        assert row["share"] == pytest.approx(row["served"] / row["ceiling"], rel=0.01)
+        assert 1 <= row["batch_size"] <= 64
+    assert rows[0]["share_alone"] == pytest.approx(rows[0]["served"] / rows[0]["alone"], rel=0.01)
+    assert rows[1]["alone"] is None is rows[2]["share_alone"]
+
+
+def test_perfect_batches_hold_every_chunk_once_and_keep_the_limits() -> None:
+    options = in_process.settings()
+    (ceiling,) = in_process.ceilings(
+        options, in_process.default_bundle(options), {"long": LOADS["long"]}
+    ).values()
+    batches = ceiling.batches(64)
+    assert sum(map(len, batches)) == len(ceiling.chunks)
+    assert ceiling.texts_a_chunk < 1  # long texts are several
+    for batch in batches:
+        longest = max(map(len, batch))
+        assert len(batch) == 1 or longest * len(batch) <= options.max_batch_tokens
+    assert {len(batch) for batch in ceiling.batches(1)} == {1}
+
+
+def test_padding_is_counted_in_the_batchers_own_batches(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (row,) = measured(capsys, "padding", "--loads", "mixed", *QUICK)["rows"]
+    assert row["load"] == "mixed-c16" and 0 < row["real_tokens"] <= row["padded_tokens"]
+    wasted = 1 - row["real_tokens"] / row["padded_tokens"]
+    assert row["wasted"] == pytest.approx(wasted, abs=1e-4) and wasted < 0.5
+
+
+def test_queries_beside_a_stream_of_batches(service: Server) -> None:
+    stream = Load(20, 20, (1,), texts=50)
+    (row,) = measures.fairness(Target(service.url), 0.3, 1, stream)
+    assert row["failed"] == 0 and row["queries"] > 0
+    assert row["query_p50"] <= row["query_p99"] and row["query_alone_p50"] > 0
+    assert row["kept"] == pytest.approx(row["stream_beside"] / row["stream_alone"])
+
+
+def test_a_start_and_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = measured(capsys, "start", "--rounds", "1")["rows"]
+    assert row["starts"] == 1 and row["failed"] == 0
+    assert 0 < row["ready"] == row["ready_worst"] and row["stop"] > 0
+    assert 50 < row["pss"] <= row["rss"] and row["first"] > 0 and row["steady"] > 0
+
+
+def test_a_service_that_does_not_start_says_why() -> None:
+    with pytest.raises(OSError, match="did not start: cannot start: PRECISION='fp31'"):
+        with own_service(PRECISION="fp31"):
+            raise AssertionError("it started")
+
+
+# -- in this process
+
+
+def test_every_precision_beside_sentence_transformers(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, real_model: pathlib.Path
+) -> None:
+    file = tmp_path / "curve.png"
+    some = ["--tokens", "20", "300", "--connections", "1", "3", "--model", str(real_model)]
+    rows = measured(capsys, *some, "--plot", str(file), *QUICK)["rows"]
+    sides = [*available_precisions(), in_process.PLAIN]
+    assert [(row["load"], row["connections"], row["side"]) for row in rows] == [
+        (load, company, side)
+        for load in ("20 tokens", "300 tokens")
+        for company in (1, 3)
+        for side in sides
+    ]
+    for row in rows:
+        assert row["tokens"] == pytest.approx(row["rate"] * int(row["load"].split()[0]), rel=0.01)
+        assert row["failed"] == 0 and row["ratio"] > 0 and 0 < row["p50"] <= row["p99"]
+    assert [row["ratio"] for row in rows if row["side"] == in_process.PLAIN] == [1.0] * 4
+    assert file.exists()
+
+
+def test_pictures_too_where_the_model_takes_them(
+    clip_models_dir: pathlib.Path,
+    tiny_clip_folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MODELS_DIR", str(clip_models_dir))
+    monkeypatch.delenv("EMBEDDING_MODEL")
+    some = ["--tokens", "8", "--connections", "2", "--model", str(tiny_clip_folder)]
+    rows = measured(capsys, *some, *QUICK)["rows"]
+    pictures = [row for row in rows if row["load"] == loads.IMAGES]
+    assert [row["side"] for row in pictures][-1] == in_process.PLAIN
+    assert len(pictures) * 2 == len(rows)
+    assert {"tokens": None, "failed": 0}.items() <= pictures[0].items() and pictures[0]["rate"] > 0
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(SystemExit, match="cannot measure: sentence-transformers: "):
+        command.main(["--model", str(tmp_path / "none"), *QUICK])
+
+
+def test_without_sentence_transformers_model_the_rest_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The wide bundle's source names no model on this machine, and none is fetched."""
+    monkeypatch.setenv("EMBEDDING_MODEL", f"{NAME}-512")
+    command.main(["--tokens", "8", "--connections", "1", "--json", *QUICK])
+    out, err = capsys.readouterr()
+    assert "without sentence-transformers beside it: sentence-transformers: " in err
+    rows = json.loads(out)["rows"]
+    assert [row["side"] for row in rows] == available_precisions()
+    assert {row["ratio"] for row in rows} == {None}
+
+
+def test_no_bundle_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS_DIR", str(tmp_path))
+    with pytest.raises(SystemExit, match="cannot measure: MODELS_DIR .*bake a model first"):
+        command.main([])
+
+
+# -- advice
+
+
+PARITY = {"fp32": 0.99999, "bf16": 0.9999, "int8": 0.992}
+
+
+def curve(cores: int, workers: int, precision: str, rate: float, p99: float = 100.0) -> Curve:
+    """Half the rate at 1 connection, 97 % of it at 8, all of it at 64, where waiting is long."""
+    points = [Point(1, rate / 2, 5.0, p99 / 10), Point(8, rate * 0.97, 20.0, p99)]
+    return Curve(cores, workers, precision, 250.0, (*points, Point(64, rate, 90.0, 10 * p99)))
+
+
+def test_the_fewest_connections_that_bring_nearly_all_within_the_limit() -> None:
+    best = curve(1, 1, "fp32", 100.0)
+    assert best.best(2000.0) == best.points[1]  # 97 % is enough
+    assert best.best(50.0) == best.points[0]
+    assert best.best(1.0) is None
+    points = tuple(point._replace(failed=point.connections > 1) for point in best.points)
+    assert best._replace(points=points).best(2000.0) == best.points[0]
+
+
+def test_advice_by_the_stated_rules() -> None:
+    curves = [
+        curve(2, 1, "fp32", 100.0),
+        curve(2, 1, "bf16", 200.0),
+        curve(2, 1, "int8", 400.0),  # the fastest, but not exact enough
+        curve(1, 1, "bf16", 105.0),  # a little more a core
+        curve(2, 2, "bf16", 215.0),  # not worth twice the memory
+    ]
+    advised = advice.recommend(curves, PARITY, 500.0)
+    assert advised[:6] == (2, 512, 8, 1, "bf16", 200.0 * 0.97) and advised.kept
+    assert advised.command == (
+        "gcloud run deploy … --cpu 2 --memory 512Mi --concurrency 8 "
+        "--set-env-vars PRECISION=bf16,WEB_CONCURRENCY=1"
+    )
+    assert "1e6 / 194.0 s x (2 x price of a vCPU-second + 0.5 x" in advised.price
+    text = advice.text(advised, 2)
+    assert "int8 0.99200, 400.0/s" in text and "1.07 times the texts of 1" in text
+    assert "not measured, so not advised: more cores than that" in text
+
+
+def test_workers_that_bring_enough_and_cores_that_do_not() -> None:
+    curves = [curve(4, 1, "fp32", 200.0), curve(1, 1, "fp32", 100.0), curve(4, 4, "fp32", 300.0)]
+    advised = advice.recommend(curves, PARITY, 500.0)
+    assert (advised.cores, advised.workers) == (1, 1)  # 100 a core against 75
+    curves[2] = curve(4, 4, "fp32", 390.0)._replace(memory=900.0)
+    advised = advice.recommend(curves, PARITY, 500.0)
+    assert (advised.cores, advised.workers, advised.memory) == (4, 4, 2048)
+
+
+def test_a_limit_that_nothing_keeps_is_said() -> None:
+    advised = advice.recommend([curve(1, 1, "int8", 10.0, p99=3000.0)], PARITY, 100.0)
+    assert not advised.kept and advised.concurrency == 1 and advised.precision == "int8"
+    assert any("no setting kept p99 within 100 ms" in reason for reason in advised.reasons)
+
+
+def test_recommended_from_what_is_measured_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "curves.png"
+    few = ["--loads", "query", "--connections", "1", "2", "--plot", str(file), "--p99", "60000"]
+    command.main(["--recommend", *few, *QUICK, "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    rows, cores = answer["rows"], len(available())
+    assert {row["precision"] for row in rows} == set(available_precisions())
+    assert {row["cores"] for row in rows} >= {cores, 1}
+    assert all(row["failed"] == 0 and row["rate"] > 0 and row["rss"] > 50 for row in rows)
+    recommended = answer["recommended"]
+    assert recommended["kept"] and recommended["precision"] != "int8"
+    assert recommended["rate"] in [pytest.approx(row["rate"], rel=1e-3) for row in rows]
+    assert recommended["command"].startswith("gcloud run deploy … --cpu ")
+    assert file.exists()
