@@ -129,7 +129,8 @@ def _serve(name: str, window: int, prompt: str) -> None:
     answer({})
     for line in sys.stdin:
         task = json.loads(line)
-        company, at, latencies = task["company"], 0, []
+        company, at = task["company"], 0
+        latencies: list[float] = []
         inputs = task.get("texts") or [base64.b64decode(image) for image in task["images"]]
         encode: Any = encode_texts if "texts" in task else encode_images
         begun = done = time.perf_counter()

@@ -52,7 +52,7 @@ def _panel(
         _text(draw, left - 8, y - 7, f"{number * step:g}", "ra")
     for tick in xs:
         _text(draw, place(tick, 0)[0], TOP + HEIGHT + 6, str(tick), "ma")
-    _text(draw, left + WIDTH / 2, TOP + HEIGHT + 24, "connections", "ma")
+    _text(draw, left + WIDTH / 2, TOP + HEIGHT + 24, "at a time", "ma")
     for at, line in enumerate(lines):
         spots = [place(x, y) for x, y in line]
         flat = [coordinate for spot in spots for coordinate in spot]
