@@ -116,13 +116,14 @@ def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]
     if options.url and what != "ceiling":
         target = Target(options.url, options.dialect, options.path, options.model_name)
         if what == "fairness":
-            return report.machine(), measures.fairness(target, seconds, rounds), None
+            return f"client on {report.machine()}", measures.fairness(target, seconds, rounds), None
         other = None
         if options.against:
             dialect, path = options.against_dialect, options.against_path
             other = Target(options.against, dialect, path, options.model_name)
         loads = measures.http_loads(options.loads, options.connections, target)
-        return report.machine(), measures.http(target, other, loads, seconds, rounds), None
+        rows = measures.http(target, other, loads, seconds, rounds)
+        return f"client on {report.machine()}", rows, None
     settings = in_process.settings()
     bundle = in_process.default_bundle(settings)
     conditions = f"{bundle.manifest.name}, {report.machine()}"

@@ -1,6 +1,7 @@
 """What is sent: texts of random words, all different, and pictures; and as whose requests."""
 
 import base64
+import functools
 import io
 import itertools
 import json
@@ -90,15 +91,20 @@ class Target(NamedTuple):
         return self._send(path, "application/json", json.dumps(body, ensure_ascii=False).encode())
 
     def _send(self, path: str, content_type: str, body: bytes) -> bytes:
-        address = urllib.parse.urlsplit(self.url)
-        key = os.environ.get("VECTOR_EMBEDDER_API_KEY", "abc123").partition(",")[0].strip()
-        head = (
-            f"POST {address.path.rstrip('/')}{self.path or path} HTTP/1.1\r\n"
-            f"Host: {address.netloc}\r\nContent-Type: {content_type}\r\n"
-            f"X-API-Key: {key}\r\nAuthorization: Bearer {key}\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        return head.encode() + body
+        keys = os.environ.get("VECTOR_EMBEDDER_API_KEY", "abc123")
+        head = _head(self.url, self.path or path, content_type, keys.partition(",")[0].strip())
+        return b"%s%d\r\n\r\n%s" % (head, len(body), body)
+
+
+@functools.cache
+def _head(url: str, path: str, content_type: str, key: str) -> bytes:
+    """A request up to its length."""
+    address = urllib.parse.urlsplit(url)
+    return (
+        f"POST {address.path.rstrip('/')}{path} HTTP/1.1\r\n"
+        f"Host: {address.netloc}\r\nContent-Type: {content_type}\r\n"
+        f"X-API-Key: {key}\r\nAuthorization: Bearer {key}\r\nContent-Length: "
+    ).encode()
 
 
 def texts(load: Load, seed: int) -> Iterator[str]:

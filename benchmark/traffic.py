@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 TIMEOUT = 120.0  # seconds without any answer, after which a service counts as hung
+_ROOM = memoryview(bytearray(262_144))  # for what is received; recv() would map so much each time
 _LATER = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -94,16 +95,16 @@ class _Connection:
         """Returns: the status once the answer is whole, else None."""
         while not self._whole():
             try:
-                data = self.socket.recv(262_144)
+                length = self.socket.recv_into(_ROOM)
             except _LATER:
                 return None
-            if not data:
+            if not length:
                 if self.buffer or self.fresh:
                     raise OSError("closed the connection in the middle of an answer")
                 self.closing = True  # a kept connection may end before it is used again
                 self._send_again()
                 return None
-            self.buffer += data
+            self.buffer += _ROOM[:length]
         self.fresh = False
         return int(self.buffer[9:12])
 
