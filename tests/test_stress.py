@@ -74,7 +74,7 @@ def send() -> Iterator[Send]:
 
 
 def test_restarts_under_load_lose_nothing(models_dir: pathlib.Path) -> None:
-    report = asyncio.run(drain.drain(str(models_dir), restarts=2, connections=12, seconds=1.0))
+    report = asyncio.run(drain.drain(str(models_dir), restarts=2, connections=12, seconds=0.5))
     assert report.good, str(report)
     assert set(report.tally.counts()) <= {200, "refused", "closed before it arrived"}
 
@@ -87,14 +87,14 @@ def test_a_killed_worker_takes_only_its_own_requests(models_dir: pathlib.Path) -
 
 def test_what_passes_the_capacity_is_refused_politely(models_dir: pathlib.Path) -> None:
     limits = {"REQUEST_THREADS": "4", "MAX_QUEUE_SECONDS": "2"}
-    report = asyncio.run(overload.overload(str(models_dir), seconds=2, at_once=200, **limits))
+    report = asyncio.run(overload.overload(str(models_dir), seconds=1, at_once=200, **limits))
     answers = [*report.tally, *report.at_once]
     assert {answer.what for answer in answers} == {200, 429}, str(report)
     assert all(answer.retry_after for answer in answers if answer.what == 429)
 
 
 def test_connections_are_spread_over_the_workers(models_dir: pathlib.Path) -> None:
-    report = asyncio.run(spread.spread(str(models_dir), connections=32, workers=2, seconds=1.0))
+    report = asyncio.run(spread.spread(str(models_dir), connections=32, workers=2, seconds=0.5))
     assert sum(report.opened) == sum(report.later) == 32
     assert all(12 <= held <= 20 for held in (*report.opened, *report.later)), str(report)
 
