@@ -139,7 +139,7 @@ def test_what_cannot_be_computed_in_time_is_answered_503(
 
 def test_no_connection_is_taken_while_it_stops(models_dir: pathlib.Path, send: Send) -> None:
     with serve(models_dir, PRECISION="fp32") as server:
-        running = send(server, long_batch())
+        running = send(server, long_batch(20))
         wait_for(lambda: server.client.get("/health").status_code == 200)
         server.process.send_signal(signal.SIGTERM)
 
@@ -152,7 +152,7 @@ def test_no_connection_is_taken_while_it_stops(models_dir: pathlib.Path, send: S
         wait_for(refused)
         assert server.process.poll() is None
         answer = running.answer()
-        assert answer.status == 200 and len(answer.body["embeddings"]) == 50
+        assert answer.status == 200 and len(answer.body["embeddings"]) == 20
         assert answer.headers["Connection"] == "close"
 
 
@@ -165,7 +165,7 @@ def test_probes_are_answered_while_every_thread_is_busy(
     """And what finds no thread is refused, on a connection that stays."""
     limits = {"REQUEST_THREADS": "2", "INFERENCE_THREADS": "1", "MAX_QUEUE_SECONDS": "1000"}
     with serve(models_dir, PRECISION="fp32", **limits) as server:
-        waiting = [send(server, long_batch(20)) for _ in range(2 + 6)]
+        waiting = [send(server, long_batch(15)) for _ in range(2 + 6)]
         with httpx.Client(
             base_url=server.url, headers={"X-API-Key": KEY}, trust_env=False, timeout=60
         ) as client:
@@ -194,7 +194,7 @@ def test_probes_are_answered_while_every_thread_is_busy(
 def test_a_request_waits_for_a_thread_only_so_long(models_dir: pathlib.Path, send: Send) -> None:
     limits = {"REQUEST_THREADS": "1", "INFERENCE_THREADS": "1", "MAX_QUEUE_SECONDS": "0.2"}
     with serve(models_dir, PRECISION="fp32", **limits) as server:
-        running = send(server, long_batch())
+        running = send(server, long_batch(20))
         late = send(server, b'{"text": "hello"}', "/embeddings")
         answer = late.answer()
         assert answer.status == 429
