@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 Points = Sequence[tuple[int, float, float]]  # connections, units a second, p99 in ms
-COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b #e377c2 #7f7f7f".split()
+COLORS = (
+    "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b #e377c2 #7f7f7f #bcbd22 #000000 "
+    "#9edae5"
+).split()
 SCALE = 2  # drawn so much larger, then made smaller: soft edges
 WIDTH, HEIGHT, LEFT, TOP, LINE = 480, 320, 64, 48, 18
 

@@ -12,23 +12,23 @@ from settings import available_cores
 
 Row = dict[str, Any]  # the keys of HEADS
 
-HEADS = {
+HEADS = {  # in the order of a table's columns
     "side": "what",
+    "precision": "precision",
+    "cores": "cores",
+    "workers": "workers",
     "load": "load",
     "connections": "at a time",
     "rate": "a second",
     "tokens": "tokens/s",
-    "p50": "p50 ms",
-    "p99": "p99 ms",
-    "failed": "failed",
-    "ratio": "ratio",
-    "cpu": "client ms",
     "served": "served/s",
     "ceiling": "ceiling/s",
     "share": "share",
+    "batch_size": "best batch",
     "alone": "alone/s",
     "share_alone": "share of alone",
-    "batch_size": "best batch",
+    "p50": "p50 ms",
+    "p99": "p99 ms",
     "queries": "queries",
     "query_p50": "query p50 ms",
     "query_p99": "query p99 ms",
@@ -47,9 +47,9 @@ HEADS = {
     "real_tokens": "tokens",
     "padded_tokens": "padded",
     "wasted": "wasted",
-    "cores": "cores",
-    "workers": "workers",
-    "precision": "precision",
+    "failed": "failed",
+    "ratio": "ratio",
+    "cpu": "client ms",
 }
 _SHARES = {"share", "share_alone", "kept", "wasted"}
 
