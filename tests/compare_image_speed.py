@@ -1,7 +1,7 @@
 """Pictures a second over HTTP, at ViT-B/32's full size with random weights (time does not depend on
 them), against a plain Flask + sentence-transformers service on the same cores.
 
-    python tests/compare_image_speed.py FOLDER [rounds]
+    PYTHONPATH=$PWD python tests/compare_image_speed.py FOLDER [rounds]
 
 Both services run all the time, and rounds alternate, so that what else the machine does hits both.
 Processor seconds are stated too: a busy machine serves the one with more threads better.
