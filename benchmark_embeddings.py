@@ -22,6 +22,7 @@ Loads over HTTP are closed loops of random texts, all different: query (8-18 wor
 import argparse
 import contextlib
 import pathlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -179,4 +180,6 @@ def _plain(manifest: Manifest, model: str | None) -> Iterator[Plain | None]:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does, so that the service it started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()
