@@ -67,6 +67,7 @@ COPY --from=bake /app/models models
 COPY main.py settings.py gunicorn.conf.py embeddings.py image_embeddings.py benchmark_embeddings.py ./
 COPY engine engine
 COPY api api
+COPY benchmark benchmark
 RUN python -m compileall -q --invalidation-mode unchecked-hash .
 ENV PATH=/opt/venv/bin:$PATH
 USER 10001:10001

@@ -4,9 +4,10 @@ import bisect
 import contextlib
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,46 @@ def load_tokenizer(bundle: Bundle) -> tuple[Tokenizer, int, bool]:
     return tokenizer, padding["pad_id"], padding["direction"] == "left"
 
 
+class TextEngine(Engine, Protocol):
+    """An engine that can prepare for calls that have all cores to themselves."""
+
+    def widen(self) -> None: ...
+
+
+class VectorCache:
+    """The vectors of the chunks of text asked for last, for traffic that repeats itself. Safe to
+    call from any number of threads.
+    """
+
+    def __init__(self, size: int, observe: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Args:
+        size: most vectors that are kept; one takes its dimensions times 4 bytes, and some 300.
+        observe: told how many vectors of a request were here and how many were not.
+        """
+        self._size, self._observe = size, observe
+        self._vectors: OrderedDict[tuple[str, bytes], Float32] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, model: str, keys: Sequence[bytes]) -> list[Float32 | None]:
+        """The vectors of token ids (as bytes) that are here, each of shape (dimensions,)."""
+        with self._lock:
+            found = [self._vectors.get((model, key)) for key in keys]
+            for key, vector in zip(keys, found):
+                if vector is not None:
+                    self._vectors.move_to_end((model, key))
+        hits = sum(vector is not None for vector in found)
+        self._observe(hits, len(keys) - hits)
+        return found
+
+    def put(self, model: str, keys: Sequence[bytes], vectors: Float32) -> None:
+        """Keep vectors, shape (len(keys), dimensions), in place of those not asked for longest."""
+        with self._lock:
+            for key, vector in zip(keys, vectors):
+                self._vectors[model, key] = vector.copy()
+            while len(self._vectors) > self._size:
+                self._vectors.popitem(last=False)
+
+
 class TextEmbedder:
     """Embeds texts with one model. Safe to call from any number of threads."""
 
@@ -99,13 +140,15 @@ class TextEmbedder:
         self,
         bundle: Bundle,
         tokenizer: Tokenizer,
-        engine: Engine,
+        engine: TextEngine,
         batcher: Batcher,
         limits: TextLimits,
+        cache: VectorCache | None = None,
     ) -> None:
         self.manifest = bundle.manifest
         self.limits = limits
         self._tokenizer, self._engine, self._batcher = tokenizer, engine, batcher
+        self._cache = cache
         self._large_text = threading.Lock()
         self._prefix, self._suffix = _special_tokens(tokenizer)
         self._prompts = {name: prompt for name, prompt in self.manifest.prompts.items() if prompt}
@@ -113,6 +156,10 @@ class TextEmbedder:
     @property
     def precision(self) -> str:
         return self._engine.precision
+
+    def widen(self) -> None:
+        """Prepare the engine for calls that have all cores to themselves."""
+        self._engine.widen()
 
     def embed(
         self,
@@ -150,27 +197,55 @@ class TextEmbedder:
             )
         chunks = self.chunk(texts, prompt_name=prompt_name, truncate=truncate)
         flat = [chunk.token_ids for pieces in chunks for chunk in pieces]
-        costs = [len(ids) for ids in flat]
-        vectors = self._batcher.submit(self._engine, flat, costs, deadline, gone)
+        vectors = self._compute(flat, deadline, gone)
         unit = self.manifest.normalized if normalize is None else normalize
         if unit and self.manifest.normalized:
             vectors = unit_vectors(vectors)
+        averaged = len(flat) > len(texts)
         means = vectors
-        if len(flat) > len(texts):
+        if averaged:
             starts = np.cumsum([0] + [len(pieces) for pieces in chunks[:-1]])
             means = np.add.reduceat(vectors, starts, axis=0)
             means /= np.array([[len(pieces)] for pieces in chunks], np.float32)
-        if dimensions is not None and dimensions < self.manifest.dimensions:
+        shortened = dimensions is not None and dimensions < self.manifest.dimensions
+        if shortened:
             if self.manifest.layer_norm:
                 means, vectors = _layer_norm(means), _layer_norm(vectors)
             means, vectors = means[:, :dimensions], vectors[:, :dimensions]
-        if unit:
+        if unit and (averaged or shortened or not self.manifest.normalized):
             means, vectors = unit_vectors(means), unit_vectors(vectors)
         results, at = [], 0
         for row, pieces in enumerate(chunks):
             results.append(TextEmbedding(means[row], pieces, vectors[at : at + len(pieces)]))
             at += len(pieces)
         return results
+
+    def _compute(
+        self, chunks: Sequence[Int64], deadline: float, gone: Callable[[], bool] | None
+    ) -> Float32:
+        """The engine's vector of each chunk's token ids, shape (len(chunks), dimensions); equal
+        chunks are computed once, and those in the cache not at all.
+        """
+        if len(chunks) == 1 and self._cache is None:
+            costs = [len(chunks[0])]
+            return self._batcher.submit(self._engine, chunks, costs, deadline, gone)
+        by_key = {ids.tobytes(): ids for ids in chunks}
+        keys = list(by_key)
+        vectors = np.empty((len(keys), self._engine.dimensions), np.float32)
+        missing = list(range(len(keys)))
+        if self._cache is not None:
+            found = self._cache.get(self._engine.name, keys)
+            missing = [at for at, vector in enumerate(found) if vector is None]
+            for at, vector in enumerate(found):
+                if vector is not None:
+                    vectors[at] = vector
+        inputs = [by_key[keys[at]] for at in missing]
+        costs = [len(ids) for ids in inputs]
+        vectors[missing] = self._batcher.submit(self._engine, inputs, costs, deadline, gone)
+        if self._cache is not None:
+            self._cache.put(self._engine.name, [keys[at] for at in missing], vectors[missing])
+        places = {key: at for at, key in enumerate(keys)}
+        return vectors[[places[ids.tobytes()] for ids in chunks]]
 
     def similarities(
         self,

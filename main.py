@@ -1,6 +1,7 @@
 """The WSGI application: `gunicorn main:app`. Puts settings, models and routes together."""
 
 import logging
+import math
 import os
 import pathlib
 import threading
@@ -12,10 +13,10 @@ import numpy as np
 from flask import Flask
 
 import settings as configuration
-from api import auth, docs, errors, health, images, logs, metrics, native, openai, tei
+from api import auth, docs, errors, health, images, logs, metrics, native, openai, tasks, tei
 from api.service import Embedders, Service
 from api.watch import Watch
-from embeddings import Float32, TextEmbedder, TextLimits, load_tokenizer
+from embeddings import Float32, TextEmbedder, TextLimits, VectorCache, load_tokenizer
 from engine.batching import Batcher
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
 from engine.errors import BundleError, EmbedderError
@@ -51,6 +52,7 @@ def create_app(
         discover(pathlib.Path(settings.models_dir)),
         settings.embedding_model or None,
         settings.aliases,
+        tasks.event,
     )
     batcher = Batcher(
         max_batch_size=settings.max_batch_size,
@@ -58,14 +60,16 @@ def create_app(
         max_queue_tokens=settings.max_queue_tokens,
         threads=settings.inference_threads,
         max_queue_seconds=settings.max_queue_seconds,
+        event=tasks.event,
     )
     counted = metrics.Metrics(models, batcher)
+    cache = VectorCache(settings.cache_size, counted.cached) if settings.cache_size else None
     batcher.start()
 
     def load_model(bundle: Bundle) -> Embedders:
         pictures = "image" in bundle.manifest.modalities
         images = load_image_embedder(bundle, settings, batcher) if pictures else None
-        return Embedders(load_embedder(bundle, settings, batcher), images)
+        return Embedders(load_embedder(bundle, settings, batcher, cache), images)
 
     def load() -> None:
         try:
@@ -75,6 +79,12 @@ def create_app(
             if not isinstance(error, EmbedderError):
                 log.error("unexpected error while loading", exc_info=error)
             (on_failure or _stop_service)(str(error))
+            return
+        try:
+            for name in models.bundles:
+                models.get(name, math.inf).texts.widen()
+        except Exception as error:  # the service is slower without, and as right
+            log.warning("a text that is alone will be computed on one core: %s", error)
 
     # Not a daemon: OpenVINO aborts a process that exits while it compiles.
     threading.Thread(target=load, name="load-models").start()
@@ -106,7 +116,8 @@ def create_app(
         batcher.stop()
         models.stop()
 
-    app.extensions["stop"] = stop  # api/worker.py calls it
+    # For api/worker.py, which calls the one and brackets each turn of its loop with the other.
+    app.extensions["stop"], app.extensions["batcher"] = stop, batcher
     return app
 
 
@@ -128,7 +139,9 @@ def _describe(settings: Settings, models: Models[Embedders]) -> str:
     )
 
 
-def load_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> TextEmbedder:
+def load_embedder(
+    bundle: Bundle, settings: Settings, batcher: Batcher, cache: VectorCache | None = None
+) -> TextEmbedder:
     """Load one model and see that it still gives its probe's vector.
 
     Raises: BundleError, PrecisionUnavailable.
@@ -142,7 +155,7 @@ def load_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> TextE
     limits = TextLimits(
         settings.max_texts_per_batch, settings.max_text_size, settings.max_request_tokens
     )
-    embedder = TextEmbedder(bundle, tokenizer, engine, batcher, limits)
+    embedder = TextEmbedder(bundle, tokenizer, engine, batcher, limits, cache)
     probe = bundle.manifest.probe
     (embedding,) = embedder.embed([probe.text], deadline=time.monotonic() + PROBE_TIMEOUT)
     cosine = _check_probe(bundle, precision, "probe text", probe.vector, embedding.vector)

@@ -124,11 +124,22 @@ class Settings:
     request_timeout: float = _option(
         "REQUEST_TIMEOUT", 60.0, "seconds a request may wait", low=0.001, high=3600.0
     )
+    cache_size: int = _option(
+        "CACHE_SIZE",
+        0,
+        "vectors kept for texts that are sent again; some 2 kB each at 384 dimensions",
+        low=0,
+        high=100_000_000,
+    )
     web_concurrency: int = _option(
         "WEB_CONCURRENCY", 1, "worker processes, each with its own model", low=1, high=256
     )
     request_threads: int = _option(
-        "REQUEST_THREADS", 64, "requests that one process works on at a time", low=1, high=4096
+        "REQUEST_THREADS",
+        64,
+        "pictures and bodies over 16 kB that one process works on at a time",
+        low=1,
+        high=4096,
     )
     inference_threads: int = _option(
         "INFERENCE_THREADS",

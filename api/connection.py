@@ -3,15 +3,19 @@ last answer.
 """
 
 import contextlib
+import copy
 import ctypes
+import io
 import re
 import socket
 import struct
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
 from gunicorn import util
+from gunicorn.http import get_parser
 from gunicorn.workers.gthread import TConn
 
 from api.errors import RequestError
@@ -76,12 +80,17 @@ class Socket(socket.socket):
         self._writing = threading.Lock()
 
     def sendall(self, data: Any, flags: int = 0) -> None:
+        """Take what is to be sent. The head of an answer waits for its body, to go out with it."""
         with self._writing:
             if self._ended:
                 return
             self.answering = True
             self.unsent += data
-            with contextlib.suppress(OSError):  # the event loop will meet it again
+
+    def flush(self) -> None:
+        """Send what the client takes at once."""
+        with self._writing, contextlib.suppress(OSError):  # the event loop will meet it again
+            if self.unsent and not self._ended:
                 self.send_more()
 
     def end_with(self, data: bytes) -> None:
@@ -115,6 +124,43 @@ class Socket(socket.socket):
         except BlockingIOError:
             return False
         return True
+
+
+class Heads:
+    """Requests as gunicorn's parser made them of their heads, for clients that send the same head
+    again on a kept connection: to parse it costs more than anything else in receiving a request.
+    """
+
+    _FEW = 256  # of up to 2 KB, with what was made of them 2 MB at most
+    _SHORT = 2048
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, str], Any] = {}
+
+    def parser(self, cfg: Any, conn: "Connection") -> Any:
+        """What gives the connection's request: gunicorn's parser, or what it gave before."""
+        known = self._known.get((conn.head, conn.client[0]))
+        return get_parser(cfg, [conn.head], conn.client) if known is None else _Known(known)
+
+    def remember(self, conn: "Connection", request: Any) -> None:
+        """Keep a request that was just parsed, before anything is done with it."""
+        if len(conn.head) > self._SHORT or isinstance(conn.parser, _Known):
+            return
+        if len(self._known) >= self._FEW:
+            self._known.clear()
+        self._known[conn.head, conn.client[0]] = copy.copy(request)
+
+
+class _Known:
+    """In the place of gunicorn's parser."""
+
+    unreader = types.SimpleNamespace(buf=io.BytesIO())  # nothing is left over
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def __next__(self) -> Any:
+        return copy.copy(self._request)
 
 
 class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types

@@ -26,6 +26,7 @@ from flask import Blueprint, Response
 from werkzeug.routing import Map
 
 from api.service import Embedders, endpoint
+from api.tasks import in_thread
 from engine.batching import Batch, Batcher
 from engine.errors import ModelNotReady
 from engine.models import Models
@@ -141,6 +142,7 @@ class Metrics:
         self._row[_PID] = os.getpid()
         self._row[_THREADS] = batcher.threads
         self._rejected = {reason: self._add(1) for reason in REASONS}
+        self._cache_hits, self._cache_misses = self._add(1), self._add(1)
         self._wait = Histogram(LATENCIES, self._add(len(LATENCIES) + 2))
         self._items = Histogram(ITEMS, self._add(len(ITEMS) + 2))
         self._tokens = Histogram(TOKENS, self._add(len(TOKENS) + 2))
@@ -227,6 +229,12 @@ class Metrics:
             for job in done:
                 self._wait.observe(row, max(0.0, began - job.submitted))
 
+    def cached(self, hits: int, misses: int) -> None:
+        """A request found so many of its chunks in the cache, and so many not."""
+        with self._lock:
+            self._row[self._cache_hits] += hits
+            self._row[self._cache_misses] += misses
+
     def sample(self) -> None:
         """Note the queue's length. The worker's event loop calls it, at least each second."""
         self._row[_WAITING_JOBS] = self._batcher.waiting_jobs
@@ -307,6 +315,10 @@ class Metrics:
             ["reason"],
             (([reason], total[column]) for reason, column in self._rejected.items()),
         )
+        yield value(Counter, "cache_hits", "Chunks of text found in the cache.", self._cache_hits)
+        yield value(
+            Counter, "cache_misses", "Chunks of text not found in the cache.", self._cache_misses
+        )
         yield value(
             Gauge, "queue_requests", "Requests with inputs waiting for the engine.", _WAITING_JOBS
         )
@@ -348,7 +360,12 @@ class Metrics:
         for name, help, kinds, column in (
             ("chunks", "Chunks of text embedded; most texts are one.", texts, "items"),
             ("tokens", "Tokens of texts embedded, without padding.", texts, "tokens"),
-            ("padded_tokens", "Tokens of texts computed, with padding.", texts, "padded"),
+            (
+                "padded_tokens",
+                "Tokens of texts computed, with as much of the padding as is.",
+                texts,
+                "padded",
+            ),
             ("images", "Pictures embedded.", images, "items"),
         ):
             found = (([engine.model], total[getattr(engine, column)]) for engine in kinds)
@@ -399,6 +416,7 @@ def blueprint(metrics: Metrics) -> Blueprint:
     @endpoint(str, produces=CONTENT_TYPE)
     def read() -> object:
         """What the service counts, of all workers, for Prometheus."""
-        return Response(metrics.text(), content_type=CONTENT_TYPE)
+        # The first takes long: it imports prometheus-client.
+        return Response(in_thread(metrics.text), content_type=CONTENT_TYPE)
 
     return routes

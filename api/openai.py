@@ -10,6 +10,7 @@ from api.errors import RequestError, respond
 from api.images import picture_bytes
 from api.schemas import OpenAIEmbeddings, OpenAIEmbedRequest, OpenAIModel, OpenAIModels
 from api.service import Service, endpoint, listed
+from api.tasks import in_thread
 from embeddings import TextEmbedding
 from engine.errors import InvalidInput
 from image_embeddings import ImageEmbedding
@@ -77,7 +78,9 @@ def blueprint(service: Service) -> Blueprint:
             raise InvalidInput("chunks and prompt_name are for texts, not for pictures")
         embedder, waiting = service.image_embedder(body.model, path)
         pictures = [picture_bytes(uri, index) for index, uri in enumerate(uris)]
-        embedded = embedder.embed(pictures, **waiting, dimensions=body.dimensions)
+        embedded = in_thread(
+            lambda: embedder.embed(pictures, **waiting, dimensions=body.dimensions)
+        )
         return answer(body, embedder.manifest.name, embedded, [])
 
     def answer(

@@ -4,35 +4,36 @@ client never holds a request thread.
 gunicorn hands a connection to a thread at its first byte, and the thread waits for the rest of the
 request and until the client has taken the answer. So as many stalled clients as there are threads
 silence the service, `/health` with it; and its event loop waits up to 2 s for each client to close
-its side. Here a request gets a thread when all of it has arrived, head and decoded body in memory,
-and a thread leaves behind what the client does not take at once.
+its side. Here a request is worked on when all of it has arrived, head and decoded body in memory,
+and what the client does not take of the answer at once is left to the event loop.
 
-The event loop also decides what gets a thread at all. gunicorn's pool has a queue without end, in
-which a request waits unseen; here it is bounded in length and time, and beyond that a request is
-answered 429 without a thread. Probes have a thread of their own.
+Short requests need no thread: they are tasks in the event loop (api/tasks.py). Others get a thread
+of gunicorn's pool. That has a queue without end, in which a request waits unseen; here it is
+bounded in length and time, and beyond that a request is answered 429 without a thread.
 """
 
-import functools
 import io
 import resource
 import selectors
 import socket
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from gunicorn import util
-from gunicorn.http import errors, get_parser
+from gunicorn.http import errors
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
-from api.connection import GONE_AFTER, Connection, Socket
+from api.connection import GONE_AFTER, Connection, Heads, Socket
 from api.errors import RequestError, respond
 from api.logs import request_id
 from api.spread import Spread
+from api.tasks import Loop
 from api.watch import Watch
+from engine.batching import Batcher
 
 RECEIVE_TIMEOUT = 3  # seconds without a byte after which a half-sent request is given up
 SEND_TIMEOUT = 5  # seconds after which a client that takes no more of its answer is given up
@@ -41,7 +42,7 @@ CLOSE_TIMEOUT = 2  # seconds a client gets to close its side
 # thread. They are taken before any key is looked at, so something else must bound them.
 HELD_BODIES = 4
 QUEUED_PER_THREAD = 3  # requests that wait for a thread, for each thread there is
-PROBES = ("/health", "/health/ready", "/healthcheck", "/metrics")  # they never wait for the engine
+IMAGE_ROUTES = "/embeddings/image"
 # Seconds after SIGTERM when what still waits is answered 503. Kept connections are open for 2 s
 # (STOP_KEEPALIVE_LINGER), and what arrives on them has some seconds then; the rest of
 # graceful_timeout is for engine calls that run, and for clients to take their answers.
@@ -51,6 +52,9 @@ YIELD, YIELD_MEMORY = 0.002, 0.010  # seconds a connection is left for a worker 
 LET_GO = 0.1  # seconds between two kept connections that are sent to another worker
 LIMIT_REQUEST_FIELDS, LIMIT_REQUEST_FIELD_SIZE = 64, 8190
 _PIECE = 65_536
+# Requests with bodies up to this size are handled in the event loop's own thread, which a full one
+# takes some 3 ms. Larger ones and pictures get a thread of the pool.
+MAX_TASK_BODY = 16_384
 # What gunicorn answers to what its parser refuses; all else is 500.
 _FAULTS: dict[type, int] = {
     errors.ParseException: 400,
@@ -86,6 +90,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._started: set[Connection] = set()  # those with a thread
         self._free_threads = self.cfg.threads
         self._held = 0
+        self._heads = Heads()
         self._stopping_since: float | None = None
         self._stopped = False
         # Until when listeners are left to others, and until when they have been for long enough.
@@ -97,8 +102,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         # The usual soft limit of 1024 open files leaves too few beside worker_connections.
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        self._probes = ThreadPoolExecutor(1)
         super().init_process()
+
+    def run(self) -> None:
+        self._batcher: Batcher = self.wsgi.extensions["batcher"]
+        self._loop = Loop(self.tpool)
+        self._looked_for_overdue = time.monotonic()
+        self.poller.register(self._loop, selectors.EVENT_READ, Loop.resume)
+        super().run()
 
     def set_accept_enabled(self, enabled: bool) -> None:
         if enabled and (not self.alive or time.monotonic() < self._yield_until):
@@ -128,7 +139,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             timeout = self._yield_until - now
         elif self._stopping_since is not None:
             timeout = min(timeout, 0.1)
-        super().wait_for_and_dispatch_events(timeout)
+        events = self.poller.select(timeout)
+        # What the requests of one turn want computed goes to the engine together.
+        self._batcher.hold()
+        for key, _ in events:
+            key.data(key.fileobj)
+        now = time.monotonic()
+        if now > self._looked_for_overdue + 1:
+            self._looked_for_overdue = now
+            self._loop.give_up()
+        self._loop.finish()
+        self._batcher.release()
 
     def accept(self, listener: socket.socket) -> None:
         """Take a connection, or leave it to a worker that holds fewer. What nobody has taken after
@@ -200,16 +221,19 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 self._forget(conn)
                 conn.sock.arrived = time.perf_counter()
                 conn.initialized = True
-                conn.parser = get_parser(self.cfg, [conn.head], conn.client)
+                conn.parser = self._heads.parser(self.cfg, conn)
                 self.enqueue_req(conn)
 
     def enqueue_req(self, conn: Connection) -> None:
-        """Give a whole request a thread, now or when its turn comes, or refuse it."""
-        if conn.path in PROBES:
-            self._start(conn, self._probes)
+        """Work on a whole request: here, or in a thread, now or when its turn comes; or refuse
+        it.
+        """
+        if conn.length <= MAX_TASK_BODY and not conn.path.startswith(IMAGE_ROUTES):
+            self._started.add(conn)
+            self._loop.run(partial(self.handle, conn), partial(self._ended, conn))
         elif self._free_threads:
             self._free_threads -= 1
-            self._start(conn, self.tpool)
+            self._start(conn)
         elif len(self._queued) < QUEUED_PER_THREAD * self.cfg.threads:
             self._queued[conn] = time.monotonic()
         else:
@@ -217,17 +241,20 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 conn, f"all {self.cfg.threads} threads are busy, and {len(self._queued)} wait"
             )
 
-    def _start(self, conn: Connection, pool: ThreadPoolExecutor) -> None:
-        self._started.add(conn)
-        future = pool.submit(self.handle, conn)
-        future.add_done_callback(
-            lambda future: self.method_queue.defer(self._done, conn, pool, future)
-        )
-
-    def _done(self, conn: Connection, pool: ThreadPoolExecutor, future: "Future[Any]") -> None:
+    def _ended(self, conn: Connection, keep: bool) -> None:
         self._started.remove(conn)
-        if pool is self.tpool:
-            self._free_threads += 1
+        done: Future[bool] = Future()
+        done.set_result(keep)
+        self.finish_request(conn, done)
+
+    def _start(self, conn: Connection) -> None:
+        self._started.add(conn)
+        future = self.tpool.submit(self.handle, conn)
+        future.add_done_callback(lambda future: self.method_queue.defer(self._done, conn, future))
+
+    def _done(self, conn: Connection, future: "Future[Any]") -> None:
+        self._started.remove(conn)
+        self._free_threads += 1
         self.finish_request(conn, future)
         while self._queued and self._free_threads:
             first = next(iter(self._queued))
@@ -239,7 +266,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 first.close()
                 continue
             self._free_threads -= 1
-            self._start(first, self.tpool)
+            self._start(first)
 
     def _turn_away(self, conn: Connection, reason: str) -> None:
         """Refuse a whole request for want of time. The connection is kept where it can be: to open
@@ -262,12 +289,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.finish_request(conn, done)
 
     def handle_request(self, req: Any, conn: Connection) -> bool:
-        """Runs in a thread, as `_keepalive_after` does."""
+        """Runs in a thread or as a task, as `_keepalive_after` does."""
+        if conn.length <= MAX_TASK_BODY:
+            self._heads.remember(conn, req)
         # Asked when the answer's head is written, and again afterwards: it must be the same.
-        asked_to_close = req.should_close
-        req.should_close = functools.cache(
-            lambda: asked_to_close() or not self.alive or self._lets_go()
-        )
+        asked_to_close, decided = req.should_close, list[bool]()
+
+        def should_close() -> bool:
+            if not decided:
+                decided.append(asked_to_close() or not self.alive or self._lets_go())
+            return decided[0]
+
+        req.should_close = should_close
         req._expected_100_continue = False  # Connection has sent it
         req.body = io.BytesIO(conn.body)
         if conn.chunked:  # RFC 9112 section 7.1.3: decoded, it has a length and no transfer coding
@@ -275,7 +308,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             req.headers.append(("CONTENT-LENGTH", str(conn.length)))
         if conn.length > self.max_body_size:
             req.force_close()  # the rest of the body is still to come, or never will
-        return bool(super().handle_request(req, conn))
+        keep = bool(super().handle_request(req, conn))
+        conn.sock.flush()
+        return keep
 
     def _lets_go(self) -> bool:
         """Whether to close a kept connection, so that it comes back to a worker that holds
@@ -293,6 +328,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def finish_request(self, conn: Connection, fs: Any) -> None:
         conn.begin()
         self._release(conn)
+        conn.sock.flush()
         if conn.sock.unsent:
             self._waiting[conn] = time.monotonic() + SEND_TIMEOUT
             self.poller.register(conn.sock, selectors.EVENT_WRITE, partial(self._send, conn, fs))
@@ -354,6 +390,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         environ = conn.environ()
         body, head = _response(environ, error, headers, connection)
         conn.sock.sendall(head + body)
+        conn.sock.flush()
         self._watch.refused(environ, error.status, len(body), error.error_type, reason)
 
     def handle_error(self, req: Any, client: Socket, addr: Any, exc: Exception) -> None:

@@ -9,7 +9,7 @@ Parekh and Gallager, 1993). The smallest tag leads the next call. So a new short
 of the rest of a long one, and the long one still gets its equal share.
 
 What joins it. An input joins a call when that costs no more than a call of its own would: the
-padded tokens it adds may pass its own tokens by CALL_OVERHEAD_TOKENS at most.
+padding it adds may cost CALL_OVERHEAD_TOKENS at most.
 """
 
 import bisect
@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +48,18 @@ MIN_SHARE_TOKENS = 64
 # Seconds of engine calls after which the speed they showed is believed, and after which older ones
 # begin to count less.
 SPEED_KNOWN, SPEED_MEMORY = 1.0, 20.0
+# The event loop stands still while it computes a short input itself: some 3 ms for so many tokens.
+MAX_INLINE_TOKENS = 32
+
+
+class Event(Protocol):
+    """What a request waits for: a `threading.Event`, or a counterpart of the caller's."""
+
+    def set(self) -> None: ...
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout: float) -> bool: ...
 
 
 class Engine(Protocol):
@@ -56,11 +68,12 @@ class Engine(Protocol):
     name: str
     modality: str
     dimensions: int
+    padding_cost: float  # what a padded token costs, as a share of a real one
 
     @property
     def precision(self) -> str: ...
 
-    def run(self, inputs: Sequence[Array]) -> Float32: ...
+    def run(self, inputs: Sequence[Array], *, alone: bool = False) -> Float32: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -73,12 +86,12 @@ class Job:
     rows: list[int]  # inputs[i] belongs to vectors[rows[i]]
     vectors: Float32
     deadline: float
+    done: Event
     submitted: float = 0.0  # on the batcher's clock, as `deadline`
     gone: Callable[[], bool] | None = None
     tag: float = 0.0
     running: int = 0
     error: EmbedderError | None = None
-    done: threading.Event = field(default_factory=threading.Event)
 
     def take(self, at: int) -> tuple["Job", int, Array]:
         """Move input `at` from waiting to running."""
@@ -95,7 +108,8 @@ class Batch:
     engine: Engine
     entries: list[tuple[Job, int, Array]]
     tokens: int  # without padding
-    padded_tokens: int
+    padded_tokens: int  # with it, as much of it as is computed
+    alone: bool  # nothing else is computed or waits
 
     @property
     def inputs(self) -> list[Array]:
@@ -116,22 +130,26 @@ class Batcher:
         threads: int,
         max_queue_seconds: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
+        event: Callable[[], Event] = threading.Event,
     ) -> None:
         """`threads` is how many threads will call `next_batch`; `start` makes them, a test may call
-        it itself.
+        it itself. `event` makes what a request waits for.
         """
         self.max_queue_seconds = max_queue_seconds
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         self.max_queue_tokens = max_queue_tokens
         self.threads = threads
-        self._now = clock
+        self._now, self._event = clock, event
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._jobs: list[Job] = []  # every job with inputs waiting
         self._waiting_tokens = 0
         self._share_clock = 0.0
-        self._closed = False
+        self._closed = self._held = False
+        self._running = self._running_tokens = 0  # engine calls, and tokens in them
+        # Requests being served, and the most of them lately: 1 means that one client calls alone.
+        self._in_system, self._lately = 0, 0.0
         self._served_tokens, self._busy_seconds = 0.0, 0.0
         self.callers_gone = 0  # requests left out because nobody waited for them any more
         # Told of every engine call when it has ended: the batch, its seconds, whether it failed.
@@ -177,6 +195,7 @@ class Batcher:
             order,
             np.empty((len(inputs), engine.dimensions), np.float32),
             deadline,
+            self._event(),
             self._now(),
             gone,
         )
@@ -193,10 +212,13 @@ class Batcher:
                     f"the limit is {limit} (MAX_QUEUE_TOKENS, MAX_QUEUE_SECONDS)",
                     self._seconds_to_serve(self._waiting_tokens),
                 )
+            self._in_system += 1
+            self._lately = max(self._in_system, self._lately * 0.9)
             job.tag = self._share_clock
             self._jobs.append(job)
             self._waiting_tokens += total
-            self._work.notify(len(order))
+            if not self._held:
+                self._announce()
         if not job.done.wait(max(0.0, deadline - self._now())):
             with self._lock:
                 self._end(
@@ -205,9 +227,39 @@ class Batcher:
                         "the request waited longer than REQUEST_TIMEOUT for the engine"
                     ),
                 )
+        with self._lock:
+            self._in_system -= 1
         if job.error:
             raise job.error
         return job.vectors
+
+    def hold(self) -> None:
+        """Wake no inference thread until `release`: several requests are on their way."""
+        self._held = True
+
+    def release(self) -> None:
+        """End `hold`. A short input that is all there is to do is computed in the calling thread:
+        to wake another takes longer than it saves.
+        """
+        self._held = False
+        if not self._jobs:
+            return
+        with self._lock:
+            if not (
+                self._running == 0
+                and self._lately < 1.5
+                and len(self._jobs) == 1
+                and len(self._jobs[0].costs) == 1
+                and self._waiting_tokens <= MAX_INLINE_TOKENS
+            ):
+                self._announce()
+                return
+            batch = self._take_batch()
+        self._run(batch)
+
+    def _announce(self) -> None:
+        """Wake as many inference threads as there is work for."""
+        self._work.notify(max(1, self._waiting_tokens // MIN_SHARE_TOKENS))
 
     # -- the second verb
     # -----------------------------------------------------------------------------------------
@@ -241,7 +293,12 @@ class Batcher:
         lead = self._jobs[0]
         longest = lead.costs[-1]
         entries, tokens, padded = [lead.take(len(lead.costs) - 1)], longest, longest
-        share = max(MIN_SHARE_TOKENS, -(-self._waiting_tokens // self.threads))
+        # A part for each thread, and one that is left for whoever is free next: callers send their
+        # next requests only when they have their answers, and meanwhile this one would stand still.
+        # (With one thread the answers take its core anyway.)
+        in_hand = self._waiting_tokens + self._running_tokens
+        parts = self.threads + 1 if self.threads > 1 else 1
+        share = max(MIN_SHARE_TOKENS, -(-in_hand // parts))
         active = len(self._jobs)
         for job in self._jobs:
             if job.engine is not lead.engine:
@@ -250,9 +307,11 @@ class Batcher:
                 at = _nearest(job.costs, longest)
                 cost = job.costs[at]
                 with_it = max(longest, cost) * (len(entries) + 1)
+                padding = (with_it - tokens - cost) * lead.engine.padding_cost
+                more_padding = padding - (padded - tokens) * lead.engine.padding_cost
                 if (
-                    with_it > self.max_batch_tokens
-                    or with_it - padded > cost + CALL_OVERHEAD_TOKENS
+                    tokens + cost + padding > self.max_batch_tokens
+                    or more_padding > CALL_OVERHEAD_TOKENS
                     or tokens + cost > share
                 ):
                     break
@@ -261,13 +320,19 @@ class Batcher:
         self._waiting_tokens -= tokens
         self._share_clock += tokens / active
         self._jobs = [job for job in self._jobs if job.costs]
-        return Batch(lead.engine, entries, tokens, padded)
+        alone = len(entries) == 1 and not self._jobs and not self._running and self._lately < 1.5
+        self._running += 1
+        self._running_tokens += tokens
+        padding = (padded - tokens) * lead.engine.padding_cost
+        return Batch(lead.engine, entries, tokens, tokens + round(padding), alone)
 
     def finish(self, batch: Batch, vectors: Float32 | None, seconds: float) -> None:
         """Hand a call's vectors, shape (len(batch.entries), dimensions), to their requests; None
         means it failed.
         """
         with self._lock:
+            self._running -= 1
+            self._running_tokens -= batch.tokens
             self._served_tokens += batch.tokens
             self._busy_seconds += seconds
             if self._busy_seconds > SPEED_MEMORY:
@@ -325,24 +390,27 @@ class Batcher:
     def _loop(self) -> None:
         try:
             while batch := self.next_batch():
-                started = time.perf_counter()
-                vectors: Float32 | None = None
-                try:
-                    vectors = batch.engine.run(batch.inputs)
-                except Exception:
-                    log.exception(
-                        "%s engine %s failed on a batch of %d inputs",
-                        batch.engine.modality,
-                        batch.engine.name,
-                        len(batch.entries),
-                    )
-                self.finish(batch, vectors, time.perf_counter() - started)
+                self._run(batch)
         except BaseException:
             # A queue nobody serves must not hide behind a green probe: end the process, gunicorn
             # starts another.
             log.critical("inference thread died", exc_info=True)
             logging.shutdown()
             os._exit(1)
+
+    def _run(self, batch: Batch) -> None:
+        started = time.perf_counter()
+        vectors: Float32 | None = None
+        try:
+            vectors = batch.engine.run(batch.inputs, alone=batch.alone)
+        except Exception:
+            log.exception(
+                "%s engine %s failed on a batch of %d inputs",
+                batch.engine.modality,
+                batch.engine.name,
+                len(batch.entries),
+            )
+        self.finish(batch, vectors, time.perf_counter() - started)
 
     def close(self) -> None:
         """Refuse new work; what waits is still computed, then `next_batch` gives None."""

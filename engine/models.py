@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
+from engine.batching import Event
 from engine.bundle import Bundle
 from engine.errors import ModelNotFound, ModelNotReady
 
@@ -21,11 +22,13 @@ class Models(Generic[T]):
         bundles: Sequence[Bundle],
         default: str | None = None,
         aliases: Mapping[str, str] | None = None,
+        event: Callable[[], Event] = threading.Event,
     ) -> None:
         """Args:
             default: name of the model that answers requests that name none; None means the first
                 bundle.
             aliases: further names, each with the model it stands for.
+            event: makes what a caller waits for.
 
         Raises: ModelNotFound when `default` or an alias names no bundle.
         """
@@ -36,7 +39,9 @@ class Models(Generic[T]):
             self._names[alias] = self._resolve(name)
         self.default = self._resolve(default or next(iter(self.bundles)))
         self._loaded: dict[str, T] = {}
-        self._changed = threading.Condition()
+        self._event = event
+        self._lock = threading.Lock()
+        self._waiting: list[Event] = []  # set at every change
         self._stopped = False
 
     def _resolve(self, name: str) -> str:
@@ -51,15 +56,20 @@ class Models(Generic[T]):
         """Load every model, the default first. Whatever `load` raises passes through."""
         for name in sorted(self.bundles, key=lambda name: name != self.default):
             loaded = load(self.bundles[name])
-            with self._changed:
-                self._loaded[name] = loaded
-                self._changed.notify_all()
+            self._loaded[name] = loaded
+            self._tell()
 
     def stop(self) -> None:
         """Let nobody wait for a model any longer."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        self._stopped = True
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake whoever waits, to look again."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for event in waiting:
+            event.set()
 
     @property
     def ready(self) -> bool:
@@ -82,12 +92,17 @@ class Models(Generic[T]):
         name = self.bundle(name).manifest.name
         loaded = self._loaded.get(name)
         if loaded is None:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: name in self._loaded or self._stopped,
-                    max(0.0, deadline - time.monotonic()),
-                )
-                loaded = self._loaded.get(name)
-            if loaded is None:
-                raise ModelNotReady(f"model {name} is still loading")
+            return self._wait(name, deadline)
         return loaded
+
+    def _wait(self, name: str, deadline: float) -> T:
+        while True:
+            event = self._event()
+            with self._lock:
+                self._waiting.append(event)
+            # Only now: what is loaded from here on sets the event.
+            loaded = self._loaded.get(name)
+            if loaded is not None:
+                return loaded
+            if self._stopped or not event.wait(max(0.0, deadline - time.monotonic())):
+                raise ModelNotReady(f"model {name} is still loading")

@@ -53,6 +53,13 @@ class Server:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
 
+def letters(count: int) -> str:
+    """A text of `count` tokens without two equal chunks, which would be computed once."""
+    return " ".join(
+        "a" if at % 97 else "bcdefghijklmnopqrstuvwxyz"[at // 97 % 25] for at in range(count)
+    )
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

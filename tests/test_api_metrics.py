@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from api.metrics import REASONS, UNKNOWN
 from conftest import NAME, WIDE
 from image_embeddings import probe_picture
-from servers import KEY, ROOT, Server, serve
+from servers import KEY, ROOT, Server, letters, serve
 from test_api_worker import Client, children, head
 
 Sample = tuple[str, frozenset[tuple[str, str]]]
@@ -180,7 +180,7 @@ def test_what_the_worker_answers_itself_is_counted_too(own: Server) -> None:
 
 
 def test_a_full_queue_and_a_deadline_are_counted(models_dir: pathlib.Path) -> None:
-    body = {"text": "word " * 2000}
+    body = {"text": letters(2000)}
     limits = {"REQUEST_TIMEOUT": "0.05", "MAX_QUEUE_TOKENS": "2500", "MAX_REQUEST_TOKENS": "2500"}
     with serve(models_dir, PRECISION="fp32", INFERENCE_THREADS="1", **limits) as server:
         statuses: list[int] = []
@@ -197,7 +197,9 @@ def test_a_full_queue_and_a_deadline_are_counted(models_dir: pathlib.Path) -> No
 
 def test_the_queue_is_seen_while_it_waits(models_dir: pathlib.Path) -> None:
     """10 requests of 10 texts of 242 tokens, for one thread."""
-    batch, chunks = {"texts": ["word " * 240] * 10}, labelled("chunks_total", model=NAME)
+    batch, chunks = {"texts": ["word " * 239 + str(at) for at in range(10)]}, labelled(
+        "chunks_total", model=NAME
+    )
     with serve(models_dir, PRECISION="fp32", INFERENCE_THREADS="1") as server:
         before = scrape(server)[chunks]
         with ThreadPoolExecutor(10) as pool:
@@ -306,7 +308,7 @@ def test_a_worker_killed_at_work_leaves_nothing_in_flight(models_dir: pathlib.Pa
     with serve(models_dir, PRECISION="fp32", INFERENCE_THREADS="1") as server:
         (victim,) = children(server)
         with contextlib.ExitStack() as stack:
-            body = json.dumps({"texts": ["word " * 240] * 100}).encode()
+            body = json.dumps({"texts": ["word " * 239 + str(at) for at in range(100)]}).encode()
             sent = head(f"Content-Length: {len(body)}", path="/embeddings/batch") + body
             for _ in range(5):
                 stack.enter_context(Client(server, sent))

@@ -17,7 +17,7 @@ import settings
 from conftest import NAME, WIDE
 from engine.batching import Batcher
 from engine.bundle import discover
-from servers import Server, serve
+from servers import Server, letters, serve
 
 MIB = 1 << 20
 DEEP = b"[" * 10_000 + b"]" * 10_000
@@ -343,7 +343,7 @@ def test_a_full_queue_is_said_so_and_lets_small_requests_through(
 ) -> None:
     limits = {"MAX_REQUEST_TOKENS": "6000", "MAX_QUEUE_TOKENS": "6000"}
     with serve(models_dir, PRECISION="fp32", **limits) as server, ThreadPoolExecutor(3) as pool:
-        large = {"text": "a " * 5900}
+        large = {"text": letters(5900)}
         pending = [pool.submit(server.post, "/embeddings", large) for _ in range(3)]
         finished = as_completed(pending)
         for future in (next(finished), next(finished)):
@@ -360,7 +360,7 @@ def test_a_full_queue_is_said_so_and_lets_small_requests_through(
 def test_a_request_that_waits_too_long_is_given_up(models_dir: pathlib.Path) -> None:
     with serve(models_dir, PRECISION="fp32", REQUEST_TIMEOUT="0.5") as server:
         started = time.monotonic()
-        response = server.post("/embeddings", {"text": "a " * 60_000})
+        response = server.post("/embeddings", {"text": letters(60_000)})
         mentions(refusal(response, 504, "timeout"), "REQUEST_TIMEOUT")
         assert response.headers["x-should-retry"] == "false"
         assert time.monotonic() - started < 3

@@ -19,7 +19,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from conftest import NAME, WIDE
-from servers import KEY, Server, serve, wait_ready
+from servers import KEY, Server, letters, serve, wait_ready
 
 ALIAS = "text-embedding-3-small"
 TEXTS = ["a cat", "quarterly results", "😀 naïve"]
@@ -239,7 +239,7 @@ def test_while_loading_and_too_late(models_dir: pathlib.Path, tmp_path: pathlib.
         wait_ready(server)
         with client_of(server, retries=2) as (client, sent):
             with pytest.raises(openai.InternalServerError, match="REQUEST_TIMEOUT") as info:
-                client.embeddings.create(model="m0", input="a " * 60_000)
+                client.embeddings.create(model="m0", input=letters(60_000))
         assert (info.value.status_code, info.value.code) == (504, "timeout")
         assert len(sent) == 1
         assert "Traceback" not in server.log
@@ -248,7 +248,7 @@ def test_while_loading_and_too_late(models_dir: pathlib.Path, tmp_path: pathlib.
 def test_a_full_queue(models_dir: pathlib.Path) -> None:
     limits = {"MAX_REQUEST_TOKENS": "10000", "MAX_QUEUE_TOKENS": "10000", "MAX_BODY_SIZE": "30000"}
     with serve(models_dir, PRECISION="fp32", **limits) as server, client_of(server) as (client, _):
-        large = {"input": "a " * 9900}
+        large = {"input": letters(9900)}
         first = threading.Thread(target=server.post, args=("/v1/embeddings", large))
         first.start()
         time.sleep(0.4)  # it is in the queue, and takes seconds

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.batching import CALL_OVERHEAD_TOKENS, Batch, Batcher
+from engine.batching import CALL_OVERHEAD_TOKENS, MAX_INLINE_TOKENS, Batch, Batcher
 from engine.errors import (
     CallerGone,
     DeadlineExceeded,
@@ -26,10 +26,12 @@ class Echo:
 
     name, modality, dimensions = "echo", "text", 2
 
-    def __init__(self, fail_on: int | None = None) -> None:
-        self.fail_on = fail_on
+    def __init__(self, fail_on: int | None = None, padding_cost: float = 1.0) -> None:
+        self.fail_on, self.padding_cost = fail_on, padding_cost
+        self.alone: list[bool] = []
 
-    def run(self, inputs: Sequence[Any]) -> Any:
+    def run(self, inputs: Sequence[Any], *, alone: bool = False) -> Any:
+        self.alone.append(alone)
         if any(array[0] == self.fail_on for array in inputs):
             raise RuntimeError("no")
         return np.array([(array[0], len(array)) for array in inputs], np.float32)
@@ -159,10 +161,78 @@ def test_calls_stay_within_the_size_limit(bench: Make) -> None:
     assert [len(b.run()), len(b.run()), len(b.run())] == [3, 3, 1]
 
 
-def test_a_free_thread_leaves_the_others_their_share(bench: Make) -> None:
+def test_a_thread_takes_its_part_and_leaves_one_for_whoever_is_free_next(bench: Make) -> None:
     b = bench(threads=2)
     b.submit(*((number, 16) for number in range(16)))
-    assert len(b.run()) == 8
+    first, second = b.take(), b.take()
+    assert len(first.entries) == len(second.entries) == 16 // 3
+    b.run(first)
+    b.submit(*((number, 16) for number in range(100, 105)))
+    assert len(b.take().entries) == 16 // 3  # of what waits and what runs
+    b.run(second)
+
+
+def test_padding_counts_for_what_the_engine_says_it_costs(bench: Make) -> None:
+    b, cheap = bench(), Echo(padding_cost=0.1)
+    b.submit((1, 100), (2, 20), engine=cheap)
+    batch = b.take()
+    assert sorted(markers(batch)) == [1, 2]  # 80 places of padding cost 8 tokens
+    assert (batch.tokens, batch.padded_tokens) == (120, 128)
+    b.run(batch)
+    b.submit((1, 300), (2, 20), engine=cheap)
+    assert b.run() == [1]  # 280 would cost 28, more than a call
+
+
+def test_held_requests_go_to_the_engine_together(bench: Make) -> None:
+    b = bench()
+    b.batcher.hold()
+    threads = ThreadPoolExecutor(1)
+    taken = threads.submit(b.take)
+    b.submit((1, 20))
+    b.submit((2, 20))
+    assert not taken.done()
+    b.batcher.release()
+    assert sorted(markers(taken.result(10))) == [1, 2]
+    b.run(taken.result())
+    threads.shutdown()
+
+
+def test_a_short_input_that_is_all_there_is_is_computed_by_whoever_releases(bench: Make) -> None:
+    b, engine = bench(), Echo()
+    b.batcher.hold()
+    answer = b.submit((1, MAX_INLINE_TOKENS), engine=engine)
+    b.batcher.release()
+    assert answer.result(10).tolist() == [[1, MAX_INLINE_TOKENS]]
+    assert engine.alone == [True]
+
+
+def test_what_is_long_or_has_company_is_left_to_the_inference_threads(bench: Make) -> None:
+    b = bench()
+    for inputs in ([(1, MAX_INLINE_TOKENS + 1)], [(1, 5), (2, 5)]):
+        b.batcher.hold()
+        answer = b.submit(*inputs)
+        b.batcher.release()
+        assert not answer.done()
+        b.run()
+        answer.result(10)
+
+
+def test_only_a_lone_client_is_alone(bench: Make) -> None:
+    b = bench()
+
+    def alone() -> bool:
+        batch = b.take()
+        b.run(batch)
+        return batch.alone
+
+    b.submit((1, 20)), b.submit((2, 500))
+    assert not alone() and not alone()
+    shown = []
+    for number in range(20):
+        answer = b.submit((number, 20))
+        shown.append(alone())
+        answer.result(10)
+    assert not shown[0] and shown[-1]  # it takes a while until nobody else is expected
 
 
 def test_engines_do_not_mix_in_a_call(bench: Make) -> None:

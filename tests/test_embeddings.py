@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import NAME
-from embeddings import BORDER_SLACK, TextEmbedder, TextLimits, cut, load_tokenizer
+from embeddings import BORDER_SLACK, TextEmbedder, TextLimits, VectorCache, cut, load_tokenizer
 from engine.batching import Batcher
 from engine.bundle import Bundle, read
 from engine.errors import BundleError, InputTooLarge, InvalidInput
@@ -356,3 +356,89 @@ def test_the_left_side_can_be_cut_too(embedder: TextEmbedder) -> None:
         assert len(kept.split()) == ROOM == result.tokens - SPECIALS
         assert result.vector @ embed(embedder, kept)[0].vector >= 0.9999
     assert (right.chunks[0].start, left.chunks[0].end) == (0, len(text))
+
+
+# -- what is not computed twice
+
+
+class Counting:
+    """An engine that counts what it is given."""
+
+    def __init__(self, engine: OpenVINOTextEngine) -> None:
+        self.engine, self.computed = engine, 0
+        self.name, self.dimensions = engine.name, engine.dimensions
+        self.precision, self.padding_cost = engine.precision, engine.padding_cost
+        self.modality = engine.modality
+
+    def run(self, inputs: Any, *, alone: bool = False) -> Any:
+        self.computed += len(inputs)
+        return self.engine.run(inputs, alone=alone)
+
+    def widen(self) -> None:
+        self.engine.widen()
+
+
+@pytest.fixture(scope="module")
+def counting(models_dir: pathlib.Path) -> Counting:
+    bundle = read(models_dir / NAME)
+    _, pad_id, pad_left = load_tokenizer(bundle)
+    return Counting(OpenVINOTextEngine(bundle, "fp32", pad_id=pad_id, pad_left=pad_left, streams=2))
+
+
+def counted(
+    models_dir: pathlib.Path, batcher: Batcher, engine: Counting, cache: VectorCache | None = None
+) -> TextEmbedder:
+    bundle = read(models_dir / NAME)
+    engine.computed = 0
+    return TextEmbedder(bundle, load_tokenizer(bundle)[0], engine, batcher, LIMITS, cache)
+
+
+def test_equal_texts_of_a_request_are_computed_once(
+    models_dir: pathlib.Path, batcher: Batcher, counting: Counting, embedder: TextEmbedder
+) -> None:
+    texts = ["one", "two", "one", "three", "two", "one", words(ROOM * 2), words(ROOM * 2)]
+    once = embed(counted(models_dir, batcher, counting), *texts)
+    assert counting.computed == 4  # and the long text's two chunks are equal
+    for text, result in zip(texts, once):
+        alone = embed(embedder, text)[0]
+        assert result.vector @ alone.vector == pytest.approx(1, abs=1e-5)
+        assert result.tokens == alone.tokens
+
+
+def test_the_cache_answers_what_was_asked_before(
+    models_dir: pathlib.Path, batcher: Batcher, counting: Counting
+) -> None:
+    seen: list[tuple[int, int]] = []
+    cache = VectorCache(2, lambda hits, misses: seen.append((hits, misses)))
+    embedder = counted(models_dir, batcher, counting, cache)
+    first = embed(embedder, "one")[0]
+    again = embed(embedder, "one")[0]
+    assert counting.computed == 1 and (first.vector == again.vector).all()
+    embed(embedder, "two", "one", "two")
+    assert counting.computed == 2
+    embed(embedder, "one")
+    embed(embedder, "three")  # "two" was not asked for as lately as "one"
+    embed(embedder, "one")
+    assert counting.computed == 3
+    embed(embedder, "two")
+    assert counting.computed == 4
+    assert seen == [(0, 1), (1, 0), (1, 1), (1, 0), (0, 1), (1, 0), (0, 1)]
+
+
+def test_a_cached_vector_is_nobodys_to_change(
+    models_dir: pathlib.Path, batcher: Batcher, counting: Counting
+) -> None:
+    embedder = counted(models_dir, batcher, counting, VectorCache(10))
+    expected = embed(embedder, "one")[0].vector.copy()
+    embed(embedder, "one")[0].vector[:] = 0
+    embed(embedder, "one", dimensions=10)
+    assert (embed(embedder, "one")[0].vector == expected).all()
+
+
+def test_an_engine_on_all_cores_gives_the_same_vectors(counting: Counting) -> None:
+    ids = [np.arange(1000, 1020, dtype=np.int64)]
+    narrow = counting.engine.run(ids, alone=True)
+    counting.widen()
+    wide = counting.engine.run(ids, alone=True)
+    assert counting.engine._wide is not counting.engine._graph
+    np.testing.assert_allclose(wide, narrow, atol=1e-5)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from api.worker import MAX_TASK_BODY
 from conftest import WIDE
 from servers import KEY, Server, serve
 from stress import drain, kill, overload, spread
@@ -86,7 +87,7 @@ def test_a_killed_worker_takes_only_its_own_requests(models_dir: pathlib.Path) -
 
 
 def test_what_passes_the_capacity_is_refused_politely(models_dir: pathlib.Path) -> None:
-    limits = {"REQUEST_THREADS": "4", "MAX_QUEUE_SECONDS": "2"}
+    limits = {"REQUEST_THREADS": "4", "MAX_QUEUE_SECONDS": "0.5"}
     report = asyncio.run(overload.overload(str(models_dir), seconds=1, at_once=200, **limits))
     answers = [*report.tally, *report.at_once]
     assert {answer.what for answer in answers} == {200, 429}, str(report)
@@ -171,7 +172,11 @@ def test_probes_are_answered_while_every_thread_is_busy(
         ) as client:
 
             def turned_away() -> httpx.Response:
-                return client.post("/v1/embeddings", json={"input": "hello"})
+                body = b'{"input": "hello"}'.ljust(
+                    MAX_TASK_BODY + 1
+                )  # a smaller one needs no thread
+                json = {"Content-Type": "application/json"}
+                return client.post("/v1/embeddings", content=body, headers=json)
 
             wait_for(lambda: turned_away().status_code == 429)
             for _ in range(3):
@@ -195,7 +200,7 @@ def test_a_request_waits_for_a_thread_only_so_long(models_dir: pathlib.Path, sen
     limits = {"REQUEST_THREADS": "1", "INFERENCE_THREADS": "1", "MAX_QUEUE_SECONDS": "0.2"}
     with serve(models_dir, PRECISION="fp32", **limits) as server:
         running = send(server, long_batch(20))
-        late = send(server, b'{"text": "hello"}', "/embeddings")
+        late = send(server, b'{"text": "hello"}'.ljust(MAX_TASK_BODY + 1), "/embeddings")
         answer = late.answer()
         assert answer.status == 429
         assert "no thread was free for" in answer.body["error"]
