@@ -33,6 +33,10 @@ DYNAMIC_QUANTIZATION_GROUP_SIZE = 64
 # 941 without padding (MiniLM, Zen 4, bf16).
 PACKED_PADDING_COST = 0.2
 
+# Bytes of a graph's weights up to which a second copy is worth its memory (twice as much at fp32):
+# MiniLM has 45 MB, a model of BERT's base size 220.
+WIDE_WEIGHTS = 100_000_000
+
 # Sizes of a packed graph's inputs are rounded up to multiples of this. OpenVINO keeps what it
 # prepares for each size that it meets, so fewer are faster (2-7 %) and take less memory.
 SIZE_STEP = 8
@@ -171,12 +175,14 @@ class OpenVINOTextEngine:
         self.run([np.array([pad_id], np.int64)])
         self._widen = partial(_Graph, bundle, TEXT_GRAPH[precision], precision, 1, streams)
         self._wide = self._graph
+        weights = bundle.file(TEXT_GRAPH[precision]).with_suffix(".bin")
+        self._weights = weights.stat().st_size
 
     def widen(self) -> None:
-        """Make calls that are alone run on all cores: half as long again for a short text, with a
-        second copy of the weights. Not part of the start.
+        """Make calls that are alone run on all cores, which takes a short text about half the time
+        and a second copy of the weights: for models up to WIDE_WEIGHTS. Not part of the start.
         """
-        if self.streams > 1:
+        if self.streams > 1 and self._weights <= WIDE_WEIGHTS:
             wide = self._widen()
             wide.infer(self._inputs([np.array([self._pad_id], np.int64)]))
             self._wide = wide

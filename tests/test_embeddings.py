@@ -442,3 +442,13 @@ def test_an_engine_on_all_cores_gives_the_same_vectors(counting: Counting) -> No
     wide = counting.engine.run(ids, alone=True)
     assert counting.engine._wide is not counting.engine._graph
     np.testing.assert_allclose(wide, narrow, atol=1e-5)
+
+
+def test_heavy_weights_are_not_held_twice(
+    models_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.openvino_backend.WIDE_WEIGHTS", 10_000_000)
+    bundle = read(models_dir / NAME)
+    engine = OpenVINOTextEngine(bundle, "fp32", pad_id=0, pad_left=False, streams=2)
+    engine.widen()
+    assert engine._wide is engine._graph
