@@ -308,7 +308,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             req.headers.append(("CONTENT-LENGTH", str(conn.length)))
         if conn.length > self.max_body_size:
             req.force_close()  # the rest of the body is still to come, or never will
-        keep = bool(super().handle_request(req, conn))
+        try:
+            keep = bool(super().handle_request(req, conn))
+        finally:
+            del req.should_close  # it refers to `req`: a circle that would hold the body for long
         conn.sock.flush()
         return keep
 
