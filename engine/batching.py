@@ -1,7 +1,9 @@
 """What many requests want at once, turned into few full engine calls, fairly: one queue, two verbs.
 
-Request threads `submit` and wait; inference threads loop over `next_batch` and run what it gives
-them. Nothing sleeps and nothing waits for a batch to fill: a free thread takes what is there.
+Requests `submit` and wait; inference threads loop over `next_batch` and run what it gives them.
+Nothing sleeps and nothing waits for a batch to fill: a free thread takes what is there. An event
+loop that hands in the requests of one turn brackets it with `hold` and `release`, so that they go
+to the engine together.
 
 Which work goes next. Every request carries a tag, the tokens it has been served so far, counted
 from a clock that runs at the speed of one request's fair share (generalised processor sharing:
@@ -48,8 +50,9 @@ MIN_SHARE_TOKENS = 64
 # Seconds of engine calls after which the speed they showed is believed, and after which older ones
 # begin to count less.
 SPEED_KNOWN, SPEED_MEMORY = 1.0, 20.0
-# The event loop stands still while it computes a short input itself: some 3 ms for so many tokens.
-MAX_INLINE_TOKENS = 32
+# The event loop stands still while it computes a short input itself, for no longer than this by the
+# speed seen so far: some 40 tokens of MiniLM, few or none of a large model.
+MAX_INLINE_SECONDS = 0.005
 
 
 class Event(Protocol):
@@ -250,7 +253,8 @@ class Batcher:
                 and self._lately < 1.5
                 and len(self._jobs) == 1
                 and len(self._jobs[0].costs) == 1
-                and self._waiting_tokens <= MAX_INLINE_TOKENS
+                and self._waiting_tokens * self._busy_seconds
+                <= MAX_INLINE_SECONDS * self._served_tokens
             ):
                 self._announce()
                 return

@@ -96,7 +96,7 @@ def _round_up(size: int) -> int:
 
 
 class _Graph:
-    """One of a bundle's graphs, compiled for `streams` calls at a time on one core each.
+    """One of a bundle's graphs, compiled for `streams` calls at a time that share `threads` cores.
 
     Safe to call from any number of threads; each thread keeps an inference request of its own.
     """

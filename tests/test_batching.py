@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.batching import CALL_OVERHEAD_TOKENS, MAX_INLINE_TOKENS, Batch, Batcher
+from engine.batching import CALL_OVERHEAD_TOKENS, MAX_INLINE_SECONDS, Batch, Batcher
 from engine.errors import (
     CallerGone,
     DeadlineExceeded,
@@ -197,18 +197,31 @@ def test_held_requests_go_to_the_engine_together(bench: Make) -> None:
     threads.shutdown()
 
 
+SHORT = 50  # tokens, which take 5 ms at 100 us each
+assert MAX_INLINE_SECONDS == 0.005
+
+
+def at_100_us_a_token(bench: Make) -> Bench:
+    b = bench()
+    answer = b.submit((0, 1000))
+    batch = b.take()
+    b.batcher.finish(batch, batch.engine.run(batch.inputs), 0.1)
+    answer.result(10)
+    return b
+
+
 def test_a_short_input_that_is_all_there_is_is_computed_by_whoever_releases(bench: Make) -> None:
-    b, engine = bench(), Echo()
+    b, engine = at_100_us_a_token(bench), Echo()
     b.batcher.hold()
-    answer = b.submit((1, MAX_INLINE_TOKENS), engine=engine)
+    answer = b.submit((1, SHORT), engine=engine)
     b.batcher.release()
-    assert answer.result(10).tolist() == [[1, MAX_INLINE_TOKENS]]
+    assert answer.result(10).tolist() == [[1, SHORT]]
     assert engine.alone == [True]
 
 
 def test_what_is_long_or_has_company_is_left_to_the_inference_threads(bench: Make) -> None:
-    b = bench()
-    for inputs in ([(1, MAX_INLINE_TOKENS + 1)], [(1, 5), (2, 5)]):
+    b = at_100_us_a_token(bench)
+    for inputs in ([(1, SHORT + 1)], [(1, 5), (2, 5)]):
         b.batcher.hold()
         answer = b.submit(*inputs)
         b.batcher.release()
