@@ -6,6 +6,7 @@ the event loop, and goes on when the loop comes round to it.
 """
 
 import collections
+import contextlib
 import os
 import threading
 import time
@@ -71,9 +72,10 @@ class Loop:
 
     def resume(self) -> None:
         """Let tasks go on whose events have happened."""
-        if self._woken:
+        # Whatever `_woken` says: of two threads that wake it at once, one may write too late.
+        with contextlib.suppress(BlockingIOError):
             os.read(self._read_fd, 16)
-            self._woken = False  # before the queue is looked at: what comes now wakes again
+        self._woken = False  # before the queue is looked at: what comes now wakes it again
         while self._ready:
             event = self._ready.popleft()
             if self.waiting.pop(event, None) is not None:

@@ -1,5 +1,6 @@
 """api/tasks.py: tasks that step aside while they wait, and go on when they may."""
 
+import os
 import selectors
 import threading
 import time
@@ -101,6 +102,20 @@ def test_many_threads_wake_many_tasks(loop: Loop) -> None:
     while len(results) < 200 and time.monotonic() < deadline:
         turn(loop)
     assert results == [True] * 200
+
+
+def test_a_wake_that_comes_late_does_not_keep_the_loop_awake(loop: Loop) -> None:
+    """Two threads may both find that none has woken it; the second writes after the first was
+    served.
+    """
+    results: list[bool] = []
+    waiting(loop, results).set()
+    turn(loop)
+    os.write(loop._write_fd, b"\0")
+    turn(loop)
+    with selectors.DefaultSelector() as poller:
+        poller.register(loop, selectors.EVENT_READ)
+        assert poller.select(0) == []
 
 
 def test_outside_a_task_an_event_is_a_threads_own() -> None:
