@@ -110,6 +110,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._looked_for_overdue = time.monotonic()
         self.poller.register(self._loop, selectors.EVENT_READ, Loop.resume)
         super().run()
+        self._batcher.close()
 
     def set_accept_enabled(self, enabled: bool) -> None:
         if enabled and (not self.alive or time.monotonic() < self._yield_until):
@@ -226,9 +227,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def enqueue_req(self, conn: Connection) -> None:
         """Work on a whole request: here, or in a thread, now or when its turn comes; or refuse
-        it.
+        it. One with a body will want the engine: when that is full, it is not even read.
         """
-        if conn.length <= MAX_TASK_BODY and not conn.path.startswith(IMAGE_ROUTES):
+        if conn.length and (full := self._batcher.full()):
+            self._turn_away(conn, str(full), full.retry_after)
+        elif conn.length <= MAX_TASK_BODY and not conn.path.startswith(IMAGE_ROUTES):
             self._started.add(conn)
             self._loop.run(partial(self.handle, conn), partial(self._ended, conn))
         elif self._free_threads:
@@ -268,9 +271,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._free_threads -= 1
             self._start(first)
 
-    def _turn_away(self, conn: Connection, reason: str) -> None:
-        """Refuse a whole request for want of time. The connection is kept where it can be: to open
-        another would cost more than the refusal.
+    def _turn_away(self, conn: Connection, reason: str, retry_after: int = 1) -> None:
+        """Refuse a whole request for want of time; `retry_after` is in seconds. The connection is
+        kept where it can be: to open another would cost more than the refusal.
         """
         keep = (
             self.alive
@@ -283,7 +286,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if not self.alive:
             error = RequestError(503, "shutting_down", f"{reason}; the service is shutting down")
         kept = "keep-alive" if keep else "close"
-        self._answer(conn, error, {"Retry-After": "1"}, kept)
+        self._answer(conn, error, {"Retry-After": str(retry_after)}, kept)
         done: Future[bool] = Future()
         done.set_result(keep)
         self.finish_request(conn, done)

@@ -47,9 +47,12 @@ CALL_OVERHEAD_TOKENS = 12
 # A free thread leaves the others their share of what waits, but no call is made smaller than this
 # for that reason.
 MIN_SHARE_TOKENS = 64
-# Seconds of engine calls after which the speed they showed is believed, and after which older ones
-# begin to count less.
+# Seconds after which the speed seen in them is believed, and after which older ones begin to count
+# less.
 SPEED_KNOWN, SPEED_MEMORY = 1.0, 20.0
+# A full queue refuses what comes until it is down to this share of its limit, so that under overload
+# most is refused before any work was spent on it.
+STILL_FULL = 0.9
 # The event loop stands still while it computes a short input itself, for no longer than this by the
 # speed seen so far: some 40 tokens of MiniLM, few or none of a large model.
 MAX_INLINE_SECONDS = 0.005
@@ -119,6 +122,28 @@ class Batch:
         return [array for _, _, array in self.entries]
 
 
+@dataclass(slots=True)
+class Speed:
+    """Tokens a second, of late."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+        if self.seconds > SPEED_MEMORY:
+            self.tokens, self.seconds = self.tokens / 2, self.seconds / 2
+
+    @property
+    def known(self) -> bool:
+        return self.seconds >= SPEED_KNOWN
+
+    def takes(self, tokens: int) -> float:
+        """Seconds; 0 when nothing was seen yet."""
+        return tokens * self.seconds / max(1.0, self.tokens)
+
+
 class Batcher:
     """The queue between request threads and inference threads. One a process, shared by all models
     and modalities.
@@ -149,11 +174,15 @@ class Batcher:
         self._jobs: list[Job] = []  # every job with inputs waiting
         self._waiting_tokens = 0
         self._share_clock = 0.0
-        self._closed = self._held = False
+        self._started: list[threading.Thread] = []
+        self._closed = self._held = self._refusing = False
         self._running = self._running_tokens = 0  # engine calls, and tokens in them
         # Requests being served, and the most of them lately: 1 means that one client calls alone.
         self._in_system, self._lately = 0, 0.0
-        self._served_tokens, self._busy_seconds = 0.0, 0.0
+        # How fast one thread's calls are; and all of them together by the clock, while more waits:
+        # less than the former times `threads`, since what sends and answers takes cores too.
+        self._call_speed, self._queue_speed = Speed(), Speed()
+        self._counted: float | None = None  # until when the clock was; None: nothing waited
         self.callers_gone = 0  # requests left out because nobody waited for them any more
         # Told of every engine call when it has ended: the batch, its seconds, whether it failed.
         self.observe: Callable[[Batch, float, bool], None] = lambda *_: None
@@ -165,6 +194,22 @@ class Batcher:
     @property
     def waiting_tokens(self) -> int:
         return self._waiting_tokens
+
+    def full(self) -> QueueFull | None:
+        """The refusal of whatever comes now: a request was refused, and little has left the queue
+        since. For callers that have not yet read what they would submit.
+        """
+        if not self._refusing:
+            return None
+        waiting, limit = self._waiting_tokens, self._queue_limit()
+        if waiting <= limit * STILL_FULL:
+            self._refusing = False
+            return None
+        return QueueFull(
+            f"{waiting} tokens are waiting; the limit is {limit} (MAX_QUEUE_TOKENS, "
+            "MAX_QUEUE_SECONDS)",
+            self._seconds_to_serve(waiting),
+        )
 
     # -- the first verb
     # ------------------------------------------------------------------------------------------
@@ -210,6 +255,7 @@ class Batcher:
                 raise _shutting_down()
             limit = self._queue_limit()
             if self._waiting_tokens and self._waiting_tokens + total > limit:
+                self._refusing = True
                 raise QueueFull(
                     f"{self._waiting_tokens} tokens are waiting and this request adds {total}; "
                     f"the limit is {limit} (MAX_QUEUE_TOKENS, MAX_QUEUE_SECONDS)",
@@ -253,8 +299,7 @@ class Batcher:
                 and self._lately < 1.5
                 and len(self._jobs) == 1
                 and len(self._jobs[0].costs) == 1
-                and self._waiting_tokens * self._busy_seconds
-                <= MAX_INLINE_SECONDS * self._served_tokens
+                and self._call_speed.takes(self._waiting_tokens) <= MAX_INLINE_SECONDS
             ):
                 self._announce()
                 return
@@ -324,6 +369,8 @@ class Batcher:
         self._waiting_tokens -= tokens
         self._share_clock += tokens / active
         self._jobs = [job for job in self._jobs if job.costs]
+        if not self._jobs:
+            self._counted = None
         alone = len(entries) == 1 and not self._jobs and not self._running and self._lately < 1.5
         self._running += 1
         self._running_tokens += tokens
@@ -337,13 +384,11 @@ class Batcher:
         with self._lock:
             self._running -= 1
             self._running_tokens -= batch.tokens
-            self._served_tokens += batch.tokens
-            self._busy_seconds += seconds
-            if self._busy_seconds > SPEED_MEMORY:
-                self._served_tokens, self._busy_seconds = (
-                    self._served_tokens / 2,
-                    self._busy_seconds / 2,
-                )
+            self._call_speed.add(batch.tokens, seconds)
+            now = self._now()
+            if self._counted is not None:
+                self._queue_speed.add(batch.tokens, now - self._counted)
+            self._counted = now if self._jobs else None
             for number, (job, row, _) in enumerate(batch.entries):
                 job.running -= 1
                 if vectors is None:
@@ -370,18 +415,20 @@ class Batcher:
 
     def _queue_limit(self) -> int:
         """Tokens that may wait: max_queue_tokens, or fewer if they take max_queue_seconds."""
-        if self._busy_seconds < SPEED_KNOWN or self.max_queue_seconds == math.inf:
+        if not self._call_speed.known or self.max_queue_seconds == math.inf:
             return self.max_queue_tokens
-        speed = self._served_tokens / self._busy_seconds * self.threads
-        return min(self.max_queue_tokens, int(self.max_queue_seconds * speed))
+        seconds = self._takes(self.max_queue_tokens)
+        return int(self.max_queue_tokens * min(1.0, self.max_queue_seconds / seconds))
+
+    def _takes(self, tokens: int) -> float:
+        """Seconds that `tokens` wait, by the clock where it is known."""
+        if self._queue_speed.known:
+            return self._queue_speed.takes(tokens)
+        return self._call_speed.takes(tokens) / self.threads
 
     def _seconds_to_serve(self, tokens: int) -> int:
-        """Whole seconds, at least 1, that `tokens` take at the speed seen so far on all threads."""
-        if not self._busy_seconds:
-            return 1
-        return max(
-            1, math.ceil(tokens * self._busy_seconds / max(1, self._served_tokens) / self.threads)
-        )
+        """Whole seconds, at least 1."""
+        return max(1, math.ceil(self._takes(tokens)))
 
     # -- the threads
     # ---------------------------------------------------------------------------------------------
@@ -389,7 +436,9 @@ class Batcher:
     def start(self) -> None:
         """Start the inference threads."""
         for number in range(self.threads):
-            threading.Thread(target=self._loop, name=f"inference-{number}", daemon=True).start()
+            thread = threading.Thread(target=self._loop, name=f"inference-{number}", daemon=True)
+            thread.start()
+            self._started.append(thread)
 
     def _loop(self) -> None:
         try:
@@ -417,17 +466,24 @@ class Batcher:
         self.finish(batch, vectors, time.perf_counter() - started)
 
     def close(self) -> None:
-        """Refuse new work; what waits is still computed, then `next_batch` gives None."""
-        with self._lock:
-            self._closed = True
-            self._work.notify_all()
+        """Refuse new work, compute what waits and end the inference threads. Before a process
+        exits: Python ends those that are left, and in the middle of C++ that ends in an abort.
+        """
+        self._refuse()
+        for thread in self._started:
+            thread.join()
 
     def stop(self) -> None:
         """Refuse new work and fail what waits with ShuttingDown; what runs is still computed."""
-        self.close()
+        self._refuse()
         with self._lock:
             for job in list(self._jobs):
                 self._end(job, _shutting_down())
+
+    def _refuse(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._work.notify_all()
 
 
 def _shutting_down() -> ShuttingDown:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.batching import CALL_OVERHEAD_TOKENS, MAX_INLINE_SECONDS, Batch, Batcher
+from engine.batching import CALL_OVERHEAD_TOKENS, MAX_INLINE_SECONDS, Batch, Batcher, Speed
 from engine.errors import (
     CallerGone,
     DeadlineExceeded,
@@ -338,18 +338,32 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(bench: Make) -> None:
         b.submit((2, 11)).result()
     assert info.value.retry_after == 1
     b.submit((3, 10))
-    b.batcher._served_tokens, b.batcher._busy_seconds = 20, 2.0  # 10 tokens/s seen so far
+    b.batcher._call_speed = Speed(20, 2.0)  # 10 tokens/s seen so far
     with pytest.raises(QueueFull) as info:
         b.submit((4, 1)).result()
     assert info.value.retry_after == 10
 
 
+def test_once_full_a_queue_says_so_until_some_of_it_is_done(bench: Make) -> None:
+    b = bench(max_queue_tokens=100, max_batch_size=1)
+    for marker in range(5):
+        b.submit((marker, 20))
+    assert b.batcher.full() is None  # as full as may be; nobody was refused
+    with pytest.raises(QueueFull):
+        b.submit((9, 1)).result()
+    assert "100 tokens are waiting; the limit is 100 (MAX_QUEUE" in str(b.batcher.full())
+    b.run()
+    assert b.batcher.full() is None
+    b.submit((5, 20))
+    assert b.batcher.full() is None
+
+
 def test_a_queue_is_full_when_it_would_take_too_long(bench: Make) -> None:
     b = bench(max_queue_tokens=1000, max_queue_seconds=5.0, threads=2)
     b.submit((1, 90))
-    b.batcher._served_tokens, b.batcher._busy_seconds = 9, 0.9  # too little to know the speed by
+    b.batcher._call_speed = Speed(9, 0.9)  # too little to know the speed by
     b.submit((2, 20))
-    b.batcher._served_tokens, b.batcher._busy_seconds = 120, 10.0  # 24 tokens/s on two threads
+    b.batcher._call_speed = Speed(120, 10.0)  # 24 tokens/s on two threads
     b.submit((3, 10))
     with pytest.raises(QueueFull, match="120 tokens are waiting .* adds 1; the limit is 120 ") as e:
         b.submit((4, 1)).result()
@@ -363,7 +377,29 @@ def test_the_speed_is_that_of_late(bench: Make) -> None:
             b.submit((1, speed))
             batch = b.take()
             b.batcher.finish(batch, batch.engine.run(batch.inputs), 1.0)
-    assert b.batcher._served_tokens / b.batcher._busy_seconds == pytest.approx(1000, rel=0.05)
+    assert 1 / b.batcher._call_speed.takes(1) == pytest.approx(1000, rel=0.05)
+
+
+def test_a_queue_is_as_long_as_the_clock_says_and_not_the_engine(bench: Make) -> None:
+    b = bench(max_queue_tokens=1000, max_queue_seconds=5.0, max_batch_size=1)
+    for _ in range(4):
+        b.submit((1, 10))
+    for _ in range(3):
+        batch = b.take()
+        b.now += 1.0
+        b.batcher.finish(batch, batch.engine.run(batch.inputs), 0.5)
+    # From the end of the first call to that of the third: 20 tokens in 2 s, each call 0.5 s of it.
+    b.submit((2, 40))
+    with pytest.raises(QueueFull, match="50 tokens are waiting .* adds 1; the limit is 50 ") as e:
+        b.submit((3, 1)).result()
+    assert e.value.retry_after == 5
+    b.run()
+    b.run()
+    b.now += 1000.0  # nothing waits: no time in which anything was slow
+    b.submit((4, 10))
+    b.submit((4, 10))
+    b.run()
+    assert b.batcher._queue_speed.seconds < 10
 
 
 def test_an_empty_queue_takes_a_request_of_any_size(bench: Make) -> None:
@@ -448,5 +484,8 @@ def test_many_threads_get_their_own_answers() -> None:
 
     with ThreadPoolExecutor(32) as pool:
         assert all(pool.map(one, range(1500)))
+    started = [thread for thread in threading.enumerate() if thread.name.startswith("inference-")]
+    assert len(started) >= 3
     batcher.close()
     assert batcher._waiting_tokens == 0
+    assert sum(thread.is_alive() for thread in started) == len(started) - 3
