@@ -2,10 +2,12 @@
 
 import hashlib
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +15,13 @@ import pytest
 from servers import ROOT, Server, serve
 
 NAME, WIDE = "all-MiniLM-L6-v2", "all-MiniLM-L6-v2-512"
+
+
+def pytest_configure() -> None:
+    """Under coverage, have it follow greenlets in the processes that are started from here."""
+    if os.environ.pop("COVERAGE_PROCESS_CONFIG", None):  # pytest's own
+        os.environ["COVERAGE_PROCESS_START"] = str(ROOT / "pyproject.toml")
+        os.environ["COVERAGE_CHILD_CONCURRENCY"] = "greenlet"
 
 
 @pytest.fixture(scope="session")
@@ -51,15 +60,61 @@ def bundle_cache(pytestconfig: pytest.Config) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def models_dir(bundle_cache: pathlib.Path, real_model: pathlib.Path) -> pathlib.Path:
-    """all-MiniLM-L6-v2 baked by the command line, in its own window (256) and in one of 512."""
-    folder = bundle_cache / "minilm"
-    for name, options in ((NAME, []), (WIDE, ["--max-tokens", "512"])):
-        if not (folder / name).exists():
-            source = ["--source", f"sentence-transformers/{name}"]
-            command = [sys.executable, "bake_model.py", str(real_model), "--name", name, *source]
-            subprocess.run([*command, *options, "--output", str(folder)], cwd=ROOT, check=True)
-    return folder
+def baked(
+    pytestconfig: pytest.Config, bundle_cache: pathlib.Path, real_model: pathlib.Path
+) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
+    """The folders of all-MiniLM-L6-v2's bundles, of the trained tiny CLIP, and of its bundle. What
+    is not there from an earlier run is made by the command lines, two at a time.
+    """
+    trained = tiny_clip_cache(pytestconfig)
+    texts, pictures = bundle_cache / "minilm", bundle_cache / trained.parent.name
+    # One thread each: two that share cores wait for each other, and imports have but one. Tests of
+    # their own say what of these programs is covered.
+    environ = {key: value for key, value in os.environ.items() if "COVERAGE_PROCESS" not in key}
+    environ["OMP_NUM_THREADS"] = "1"
+
+    def run(*command: object) -> None:
+        arguments = [sys.executable, *map(str, command)]
+        subprocess.run(arguments, cwd=ROOT, env=environ, check=True)
+
+    def bake(name: str, *options: str) -> None:
+        source = ["--source", f"sentence-transformers/{name}"]
+        if not (texts / name).exists():
+            run("bake_model.py", real_model, "--name", name, *source, *options, "--output", texts)
+
+    def train_and_bake() -> None:
+        if not trained.exists():
+            unfinished = trained.with_name("unfinished")
+            run("tests/tiny_clip.py", unfinished)
+            unfinished.rename(trained)
+        if not (pictures / trained.name).exists():
+            run("bake_model.py", trained, "--output", pictures)
+
+    with ThreadPoolExecutor(2) as pool:
+        # The bundle baked first is the default: NAME's, whose sample is half as long.
+        jobs = [
+            pool.submit(bake, NAME),
+            pool.submit(bake, WIDE, "--max-tokens", "512"),
+            pool.submit(train_and_bake),
+        ]
+    for job in jobs:
+        job.result()
+    return texts, trained, pictures
+
+
+def tiny_clip_cache(pytestconfig: pytest.Config) -> pathlib.Path:
+    """Where the trained tiny CLIP is kept between runs, as long as its recipe is the same."""
+    source = ROOT / "tests" / "tiny_clip.py"
+    recipe = hashlib.sha256(source.read_bytes() + (ROOT / "requirements.txt").read_bytes())
+    cache = pytestconfig.cache
+    assert cache is not None
+    return cache.mkdir(f"tiny-clip-{recipe.hexdigest()[:16]}") / "tiny-clip"
+
+
+@pytest.fixture(scope="session")
+def models_dir(baked: tuple[pathlib.Path, pathlib.Path, pathlib.Path]) -> pathlib.Path:
+    """all-MiniLM-L6-v2 baked in its own window (256) and in one of 512."""
+    return baked[0]
 
 
 @pytest.fixture(scope="session")
@@ -70,28 +125,15 @@ def service(models_dir: pathlib.Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def tiny_clip_folder(pytestconfig: pytest.Config) -> pathlib.Path:
-    """The trained tiny CLIP, kept between runs as long as its recipe is the same."""
-    source = ROOT / "tests" / "tiny_clip.py"
-    recipe = hashlib.sha256(source.read_bytes() + (ROOT / "requirements.txt").read_bytes())
-    cache = pytestconfig.cache
-    assert cache is not None
-    folder = cache.mkdir(f"tiny-clip-{recipe.hexdigest()[:16]}") / "tiny-clip"
-    if not folder.exists():
-        unfinished = folder.with_name("unfinished")
-        subprocess.run([sys.executable, str(source), str(unfinished)], check=True)
-        unfinished.rename(folder)
-    return folder
+def tiny_clip_folder(baked: tuple[pathlib.Path, pathlib.Path, pathlib.Path]) -> pathlib.Path:
+    """The trained tiny CLIP."""
+    return baked[1]
 
 
 @pytest.fixture(scope="session")
-def clip_models_dir(bundle_cache: pathlib.Path, tiny_clip_folder: pathlib.Path) -> pathlib.Path:
-    """The tiny CLIP, baked by the command line."""
-    folder = bundle_cache / tiny_clip_folder.parent.name
-    if not (folder / "tiny-clip").exists():
-        command = [sys.executable, "bake_model.py", str(tiny_clip_folder), "--output", str(folder)]
-        subprocess.run(command, cwd=ROOT, check=True)
-    return folder
+def clip_models_dir(baked: tuple[pathlib.Path, pathlib.Path, pathlib.Path]) -> pathlib.Path:
+    """The tiny CLIP, baked."""
+    return baked[2]
 
 
 @pytest.fixture(scope="session")
