@@ -26,6 +26,9 @@ class Folders(NamedTuple):
     pictures: pathlib.Path  # its bundle
 
 
+MADE = pytest.StashKey[tuple[Folders, list[Future[None]]]]()
+
+
 def pytest_configure() -> None:
     """Under coverage, have it follow greenlets in the processes that are started from here."""
     if os.environ.pop("COVERAGE_PROCESS_CONFIG", None):  # pytest's own
@@ -38,6 +41,20 @@ def torch_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a test that starts a process with torch, whose imports take twice as long when coverage
     follows greenlets."""
     monkeypatch.setenv("COVERAGE_CHILD_CONCURRENCY", "thread")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need no bundle come first: bundles are baked meanwhile."""
+    items.sort(key=needs_bundles)
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if not session.config.option.collectonly and any(map(needs_bundles, session.items)):
+        session.config.stash[MADE] = make(session.config)
+
+
+def needs_bundles(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and "shared" in item.fixturenames
 
 
 def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
@@ -113,7 +130,7 @@ def real_model() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def shared(pytestconfig: pytest.Config) -> Folders:
     """All of them, made."""
-    made, jobs = make(pytestconfig)
+    made, jobs = pytestconfig.stash[MADE]
     for job in jobs:
         job.result()
     return made
