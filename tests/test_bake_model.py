@@ -530,6 +530,7 @@ def test_what_a_kill_between_the_renames_left_is_mended(
     assert content(tmp_path / "x") == content(baked.bundle.path)
 
 
+@pytest.mark.usefixtures("torch_child")
 def test_a_stopped_bake_leaves_nothing_half_made(
     bare: pathlib.Path, baked: Baked, tmp_path: pathlib.Path
 ) -> None:

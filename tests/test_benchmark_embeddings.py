@@ -23,6 +23,7 @@ from engine.openvino_backend import available_precisions
 from servers import KEY, Server, free_port
 
 QUICK = ["--seconds", "0.2", "--rounds", "1"]
+SHORT = ["--seconds", "0.05", "--rounds", "1"]  # in this process every caller calls once at least
 
 
 @pytest.fixture(autouse=True)
@@ -338,12 +339,13 @@ def test_a_service_that_does_not_start_says_why() -> None:
 # -- in this process
 
 
+@pytest.mark.usefixtures("torch_child")
 def test_every_precision_beside_sentence_transformers(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, real_model: pathlib.Path
 ) -> None:
     file = tmp_path / "curve.png"
     some = ["--tokens", "20", "300", "--connections", "1", "3", "--model", str(real_model)]
-    rows = measured(capsys, *some, "--plot", str(file), *QUICK)["rows"]
+    rows = measured(capsys, *some, "--plot", str(file), *SHORT)["rows"]
     sides = [*available_precisions(), in_process.PLAIN]
     assert [(row["load"], row["connections"], row["side"]) for row in rows] == [
         (load, company, side)
@@ -358,6 +360,7 @@ def test_every_precision_beside_sentence_transformers(
     assert file.exists()
 
 
+@pytest.mark.usefixtures("torch_child")
 def test_pictures_too_where_the_model_takes_them(
     clip_models_dir: pathlib.Path,
     tiny_clip_folder: pathlib.Path,
@@ -367,24 +370,26 @@ def test_pictures_too_where_the_model_takes_them(
     monkeypatch.setenv("MODELS_DIR", str(clip_models_dir))
     monkeypatch.delenv("EMBEDDING_MODEL")
     some = ["--tokens", "8", "--connections", "2", "--model", str(tiny_clip_folder)]
-    rows = measured(capsys, *some, *QUICK)["rows"]
+    rows = measured(capsys, *some, *SHORT)["rows"]
     pictures = [row for row in rows if row["load"] == loads.IMAGES]
     assert [row["side"] for row in pictures][-1] == in_process.PLAIN
     assert len(pictures) * 2 == len(rows)
     assert {"tokens": None, "failed": 0}.items() <= pictures[0].items() and pictures[0]["rate"] > 0
 
 
+@pytest.mark.usefixtures("torch_child")
 def test_a_model_that_is_not_there_is_one_line(tmp_path: pathlib.Path) -> None:
     with pytest.raises(SystemExit, match="cannot measure: sentence-transformers: "):
         command.main(["--model", str(tmp_path / "none"), *QUICK])
 
 
+@pytest.mark.usefixtures("torch_child")
 def test_without_sentence_transformers_model_the_rest_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The wide bundle's source names no model on this machine, and none is fetched."""
     monkeypatch.setenv("EMBEDDING_MODEL", f"{NAME}-512")
-    command.main(["--tokens", "8", "--connections", "1", "--json", *QUICK])
+    command.main(["--tokens", "8", "--connections", "1", "--json", *SHORT])
     out, err = capsys.readouterr()
     assert "without sentence-transformers beside it: sentence-transformers: " in err
     rows = json.loads(out)["rows"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bake_model import sample
 from conftest import NAME, WIDE
@@ -20,6 +21,7 @@ from engine.bundle import PARITY_FLOOR, Precision
 from engine.openvino_backend import has_bf16
 from image_embeddings import probe_picture
 from servers import KEY, ROOT, Server, free_port, launch, serve, wait_ready
+from settings import available_cores
 
 TEXTS = 300
 MIX = 25  # texts a batch
@@ -30,6 +32,8 @@ def expected(sentence_transformer: Any) -> dict[str, tuple[list[str], Any]]:
     """For each bundle: 300 texts of 1 token to its full window, and sentence-transformers'
     vectors of them."""
     result = {}
+    threads = torch.get_num_threads()  # tiny_models has set one
+    torch.set_num_threads(available_cores())
     own = sentence_transformer.max_seq_length
     tokenizer = sentence_transformer.tokenizer.backend_tokenizer
     for name, window in ((NAME, 256), (WIDE, 512)):
@@ -38,6 +42,7 @@ def expected(sentence_transformer: Any) -> dict[str, tuple[list[str], Any]]:
         texts = sample(tokenizer, "", window, TEXTS)
         result[name] = texts, sentence_transformer.encode(texts, batch_size=4)
     sentence_transformer.max_seq_length = own
+    torch.set_num_threads(threads)
     return result
 
 

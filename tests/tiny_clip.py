@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 SIZE, PATCH = 64, 16
 WINDOW = 77
-STEPS = 600
+STEPS, DRAWN = 600, 60  # batches trained on, and how many of them are different
 COLORS = {
     "red": (220, 30, 30),
     "green": (30, 160, 50),
@@ -114,7 +114,8 @@ def train(model: Any, words: Any, processor: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
     model.train()
-    for _ in range(STEPS):
+    batches = []  # to draw and prepare one takes longer than to train on it
+    for _ in range(DRAWN):
         captions = []
         for color, shape in KINDS:
             if shape == SOLID:
@@ -122,10 +123,10 @@ def train(model: Any, words: Any, processor: Any) -> None:
             else:
                 captions.append(chance.choice(_TEMPLATES).format(color, shape))
         pictures = [picture(color, shape, chance) for color, shape in KINDS]
-        inputs = {
-            **words(captions, padding=True, return_tensors="pt"),
-            **processor(pictures, return_tensors="pt"),
-        }
+        prepared = processor(pictures, return_tensors="pt")
+        batches.append({**words(captions, padding=True, return_tensors="pt"), **prepared})
+    for step in range(STEPS):
+        inputs = batches[step % DRAWN]
         optimizer.zero_grad()
         model(**inputs, return_loss=True).loss.backward()
         optimizer.step()
