@@ -50,8 +50,8 @@ MIN_SHARE_TOKENS = 64
 # Seconds after which the speed seen in them is believed, and after which older ones begin to count
 # less.
 SPEED_KNOWN, SPEED_MEMORY = 1.0, 20.0
-# A full queue refuses what comes until it is down to this share of its limit, so that under overload
-# most is refused before any work was spent on it.
+# A full queue refuses what comes until it is down to this share of its limit, so that under
+# overload most is refused before any work was spent on it.
 STILL_FULL = 0.9
 # The event loop stands still while it computes a short input itself, for no longer than this by the
 # speed seen so far: some 40 tokens of MiniLM, few or none of a large model.
