@@ -116,7 +116,7 @@ class Settings:
     )
     max_queue_seconds: float = _option(
         "MAX_QUEUE_SECONDS",
-        5.0,
+        10.0,
         "seconds of waiting work, at the speed measured, beyond which 429 is answered",
         low=0.001,
         high=3600.0,

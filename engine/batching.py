@@ -8,7 +8,8 @@ to the engine together.
 Which work goes next. Every request carries a tag, the tokens it has been served so far, counted
 from a clock that runs at the speed of one request's fair share (generalised processor sharing:
 Parekh and Gallager, 1993). The smallest tag leads the next call. So a new short request goes ahead
-of the rest of a long one, and the long one still gets its equal share.
+of the rest of a long one, and the long one still gets its equal share. Tokens count only from one
+engine call's worth on: requests up to that are served whole, in the order they came.
 
 What joins it. An input joins a call when that costs no more than a call of its own would: the
 padding it adds may cost CALL_OVERHEAD_TOKENS at most.
@@ -55,7 +56,7 @@ SPEED_KNOWN, SPEED_MEMORY = 1.0, 20.0
 STILL_FULL = 0.9
 # The event loop stands still while it computes a short input itself, for no longer than this by the
 # speed seen so far: some 40 tokens of MiniLM, few or none of a large model.
-MAX_INLINE_SECONDS = 0.005
+MAX_INLINE_SECONDS = 0.010
 
 
 class Event(Protocol):
@@ -96,13 +97,18 @@ class Job:
     submitted: float = 0.0  # on the batcher's clock, as `deadline`
     gone: Callable[[], bool] | None = None
     tag: float = 0.0
+    free: int = 0  # how many of the first tokens do not count for the tag
+    served: int = 0  # tokens taken
     running: int = 0
     error: EmbedderError | None = None
 
     def take(self, at: int) -> tuple["Job", int, Array]:
         """Move input `at` from waiting to running."""
         cost = self.costs.pop(at)
-        self.tag += cost
+        uncounted = self.served if self.served <= self.free else 0
+        self.served += cost
+        if self.served > self.free:
+            self.tag += uncounted + cost
         self.running += 1
         return self, self.rows.pop(at), self.inputs.pop(at)
 
@@ -170,7 +176,9 @@ class Batcher:
         self.threads = threads
         self._now, self._event = clock, event
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
+        # A lock for each thread that waits for work. The last is released first: its caches are
+        # warm, and so are those that OpenVINO keeps for each thread that calls it.
+        self._idle: list[threading.Lock] = []
         self._jobs: list[Job] = []  # every job with inputs waiting
         self._waiting_tokens = 0
         self._share_clock = 0.0
@@ -263,7 +271,7 @@ class Batcher:
                 )
             self._in_system += 1
             self._lately = max(self._in_system, self._lately * 0.9)
-            job.tag = self._share_clock
+            job.tag, job.free = self._share_clock, self.max_batch_tokens
             self._jobs.append(job)
             self._waiting_tokens += total
             if not self._held:
@@ -308,7 +316,8 @@ class Batcher:
 
     def _announce(self) -> None:
         """Wake as many inference threads as there is work for."""
-        self._work.notify(max(1, self._waiting_tokens // MIN_SHARE_TOKENS))
+        for _ in range(min(len(self._idle), max(1, self._waiting_tokens // MIN_SHARE_TOKENS))):
+            self._idle.pop().release()
 
     # -- the second verb
     # -----------------------------------------------------------------------------------------
@@ -335,7 +344,16 @@ class Batcher:
                     return self._take_batch()
                 if self._closed:
                     return None
-                self._work.wait()
+                self._wait()
+
+    def _wait(self) -> None:
+        """Let go of the lock until there may be work."""
+        woken = threading.Lock()
+        woken.acquire()
+        self._idle.append(woken)
+        self._lock.release()
+        woken.acquire()
+        self._lock.acquire()
 
     def _take_batch(self) -> Batch:
         self._jobs.sort(key=lambda job: job.tag)
@@ -483,7 +501,8 @@ class Batcher:
     def _refuse(self) -> None:
         with self._lock:
             self._closed = True
-            self._work.notify_all()
+            while self._idle:
+                self._idle.pop().release()
 
 
 def _shutting_down() -> ShuttingDown:

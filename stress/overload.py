@@ -29,9 +29,7 @@ from stress.load import (
     serve,
 )
 
-# Seconds: MAX_QUEUE_SECONDS until its turn comes, and as long for each further chunk of a request,
-# since all that wait are served in turn.
-BOUND = 20.0
+BOUND = 15.0  # seconds: MAX_QUEUE_SECONDS, and some
 BACK = 2.0  # seconds
 RECOVERED = 0.8  # of the speed before: the machine's own noise is larger than 10 %
 

@@ -197,8 +197,8 @@ def test_held_requests_go_to_the_engine_together(bench: Make) -> None:
     threads.shutdown()
 
 
-SHORT = 50  # tokens, which take 5 ms at 100 us each
-assert MAX_INLINE_SECONDS == 0.005
+SHORT = 100  # tokens, which take 10 ms at 100 us each
+assert MAX_INLINE_SECONDS == 0.010
 
 
 def at_100_us_a_token(bench: Make) -> Bench:
@@ -263,6 +263,35 @@ def test_a_short_request_goes_ahead_of_the_rest_of_a_long_one(bench: Make) -> No
     query = b.submit((1000, 12))
     assert 1000 in b.run() + b.run()
     assert query.result().tolist() == [[1000, 12]]
+
+
+def test_a_request_that_fits_a_call_is_served_whole_before_those_that_came_later(
+    bench: Make,
+) -> None:
+    b = bench(max_batch_tokens=100, max_batch_size=1)
+    b.submit((1, 60), (2, 40))
+    b.submit((3, 61), (4, 40), (7, 10))  # more than a call's worth
+    for marker in (5, 6):
+        b.submit((marker, 10))
+    assert sum((b.run() for _ in range(7)), []) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_thread_that_was_busy_last_is_woken_first() -> None:
+    batcher = Batcher(max_batch_size=8, max_batch_tokens=64, max_queue_tokens=100, threads=3)
+    callers = []
+
+    class Named(Echo):
+        def run(self, inputs: Sequence[Any], *, alone: bool = False) -> Any:
+            callers.append(threading.current_thread())
+            return super().run(inputs, alone=alone)
+
+    batcher.start()
+    for _ in range(6):
+        while len(batcher._idle) < 3:
+            threading.Event().wait(0.0005)
+        batcher.submit(Named(), [tokens(1, 3)], [3], NEVER)
+    batcher.close()
+    assert len(callers) == 6 and len(set(callers)) == 1
 
 
 def test_requests_of_equal_size_get_equal_shares(bench: Make) -> None:
