@@ -1,5 +1,7 @@
 """The WSGI application: `gunicorn main:app`. Puts settings, models and routes together."""
 
+import atexit
+import io
 import logging
 import math
 import os
@@ -14,6 +16,7 @@ from flask import Flask
 
 import settings as configuration
 from api import auth, docs, errors, health, images, logs, metrics, native, openai, tasks, tei
+from api.application import Application
 from api.service import Embedders, Service
 from api.watch import Watch
 from embeddings import Float32, TextEmbedder, TextLimits, VectorCache, load_tokenizer
@@ -29,6 +32,9 @@ log = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/health/ready", "/healthcheck", *docs.PATHS)
 
+# Seconds after which a ready service prepares for lone texts, on all cores: not beside the requests
+# that have waited for its start.
+WIDEN_AFTER = 1.0
 PROBE_TIMEOUT = 60  # seconds; a short REQUEST_TIMEOUT must not end the start on a busy machine
 _NO_LIMITS = ImageLimits(1, 1 << 30, 1 << 30, 1 << 30)
 
@@ -65,6 +71,8 @@ def create_app(
     counted = metrics.Metrics(models, batcher)
     cache = VectorCache(settings.cache_size, counted.cached) if settings.cache_size else None
     batcher.start()
+    atexit.register(batcher.close)  # called when the threads that are no daemons have ended
+    leaving = threading.Event()
 
     def load_model(bundle: Bundle) -> Embedders:
         pictures = "image" in bundle.manifest.modalities
@@ -80,6 +88,8 @@ def create_app(
                 log.error("unexpected error while loading", exc_info=error)
             (on_failure or _stop_service)(str(error))
             return
+        if leaving.wait(WIDEN_AFTER):
+            return
         try:
             for name in models.bundles:
                 models.get(name, math.inf).texts.widen()
@@ -88,7 +98,10 @@ def create_app(
 
     # Not a daemon: OpenVINO aborts a process that exits while it compiles.
     threading.Thread(target=load, name="load-models").start()
-    app = Flask(__name__, static_folder=None)
+    app = Application(__name__, static_folder=None)
+    app.url_map.merge_slashes = (
+        False  # or `//embed` would be redirected to an address without a host
+    )
     app.config["MAX_BODY_SIZE"] = settings.max_body_size
     errors.register(app)
     auth.register(app, settings.api_keys, OPEN_PATHS)
@@ -116,8 +129,25 @@ def create_app(
         batcher.stop()
         models.stop()
 
-    # For api/worker.py, which calls the one and brackets each turn of its loop with the other.
-    app.extensions["stop"], app.extensions["batcher"] = stop, batcher
+    def warm_up() -> None:
+        """A request of our own, past the log: the first one takes twice as long as the next."""
+        models.warming = True
+        body = b'{"text": "a first text of some ten tokens, or twelve"}'
+        environ = {
+            "REQUEST_METHOD": "POST",
+            "PATH_INFO": "/embeddings",
+            "HTTP_X_API_KEY": settings.api_keys[0],
+            "CONTENT_LENGTH": str(len(body)),
+            "wsgi.input": io.BytesIO(body),
+            "wsgi.url_scheme": "http",
+        }
+        Flask.wsgi_app(app, environ, lambda *_: io.BytesIO().write)
+        models.warming = False
+
+    # For api/worker.py, which begins with `warm_up`, brackets each turn of its loop with
+    # `batcher`'s hold and release, calls `stop` when time is short, and sets `leaving` when all is
+    # answered.
+    app.extensions |= {"batcher": batcher, "warm_up": warm_up, "stop": stop, "leaving": leaving}
     return app
 
 

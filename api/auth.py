@@ -14,11 +14,12 @@ def register(app: Flask, keys: Sequence[str], open_paths: Collection[str]) -> No
     public = frozenset(open_paths)
 
     def check() -> Response | None:
-        if request.path in public:
+        environ = request.environ
+        if environ["PATH_INFO"] in public:
             return None
-        sent = request.headers.get("X-API-Key")
+        sent = environ.get("HTTP_X_API_KEY")
         if sent is None:
-            scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+            scheme, _, sent = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
             if scheme.lower() != "bearer":
                 return _refuse("no API key; send it as X-API-Key, or as Authorization: Bearer")
         given = sent.strip().encode()

@@ -6,12 +6,14 @@ from typing import Any, TypeVar
 
 import msgspec
 import orjson
-from flask import Request, Response, current_app, g
+from flask import Request, Response, current_app
 
 from api.errors import RequestError
 from embeddings import TextEmbedding
 
 T = TypeVar("T")
+
+_BODY = "embedder.body"  # in a WSGI environ
 
 _decoder = functools.cache(
     msgspec.json.Decoder
@@ -24,14 +26,15 @@ def read_body(request: Request) -> bytes:
 
     Raises: RequestError: 413 over the limit.
     """
+    environ = request.environ
     limit: int = current_app.config["MAX_BODY_SIZE"]
-    if (request.content_length or 0) > limit:
+    if int(environ.get("CONTENT_LENGTH") or 0) > limit:
         raise RequestError(
             413, "too_large", f"the body has more than {limit} bytes, the limit (MAX_BODY_SIZE)"
         )
-    if "body" not in g:
-        g.body = request.environ["wsgi.input"].read()
-    body: bytes = g.body
+    if _BODY not in environ:
+        environ[_BODY] = environ["wsgi.input"].read()
+    body: bytes = environ[_BODY]
     return body
 
 
@@ -41,7 +44,7 @@ def read_json(request: Request, schema: type[T]) -> T:
     Raises: RequestError: 415 for another content type, and what `read_body` raises; 400 for
     anything that is not JSON of this shape, saying where.
     """
-    kind = request.mimetype
+    kind = request.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
     if kind and kind != "application/json" and not kind.endswith("+json"):
         raise RequestError(
             415,

@@ -5,17 +5,19 @@ last answer.
 import contextlib
 import copy
 import ctypes
+import functools
 import io
 import re
 import socket
 import struct
 import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
 
 from gunicorn import util
-from gunicorn.http import get_parser
+from gunicorn.http import get_parser, wsgi
 from gunicorn.workers.gthread import TConn
 
 from api.errors import RequestError
@@ -126,29 +128,83 @@ class Socket(socket.socket):
         return True
 
 
+class Answer(wsgi.Response):  # type: ignore[misc]
+    """What the application answers. Its headers are our own, and are not looked at once more."""
+
+    def __init__(self, request: Any, sock: Socket, cfg: Any, lets_go: Callable[[], bool]) -> None:
+        """`lets_go` is asked once, when the head is written: whether the server wants to close."""
+        super().__init__(request, sock, cfg)
+        self._lets_go = lets_go
+        self._closes: bool | None = None
+
+    def should_close(self) -> bool:
+        if self._closes is None:
+            self._closes = bool(super().should_close()) or self._lets_go()
+        return self._closes
+
+    def process_headers(self, headers: list[tuple[str, str]]) -> None:
+        self.headers = headers
+        for name, value in headers:
+            if name == "Content-Length":
+                self.response_length = int(value)
+
+    def default_headers(self) -> list[str]:
+        major, minor = self.req.version
+        connection = "close" if self.should_close() else "keep-alive"
+        head = [
+            f"HTTP/{major}.{minor} {self.status}\r\nServer: {self.version}\r\n"
+            f"Date: {_date(int(time.time()))}\r\nConnection: {connection}\r\n"
+        ]
+        return [*head, "Transfer-Encoding: chunked\r\n"] if self.chunked else head
+
+
+@functools.lru_cache(1)
+def _date(now: int) -> str:
+    return str(util.http_date(now))
+
+
 class Heads:
-    """Requests as gunicorn's parser made them of their heads, for clients that send the same head
-    again on a kept connection: to parse it costs more than anything else in receiving a request.
+    """What gunicorn makes of requests' heads, for clients that send the same head again on a kept
+    connection: to parse it and to write WSGI's environ costs more than anything else in receiving a
+    request.
     """
 
     _FEW = 256  # of up to 2 KB, with what was made of them 2 MB at most
     _SHORT = 2048
 
     def __init__(self) -> None:
-        self._known: dict[tuple[bytes, str], Any] = {}
+        self._known: dict[tuple[bytes, str], _Known] = {}
 
     def parser(self, cfg: Any, conn: "Connection") -> Any:
         """What gives the connection's request: gunicorn's parser, or what it gave before."""
         known = self._known.get((conn.head, conn.client[0]))
-        return get_parser(cfg, [conn.head], conn.client) if known is None else _Known(known)
+        return known or get_parser(cfg, [conn.head], conn.client)
 
-    def remember(self, conn: "Connection", request: Any) -> None:
-        """Keep a request that was just parsed, before anything is done with it."""
-        if len(conn.head) > self._SHORT or isinstance(conn.parser, _Known):
-            return
-        if len(self._known) >= self._FEW:
-            self._known.clear()
-        self._known[conn.head, conn.client[0]] = copy.copy(request)
+    def environ(self, conn: "Connection", request: Any, answer: Answer, cfg: Any) -> dict[str, Any]:
+        """WSGI's environ for a whole request."""
+        request.body = io.BytesIO(conn.body)
+        if isinstance(conn.parser, _Known):
+            environ = conn.parser.environ.copy()
+            environ |= {"wsgi.input": request.body, "gunicorn.socket": conn.sock}
+            if "REMOTE_PORT" in environ:
+                environ["REMOTE_PORT"] = str(conn.client[1])
+            return environ
+        request._expected_100_continue = False  # Connection has sent it
+        if conn.chunked:  # RFC 9112 section 7.1.3: decoded, it has a length and no transfer coding
+            request.headers = [one for one in request.headers if one[0] != "TRANSFER-ENCODING"]
+            request.headers.append(("CONTENT-LENGTH", str(conn.length)))
+        made: dict[str, Any]
+        _, made = wsgi.create(request, conn.sock, conn.client, conn.server, cfg, lambda *_: answer)
+        made["wsgi.multithread"] = True
+        del made["wsgi.early_hints"]
+        if len(conn.head) <= self._SHORT and not conn.chunked:
+            if len(self._known) >= self._FEW:
+                self._known.clear()
+            kept = copy.copy(request)
+            kept.body = None
+            without = {**made, "wsgi.input": None, "gunicorn.socket": None}
+            self._known[conn.head, conn.client[0]] = _Known(kept, without)
+        return made
 
 
 class _Known:
@@ -156,8 +212,8 @@ class _Known:
 
     unreader = types.SimpleNamespace(buf=io.BytesIO())  # nothing is left over
 
-    def __init__(self, request: Any) -> None:
-        self._request = request
+    def __init__(self, request: Any, environ: dict[str, Any]) -> None:
+        self._request, self.environ = request, environ
 
     def __next__(self) -> Any:
         return copy.copy(self._request)

@@ -12,7 +12,6 @@ of gunicorn's pool. That has a queue without end, in which a request waits unsee
 bounded in length and time, and beyond that a request is answered 429 without a thread.
 """
 
-import io
 import resource
 import selectors
 import socket
@@ -27,7 +26,7 @@ from gunicorn import util
 from gunicorn.http import errors
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
-from api.connection import GONE_AFTER, Connection, Heads, Socket
+from api.connection import GONE_AFTER, Answer, Connection, Heads, Socket
 from api.errors import RequestError, respond
 from api.logs import request_id
 from api.spread import Spread
@@ -109,8 +108,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._loop = Loop(self.tpool)
         self._looked_for_overdue = time.monotonic()
         self.poller.register(self._loop, selectors.EVENT_READ, Loop.resume)
+        self._loop.run(self.wsgi.extensions["warm_up"], lambda _: None)
         super().run()
-        self._batcher.close()
+        self.wsgi.extensions["leaving"].set()
 
     def set_accept_enabled(self, enabled: bool) -> None:
         if enabled and (not self.alive or time.monotonic() < self._yield_until):
@@ -292,36 +292,39 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.finish_request(conn, done)
 
     def handle_request(self, req: Any, conn: Connection) -> bool:
-        """Runs in a thread or as a task, as `_keepalive_after` does."""
-        if conn.length <= MAX_TASK_BODY:
-            self._heads.remember(conn, req)
-        # Asked when the answer's head is written, and again afterwards: it must be the same.
-        asked_to_close, decided = req.should_close, list[bool]()
-
-        def should_close() -> bool:
-            if not decided:
-                decided.append(asked_to_close() or not self.alive or self._lets_go())
-            return decided[0]
-
-        req.should_close = should_close
-        req._expected_100_continue = False  # Connection has sent it
-        req.body = io.BytesIO(conn.body)
-        if conn.chunked:  # RFC 9112 section 7.1.3: decoded, it has a length and no transfer coding
-            req.headers = [field for field in req.headers if field[0] != "TRANSFER-ENCODING"]
-            req.headers.append(("CONTENT-LENGTH", str(conn.length)))
+        """gunicorn's own, but for its hooks and its access log. Runs in a thread or as a task, as
+        `_keepalive_after` does.
+        """
+        self.nr += 1
+        if self.nr >= self.max_requests and self.alive:
+            self.log.info("starting anew after this request")
+            self.alive = False
+        answer = Answer(req, conn.sock, self.cfg, self._lets_go)
         if conn.length > self.max_body_size:
-            req.force_close()  # the rest of the body is still to come, or never will
+            answer.force_close()  # the rest of the body is still to come, or never will
+        environ = self._heads.environ(conn, req, answer, self.cfg)
         try:
-            keep = bool(super().handle_request(req, conn))
-        finally:
-            del req.should_close  # it refers to `req`: a circle that would hold the body for long
+            body = self.wsgi(environ, answer.start_response)
+            try:
+                for part in body:
+                    answer.write(part)
+                answer.close()
+            finally:
+                body.close()
+        except Exception:
+            if not answer.headers_sent:
+                raise
+            self.log.exception("error behind an answer")
+            answer.force_close()
         conn.sock.flush()
-        return keep
+        return not answer.should_close()
 
     def _lets_go(self) -> bool:
-        """Whether to close a kept connection, so that it comes back to a worker that holds
-        fewer.
+        """Whether to close a kept connection: at the end, when too many are kept, and so that it
+        comes back to a worker that holds fewer.
         """
+        if not self.alive or len(self.keepalived_conns) >= self.max_keepalived:
+            return True
         now = time.monotonic()
         if now < self._let_go_at or self.spread.excess(self.age) < 2:
             return False

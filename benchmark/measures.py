@@ -10,6 +10,7 @@ from benchmark.service import service
 from benchmark.traffic import Client, Result, alternate, drive, middle, takes_images
 
 WARM_UP = 1.0  # seconds of round 0
+STEADY = 3.0  # seconds after the first request, in most of which a service is as fast as it gets
 Runs = list[list[Result]]
 
 
@@ -202,7 +203,7 @@ def start(starts: int) -> list[Row]:
         with service() as running:
             client = Client(running.url, requests(Target(running.url), LOADS["query"], number), 1)
             (first,) = drive([client], 0.001)
-            (later,) = drive([client], 0.5)
+            (later,) = drive([client], STEADY)
             memory = running.memory()
             failed += first.failed + later.failed
         latency = first.latencies[0] if first.latencies else 0.0

@@ -43,6 +43,7 @@ class Models(Generic[T]):
         self._lock = threading.Lock()
         self._waiting: list[Event] = []  # set at every change
         self._stopped = False
+        self.warming = False  # whether `ready` has to wait for a first request of our own
 
     def _resolve(self, name: str) -> str:
         try:
@@ -73,8 +74,8 @@ class Models(Generic[T]):
 
     @property
     def ready(self) -> bool:
-        """Whether every model is loaded."""
-        return len(self._loaded) == len(self.bundles)
+        """Whether every model is loaded, and warm."""
+        return len(self._loaded) == len(self.bundles) and not self.warming
 
     def bundle(self, name: str | None = None) -> Bundle:
         """The bundle of a model by name, source or alias; of the default model for None.

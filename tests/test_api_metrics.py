@@ -391,3 +391,16 @@ def nodes(expression: Any) -> Iterator[Any]:
             yield from nodes(inner)
     for inner in getattr(expression, "args", None) or ():
         yield from nodes(inner)
+
+
+def test_a_ready_service_has_served_itself_a_request_that_nobody_sees(
+    models_dir: pathlib.Path,
+) -> None:
+    with serve(models_dir, LOG_LEVEL="debug") as server:
+        now = scrape(server)
+        calls = sum(
+            value for (name, _), value in now.items() if name.endswith("call_seconds_count")
+        )
+        assert calls == 3  # a probe of each bundle, and the request
+        assert not any(dict(labels).get("route") == "/embeddings" for _, labels in now)
+        assert "POST" not in server.log

@@ -50,6 +50,8 @@ def test_the_default_loads_first_and_readiness_means_all(models_dir: pathlib.Pat
         models.get(NAME, time.monotonic())
     models.load(load)
     assert order == [WIDE, NAME] and models.ready
+    models.warming = True
+    assert not models.ready
 
 
 def test_stop_ends_the_wait_for_a_model(models_dir: pathlib.Path) -> None:

@@ -1,0 +1,27 @@
+"""Flask, without what this service has no use for and every request would pay for."""
+
+from flask import Flask, Request, Response
+from werkzeug.routing import MapAdapter
+
+
+class Application(Flask):
+    """Routes know no host, and nothing builds URLs; there are no sessions and no signals."""
+
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        """What finds a request's route. Flask would make another one for each application context,
+        and look at the request's Host.
+        """
+        if request is None:
+            return None
+        path: str = request.environ.get("PATH_INFO", "")
+        if not path.isascii():  # WSGI gives UTF-8 as Latin-1
+            path = path.encode("latin-1").decode(errors="replace")
+        return MapAdapter(self.url_map, "", "/", "", "http", path, request.method)
+
+    def full_dispatch_request(self) -> Response:
+        """What is asked before every request, the view, and the handlers of its errors."""
+        try:
+            answer = self.preprocess_request() or self.dispatch_request()
+        except Exception as error:
+            answer = self.handle_user_exception(error)
+        return self.make_response(answer)
