@@ -23,13 +23,13 @@ from image_embeddings import probe_picture
 from servers import KEY, ROOT, Server, free_port, launch, serve, wait_ready
 from settings import available_cores
 
-TEXTS = 300
+TEXTS = 200
 MIX = 25  # texts a batch
 
 
 @pytest.fixture(scope="module")
 def expected(sentence_transformer: Any) -> dict[str, tuple[list[str], Any]]:
-    """For each bundle: 300 texts of 1 token to its full window, and sentence-transformers'
+    """For each bundle: 200 texts of 1 token to its full window, and sentence-transformers'
     vectors of them."""
     result = {}
     threads = torch.get_num_threads()  # tiny_models has set one
