@@ -2,6 +2,7 @@
 line; a bundle is complete or absent.
 """
 
+import concurrent.futures
 import contextlib
 import datetime
 import hashlib
@@ -540,24 +541,27 @@ def test_a_stopped_bake_leaves_nothing_half_made(
     for name in ("int", "kill"):
         shutil.copytree(baked.bundle.path, tmp_path / name)
     before = content(tmp_path)
-    signals = {"term": signal.SIGTERM, "int": signal.SIGINT, "kill": signal.SIGKILL}
-    processes = {}
-    for name in signals:
+
+    def stop(name: str, number: signal.Signals) -> None:
         command = [sys.executable, "bake_model.py", str(bare), "--name", name]
         command += ["--output", str(tmp_path), "--precisions", "fp32"]
-        processes[name] = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, bufsize=0)
-    for name, process in processes.items():
-        assert process.stderr is not None
-        said = b""
-        while not said.endswith("tracing to OpenVINO …".encode()):
-            said += (byte := process.stderr.read(1))
-            assert byte, said.decode()
-        assert list(tmp_path.glob(f".{name}.*/tokenizer.json"))
-        process.send_signal(signals[name])
-        _, rest = process.communicate(timeout=FAR)
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, bufsize=0) as process:
+            assert process.stderr is not None
+            said = b""
+            while not said.endswith("tracing to OpenVINO …".encode()):
+                said += (byte := process.stderr.read(1))
+                assert byte, said.decode()
+            assert list(tmp_path.glob(f".{name}.*/tokenizer.json"))
+            process.send_signal(number)
+            _, rest = process.communicate(timeout=FAR)
         if name != "kill":
             assert process.returncode == 1
             assert rest.decode() == "\nbake stopped; nothing was written\n"
+
+    # Each its own thread: whom nobody reads comes to its end meanwhile.
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        names, numbers = ("term", "int", "kill"), (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+        list(pool.map(stop, names, numbers))
     (left,) = tmp_path.glob(".*")
     assert left.name.startswith(".kill.")  # the next bake of this name removes it
     shutil.rmtree(left)
