@@ -16,6 +16,7 @@ from api.codec import read_body, read_json
 from api.errors import RequestError
 from api.schemas import BatchEmbeddings, Embeddings, EmbedImage, EmbedImages, ImageOptions
 from api.service import Service, endpoint
+from api.tasks import in_thread
 from engine.errors import InvalidInput
 from image_embeddings import FORMATS_SENTENCE
 
@@ -45,7 +46,10 @@ def blueprint(service: Service) -> Blueprint:
 
     def embed(images: Sequence[bytes], options: ImageOptions) -> list[object]:
         embedder, waiting = service.image_embedder(options.model, g.input_path)
-        embedded = embedder.embed(images, **waiting, dimensions=options.dimensions)
+        # A picture of few bytes may be one of many pixels.
+        embedded = in_thread(
+            lambda: embedder.embed(images, **waiting, dimensions=options.dimensions)
+        )
         return [embedding.vector for embedding in embedded]
 
     def read(path: str, schema: type[EmbedImage | EmbedImages]) -> Pictures:

@@ -6,6 +6,7 @@ import base64
 import io
 import pathlib
 import random
+import select
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from PIL import Image
 import tiny_clip
 from bake_model import sample_pictures
 from engine.bundle import PARITY_FLOOR
-from servers import Server, serve
+from servers import KEY, Server, serve
 
 SHAPE = (120, 90)
 
@@ -342,6 +343,20 @@ def test_a_bomb_is_refused_from_its_header(clip_service: Server, bomb: bytes) ->
     response = clip_service.post("/embeddings/image/batch", {"images": images})
     assert "$.images[1]" in response.json()["error"]
     assert memory(clip_service) - before < 20e6
+
+
+def test_a_picture_of_many_pixels_holds_nobody_up(clip_service: Server) -> None:
+    """By a path, too, that is not recognised before it is decoded (api/worker.py)."""
+    data = encoded(Image.new("1", (7000, 7100)), "TIFF", compression="group4")
+    assert len(data) < 3000
+    for path in ("/embeddings/image", "/embeddings/%69mage"):
+        with clip_service.http() as sock:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\n"
+            head += f"Content-Type: image/tiff\r\nContent-Length: {len(data)}\r\n\r\n"
+            sock.sendall(head.encode() + data)
+            assert clip_service.client.get("/health").status_code == 200
+            assert select.select([sock], [], [], 0)[0] == []  # the answer is still to come
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
 def test_an_animation_of_1000_frames_costs_one(clip_service: Server) -> None:
