@@ -96,19 +96,20 @@ class Job:
     done: Event
     submitted: float = 0.0  # on the batcher's clock, as `deadline`
     gone: Callable[[], bool] | None = None
-    tag: float = 0.0
-    free: int = 0  # how many of the first tokens do not count for the tag
-    served: int = 0  # tokens taken
+    began: float = 0.0  # on the clock of shares
+    free: int = 0  # how many tokens may be served before they count
+    served: int = 0  # tokens, taken for an engine call
     running: int = 0
     error: EmbedderError | None = None
+
+    @property
+    def tag(self) -> float:
+        return self.began + (self.served if self.served > self.free else 0)
 
     def take(self, at: int) -> tuple["Job", int, Array]:
         """Move input `at` from waiting to running."""
         cost = self.costs.pop(at)
-        uncounted = self.served if self.served <= self.free else 0
         self.served += cost
-        if self.served > self.free:
-            self.tag += uncounted + cost
         self.running += 1
         return self, self.rows.pop(at), self.inputs.pop(at)
 
@@ -187,10 +188,10 @@ class Batcher:
         self._running = self._running_tokens = 0  # engine calls, and tokens in them
         # Requests being served, and the most of them lately: 1 means that one client calls alone.
         self._in_system, self._lately = 0, 0.0
-        # How fast one thread's calls are; and all of them together by the clock, while more waits:
-        # less than the former times `threads`, since what sends and answers takes cores too.
-        self._call_speed, self._queue_speed = Speed(), Speed()
-        self._counted: float | None = None  # until when the clock was; None: nothing waited
+        # How fast a thread's calls are, and the fastest of them (tokens a second); and all together
+        # by the clock, since there is a queue: what sends and answers takes cores too.
+        self._call_speed, self._best_speed, self._queue_speed = Speed(), 0.0, Speed()
+        self._counted: float | None = None  # until when the clock was
         self.callers_gone = 0  # requests left out because nobody waited for them any more
         # Told of every engine call when it has ended: the batch, its seconds, whether it failed.
         self.observe: Callable[[Batch, float, bool], None] = lambda *_: None
@@ -271,7 +272,7 @@ class Batcher:
                 )
             self._in_system += 1
             self._lately = max(self._in_system, self._lately * 0.9)
-            job.tag, job.free = self._share_clock, self.max_batch_tokens
+            job.began, job.free = self._share_clock, self.max_batch_tokens
             self._jobs.append(job)
             self._waiting_tokens += total
             if not self._held:
@@ -387,8 +388,7 @@ class Batcher:
         self._waiting_tokens -= tokens
         self._share_clock += tokens / active
         self._jobs = [job for job in self._jobs if job.costs]
-        if not self._jobs:
-            self._counted = None
+        self._forget_queue()
         alone = len(entries) == 1 and not self._jobs and not self._running and self._lately < 1.5
         self._running += 1
         self._running_tokens += tokens
@@ -403,10 +403,12 @@ class Batcher:
             self._running -= 1
             self._running_tokens -= batch.tokens
             self._call_speed.add(batch.tokens, seconds)
-            now = self._now()
-            if self._counted is not None:
-                self._queue_speed.add(batch.tokens, now - self._counted)
-            self._counted = now if self._jobs else None
+            self._best_speed = max(self._best_speed, batch.tokens / max(seconds, 1e-6))
+            if self._jobs:
+                now = self._now()
+                if self._counted is not None:
+                    self._queue_speed.add(batch.tokens, now - self._counted)
+                self._counted = now
             for number, (job, row, _) in enumerate(batch.entries):
                 job.running -= 1
                 if vectors is None:
@@ -428,8 +430,16 @@ class Batcher:
         if job in self._jobs:
             self._jobs.remove(job)
             self._waiting_tokens -= sum(job.costs)
+            self._forget_queue()
         job.inputs, job.costs, job.rows, job.error = [], [], [], error
         job.done.set()
+
+    def _forget_queue(self) -> None:
+        """Forget the speed of a queue that is empty: the next may be of quite other requests, or
+        beside other work on these cores.
+        """
+        if not self._jobs:
+            self._queue_speed, self._counted = Speed(), None
 
     def _queue_limit(self) -> int:
         """Tokens that may wait: max_queue_tokens, or fewer if they take max_queue_seconds."""
@@ -439,10 +449,12 @@ class Batcher:
         return int(self.max_queue_tokens * min(1.0, self.max_queue_seconds / seconds))
 
     def _takes(self, tokens: int) -> float:
-        """Seconds that `tokens` wait, by the clock where it is known."""
-        if self._queue_speed.known:
+        """Seconds that `tokens` wait: by the clock, or for a new queue at best. Calls of short
+        inputs, or beside other work, say little of how fast long ones are.
+        """
+        if self._queue_speed.known or not self._best_speed:
             return self._queue_speed.takes(tokens)
-        return self._call_speed.takes(tokens) / self.threads
+        return tokens / self._best_speed / self.threads
 
     def _seconds_to_serve(self, tokens: int) -> int:
         """Whole seconds, at least 1."""

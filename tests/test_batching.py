@@ -367,7 +367,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(bench: Make) -> None:
         b.submit((2, 11)).result()
     assert info.value.retry_after == 1
     b.submit((3, 10))
-    b.batcher._call_speed = Speed(20, 2.0)  # 10 tokens/s seen so far
+    b.batcher._best_speed = 10.0  # tokens/s
     with pytest.raises(QueueFull) as info:
         b.submit((4, 1)).result()
     assert info.value.retry_after == 10
@@ -392,7 +392,7 @@ def test_a_queue_is_full_when_it_would_take_too_long(bench: Make) -> None:
     b.submit((1, 90))
     b.batcher._call_speed = Speed(9, 0.9)  # too little to know the speed by
     b.submit((2, 20))
-    b.batcher._call_speed = Speed(120, 10.0)  # 24 tokens/s on two threads
+    b.batcher._call_speed, b.batcher._best_speed = Speed(60, 10.0), 12.0  # on each of two threads
     b.submit((3, 10))
     with pytest.raises(QueueFull, match="120 tokens are waiting .* adds 1; the limit is 120 ") as e:
         b.submit((4, 1)).result()
@@ -422,13 +422,38 @@ def test_a_queue_is_as_long_as_the_clock_says_and_not_the_engine(bench: Make) ->
     with pytest.raises(QueueFull, match="50 tokens are waiting .* adds 1; the limit is 50 ") as e:
         b.submit((3, 1)).result()
     assert e.value.retry_after == 5
-    b.run()
-    b.run()
-    b.now += 1000.0  # nothing waits: no time in which anything was slow
-    b.submit((4, 10))
-    b.submit((4, 10))
-    b.run()
-    assert b.batcher._queue_speed.seconds < 10
+
+
+def test_a_queue_that_was_empty_says_nothing_of_the_next(bench: Make) -> None:
+    b = bench(max_queue_tokens=1000, max_queue_seconds=5.0, max_batch_size=1)
+
+    def slow_call() -> None:
+        batch = b.take()
+        b.now += 2.0
+        b.batcher.finish(batch, batch.engine.run(batch.inputs), 0.1)
+
+    b.batcher._call_speed, b.batcher._best_speed = Speed(9, 2.0), 1000.0  # and 5 by the clock
+    b.submit((1, 100), (1, 10), (1, 10), (1, 10))
+    slow_call(), slow_call()
+    with pytest.raises(QueueFull, match="the limit is 25 "):
+        b.submit((2, 100)).result()
+    slow_call(), slow_call()
+    b.submit((3, 900)), b.submit((4, 90))
+    assert b.batcher.waiting_tokens == 990
+
+
+def test_what_leaves_the_queue_for_want_of_time_leaves_no_time_behind(bench: Make) -> None:
+    b = bench(max_batch_size=1)
+    b.submit((1, 10))
+    running = b.take()
+    late = b.submit((2, 10), deadline=b.now + 0.05)
+    b.run(running)
+    with pytest.raises(DeadlineExceeded):
+        late.result()
+    b.now += 1000.0  # nothing waits
+    b.submit((3, 10), (4, 10), (5, 10))
+    b.run(), b.run()
+    assert b.batcher._queue_speed.seconds == 0.0
 
 
 def test_an_empty_queue_takes_a_request_of_any_size(bench: Make) -> None:
