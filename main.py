@@ -99,9 +99,8 @@ def create_app(
     # Not a daemon: OpenVINO aborts a process that exits while it compiles.
     threading.Thread(target=load, name="load-models").start()
     app = Application(__name__, static_folder=None)
-    app.url_map.merge_slashes = (
-        False  # or `//embed` would be redirected to an address without a host
-    )
+    # Else `/v1//models` would be redirected, and to an address without a host.
+    app.url_map.merge_slashes = False
     app.config["MAX_BODY_SIZE"] = settings.max_body_size
     errors.register(app)
     auth.register(app, settings.api_keys, OPEN_PATHS)
@@ -131,7 +130,6 @@ def create_app(
 
     def warm_up() -> None:
         """A request of our own, past the log: the first one takes twice as long as the next."""
-        models.warming = True
         body = b'{"text": "a first text of some ten tokens, or twelve"}'
         environ = {
             "REQUEST_METHOD": "POST",
@@ -141,8 +139,11 @@ def create_app(
             "wsgi.input": io.BytesIO(body),
             "wsgi.url_scheme": "http",
         }
-        Flask.wsgi_app(app, environ, lambda *_: io.BytesIO().write)
-        models.warming = False
+        models.warming = True
+        try:
+            Flask.wsgi_app(app, environ, lambda *_: io.BytesIO().write)
+        finally:
+            models.warming = False
 
     # For api/worker.py, which begins with `warm_up`, brackets each turn of its loop with
     # `batcher`'s hold and release, calls `stop` when time is short, and sets `leaving` when all is

@@ -13,10 +13,7 @@ class Application(Flask):
         """
         if request is None:
             return None
-        path: str = request.environ.get("PATH_INFO", "")
-        if not path.isascii():  # WSGI gives UTF-8 as Latin-1
-            path = path.encode("latin-1").decode(errors="replace")
-        return MapAdapter(self.url_map, "", "/", "", "http", path, request.method)
+        return MapAdapter(self.url_map, "", "/", "", "http", request.path, request.method)
 
     def full_dispatch_request(self) -> Response:
         """What is asked before every request, the view, and the handlers of its errors."""

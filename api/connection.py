@@ -180,7 +180,7 @@ class Heads:
         known = self._known.get((conn.head, conn.client[0]))
         return known or get_parser(cfg, [conn.head], conn.client)
 
-    def environ(self, conn: "Connection", request: Any, answer: Answer, cfg: Any) -> dict[str, Any]:
+    def environ(self, cfg: Any, conn: "Connection", request: Any) -> dict[str, Any]:
         """WSGI's environ for a whole request."""
         request.body = io.BytesIO(conn.body)
         if isinstance(conn.parser, _Known):
@@ -194,7 +194,7 @@ class Heads:
             request.headers = [one for one in request.headers if one[0] != "TRANSFER-ENCODING"]
             request.headers.append(("CONTENT-LENGTH", str(conn.length)))
         made: dict[str, Any]
-        _, made = wsgi.create(request, conn.sock, conn.client, conn.server, cfg, lambda *_: answer)
+        _, made = wsgi.create(request, conn.sock, conn.client, conn.server, cfg)
         made["wsgi.multithread"] = True
         del made["wsgi.early_hints"]
         if len(conn.head) <= self._SHORT and not conn.chunked:

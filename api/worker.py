@@ -302,7 +302,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         answer = Answer(req, conn.sock, self.cfg, self._lets_go)
         if conn.length > self.max_body_size:
             answer.force_close()  # the rest of the body is still to come, or never will
-        environ = self._heads.environ(conn, req, answer, self.cfg)
+        environ = self._heads.environ(self.cfg, conn, req)
         try:
             body = self.wsgi(environ, answer.start_response)
             try:
@@ -323,7 +323,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Whether to close a kept connection: at the end, when too many are kept, and so that it
         comes back to a worker that holds fewer.
         """
-        if not self.alive or len(self.keepalived_conns) >= self.max_keepalived:
+        full = len(self.keepalived_conns) >= self.max_keepalived
+        if full or not self.alive or not self.cfg.keepalive:
             return True
         now = time.monotonic()
         if now < self._let_go_at or self.spread.excess(self.age) < 2:
