@@ -14,6 +14,9 @@ import pytest
 
 from servers import ROOT, Server, serve
 
+# No telemetry from any test, in whatever order they import (see engine/openvino_backend.py).
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
 NAME, WIDE = "all-MiniLM-L6-v2", "all-MiniLM-L6-v2-512"
 TINY_CLIP = ROOT / "tests" / "tiny_clip.py"
 
