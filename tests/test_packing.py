@@ -150,7 +150,7 @@ def test_the_further_inputs_say_where_tokens_are(left: bool) -> None:
     inputs = backend.packing(np.ascontiguousarray(mask))
     flat = mask.ravel()
     assert inputs["rows"][:6].tolist() == np.flatnonzero(flat).tolist()
-    assert len(inputs["rows"]) == backend.SIZE_STEP
+    assert len(inputs["rows"]) == backend.TOKENS_STEP
     assert inputs["rows"].dtype == inputs["places"].dtype == np.int32
     assert inputs["places"].shape == mask.shape
     real = inputs["places"].ravel()[flat == 1]
