@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,7 +112,11 @@ def cache(config: pytest.Config, name: str, *recipe: pathlib.Path) -> pathlib.Pa
     """A folder that is kept between runs, as long as these files are the same."""
     content = hashlib.sha256(b"".join(path.read_bytes() for path in recipe))
     assert config.cache is not None
-    return config.cache.mkdir(f"{name}-{content.hexdigest()[:16]}")
+    folder = config.cache.mkdir(f"{name}-{content.hexdigest()[:16]}")
+    for other in folder.parent.glob(f"{name}-{'?' * 16}"):
+        if other != folder:
+            shutil.rmtree(other)
+    return folder
 
 
 def packaged() -> pathlib.Path:
