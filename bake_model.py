@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 
 from embeddings import TextEmbedder, TextLimits, load_tokenizer
 from engine import bundle as bundles
+from engine.attention import fold_scales, shrink_masks
 from engine.batching import Batcher
 from engine.bundle import (
     PARITY_FLOOR,
@@ -49,7 +50,6 @@ from engine.openvino_backend import (
     available_precisions,
     packing,
 )
-from engine.attention import fold_scales, shrink_masks
 from engine.packing import pack
 from image_embeddings import ImageEmbedder, ImageLimits, open_picture, preprocess, probe_picture
 
@@ -96,10 +96,6 @@ _PHRASES = (
 
 class BakeError(Exception):
     """Why this model cannot be baked, in one line."""
-
-
-class TooFar(BakeError):
-    """Vectors below a precision's floor."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -210,6 +206,7 @@ def bake(options: argparse.Namespace) -> Bundle:
     with stage(f"loading {options.model}"):
         model = load(options)
         _set_prompts(model, options)
+        pipeline = _pipeline(model)
         window = model.max_seq_length = _window(model, options.max_tokens)
         tokenizer = _tokenizer(model, options.tokenizer)
         prompt = model.prompts.get(model.default_prompt_name or "") or ""
@@ -229,15 +226,11 @@ def bake(options: argparse.Namespace) -> Bundle:
                 raise BakeError("its texts and its pictures have vectors of different lengths")
     precisions = [each for each in PRECISIONS if each in {"fp32", *options.precisions}]
 
-    # bf16 that cannot be measured here must not be rounded further.
-    measured = set(available_precisions()) & set(precisions)
-    rounded = _takes_means(model) and ("bf16" in measured or "bf16" not in precisions)
-
-    def fill(folder: pathlib.Path, rounded: bool = rounded) -> Manifest:
+    def fill(folder: pathlib.Path) -> Manifest:
         tokenizer.save(str(folder / bundles.TOKENIZER))
         files = [bundles.TOKENIZER]
         with stage("tracing to OpenVINO"):
-            traced = trace(_pipeline(model, rounded), model)
+            traced = trace(pipeline, model)
             shrink_masks(traced, window)
             fold_scales(traced)
             files += _save(packed(traced, tokenizer, texts), folder / "text.xml")
@@ -275,22 +268,15 @@ def bake(options: argparse.Namespace) -> Bundle:
             image_probe=[float(value) for value in expected_images[0]] if images else None,
         )
         for precision in available_precisions():
-            if precision not in precisions:
-                continue
-            try:
+            if precision in precisions:
                 with stage(f"checking vectors at {precision}"):
                     manifest.parity[precision] = measure(
                         Bundle(folder, manifest), precision, texts, expected
                     )
-            except TooFar:
-                if not rounded:
-                    raise
-                return fill(folder, rounded=False)
-            if images:
-                with stage(f"checking pictures' vectors at {precision}"):
-                    manifest.image_parity[precision] = measure_images(
-                        Bundle(folder, manifest), precision, pictures, expected_images
-                    )
+                    if images:
+                        manifest.image_parity[precision] = measure_images(
+                            Bundle(folder, manifest), precision, pictures, expected_images
+                        )
         return manifest
 
     return bundles.write(options.output, name, fill)
@@ -382,40 +368,15 @@ def _is_normalize(module: Any) -> bool:
     return isinstance(module, Normalize)
 
 
-def _takes_means(model: Any) -> bool:
-    """Whether it pools by the mean over a text's tokens, all of the same weight."""
-    from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
-
-    modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
-    return modes == ["mean"] and not any(isinstance(module, WordWeights) for module in model)
-
-
-def _pipeline(model: Any, rounded: bool) -> Any:
+def _pipeline(model: Any) -> Any:
     """The model's modules, in order, up to a trailing Normalize, as one torch module with the
     traced signature.
-
-    Args:
-        rounded: whether residual connections may be in bf16 too, at bf16 and int8; for a model that
-            takes means. 3-5 % faster; cosine 0.99995 in the mean, not 0.99998 (MiniLM, bf16).
     """
     import torch
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    class Mean(torch.nn.Module):
-        """A mean as a matrix product. What leads to the vector without one, all the way back along
-        the residual connections, OpenVINO takes for something to be computed in float32.
-        """
-
-        def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-            mask = features["attention_mask"].float()
-            summed = (mask.unsqueeze(1) @ features["token_embeddings"]).squeeze(1)
-            return {**features, "sentence_embedding": summed / mask.sum(1, keepdim=True)}
 
     modules = list(model)
     if _is_normalize(modules[-1]):
         modules.pop()
-    if rounded:
-        modules = [Mean() if isinstance(module, Pooling) else module for module in modules]
 
     # CLIP pools at the first of its end tokens, and pads with the same token; which of equals is
     # the largest is nothing a graph promises. What follows the first is never looked at: clear it.
@@ -700,8 +661,8 @@ def measure(
     Args:
         expected: sentence-transformers' vectors, shape (len(texts), dimensions).
 
-    Raises: TooFar below the precision's floor, or when the vectors' lengths are off by more than
-        vectors at that floor can be apart; BakeError.
+    Raises: BakeError below the precision's floor, or when the vectors' lengths are off by more than
+        vectors at that floor can be apart.
     """
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
     engine = OpenVINOTextEngine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=1)
@@ -725,7 +686,7 @@ def measure(
 def _compare(
     bundle: Bundle, precision: Precision, actual: Float32, expected: Float32, what: str
 ) -> Parity:
-    """Raises: TooFar, naming `what`; see `measure`."""
+    """Raises: BakeError, naming `what`; see `measure`."""
     lengths = np.linalg.norm(actual, axis=1), np.linalg.norm(expected, axis=1)
     cosines = (actual * expected).sum(axis=1) / np.maximum(lengths[0] * lengths[1], 1e-30)
     parity = Parity(float(cosines.min()), float(cosines.mean()), len(actual))
@@ -735,7 +696,7 @@ def _compare(
         rest = ",".join(other for other in bundle.manifest.precisions if other != precision)
         hint = f" (--precisions {rest} bakes it without)"
     if not parity.minimum >= floor:
-        raise TooFar(
+        raise BakeError(
             f"at {precision} its {what} are not the model's own: smallest cosine "
             f"{parity.minimum:.5f}, at least {floor} needed{hint}"
         )
@@ -743,7 +704,7 @@ def _compare(
     # normalise: their similarity is the dot product.
     apart = float(np.abs(lengths[0] / lengths[1] - 1).max())
     if not apart <= math.sqrt(2 - 2 * floor):
-        raise TooFar(
+        raise BakeError(
             f"at {precision} its {what} are not the model's own: their lengths are off by up to "
             f"{apart:.2%}{hint}"
         )

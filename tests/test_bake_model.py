@@ -36,12 +36,7 @@ from engine import bundle as bundles
 from engine.batching import Batcher
 from engine.bundle import PARITY_FLOOR, Bundle
 from engine.errors import PrecisionUnavailable
-from engine.openvino_backend import (
-    OpenVINOTextEngine,
-    available_precisions,
-    choose_precision,
-    has_bf16,
-)
+from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
 from servers import ROOT
 
 Float32 = npt.NDArray[np.float32]
@@ -402,24 +397,6 @@ def test_what_int8_spoils_is_refused_with_the_way_out(tmp_path: pathlib.Path) ->
         r"needed \(--precisions fp32 bakes it without\)$",
         line,
     ), line
-
-
-@pytest.mark.skipif(not has_bf16(), reason="what bf16 spoils shows where there is bf16")
-def test_what_rounding_spoils_is_baked_without(
-    bert: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = "--precisions", "fp32,bf16"
-    monkeypatch.setitem(PARITY_FLOOR, "bf16", 0.9)
-    rounded = bake(bert, tmp_path, "--name", "rounded", *options).manifest.parity["bf16"]
-    monkeypatch.setitem(PARITY_FLOOR, "bf16", rounded.minimum + 1e-5)
-    exact = bake(bert, tmp_path, "--name", "exact", *options)
-    assert exact.manifest.parity["bf16"].minimum >= rounded.minimum + 1e-5
-    for name, kind in (("rounded", "Squeeze"), ("exact", "ReduceSum")):  # a product, a sum
-        mean = nodes(tmp_path / name)[-2]
-        assert mean.get_type_name() == "Divide"
-        assert mean.input_value(0).get_node().get_type_name() == kind
-    monkeypatch.setitem(PARITY_FLOOR, "bf16", 1.1)
-    assert "at least 1.1 needed" in refusal(bert, tmp_path, "--name", "exact", *options)
 
 
 def test_a_bundle_is_served_only_at_what_it_was_baked_for(baked: Baked) -> None:
