@@ -422,7 +422,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def notify(self) -> None:
         """Called once a turn of the event loop, at least each second, which is as often as the
-        master needs to hear of it: a system call takes 2 % of a short request's time.
+        master needs to hear of it.
         """
         now = time.monotonic()
         if now > self._notified + 1:

@@ -255,9 +255,6 @@ def matrices(bundle: Bundle, graph: str) -> set[str]:
     }
 
 
-# Prompts and the window.
-
-
 def nodes(folder: pathlib.Path) -> list[Any]:
     """Of a bundle's text graph, in the order they are computed in."""
     found: list[Any] = ov.Core().read_model(folder / "text.xml").get_ordered_ops()
@@ -274,6 +271,9 @@ def test_attention_gets_a_mask_of_every_token_and_nothing_to_scale(baked: Baked)
         scale = node.input_value(4).get_node()
         scale = scale.input_value(0).get_node() if scale.get_type_name() == "Convert" else scale
         assert scale.get_data() == 1
+
+
+# Prompts and the window.
 
 
 def test_prompts_are_kept_and_the_default_one_is_used(bert: pathlib.Path, baked: Baked) -> None:
