@@ -11,14 +11,14 @@ sources = *.py api benchmark engine stress tests
 
 .PHONY: run bake test lint format clean
 
-run: $(MODELS_DIR)/$(NAME)/manifest.json
+run: $(MODELS_DIR)/$(NAME)/manifest.json engine/encoder.so
 	MODELS_DIR="$(MODELS_DIR)" EMBEDDING_MODEL="$(NAME)" exec $(bin)/gunicorn main:app
 
 # Bakes again whatever is there; `make run` bakes only what is missing.
-bake: $(VENV)/.run
+bake: engine/encoder.so
 	$(call bake_command)
 
-$(MODELS_DIR)/$(NAME)/manifest.json: | $(VENV)/.run
+$(MODELS_DIR)/$(NAME)/manifest.json: | engine/encoder.so
 	$(call bake_command)
 
 define bake_command
@@ -30,7 +30,7 @@ validators = $(VENV)/validators/bin
 find = find . -not -path './.*/*' -not -path './models/*' -type f
 yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}, comments: {min-spaces-from-content: 1}}}
 
-test: lint
+test: lint engine/encoder.so
 	$(bin)/python -m pytest --cov
 
 lint: $(VENV)/.test $(VENV)/.validators
@@ -56,10 +56,12 @@ $(VENV)/.run: requirements.txt requirements-serve.txt
 	$(bin)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements-dev.txt requirements.txt requirements-serve.txt
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.test: requirements-dev.txt $(VENV)/.run
 	$(bin)/pip install --quiet -r requirements-dev.txt
-	touch $@ $(VENV)/.run
+	touch $@
+
+engine/encoder.so: engine/encoder.c engine/build.py | $(VENV)/.run
+	$(bin)/python -m engine.build
 
 $(VENV)/.validators: requirements-lint.txt
 	$(PYTHON) -m venv $(VENV)/validators
@@ -67,4 +69,4 @@ $(VENV)/.validators: requirements-lint.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) models .pytest_cache .mypy_cache .coverage* htmlcov
+	rm -rf $(VENV) models engine/encoder.so .pytest_cache .mypy_cache .coverage* htmlcov

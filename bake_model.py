@@ -29,14 +29,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from embeddings import TextEmbedder, TextLimits, load_tokenizer
+from embeddings import TextEmbedder, TextEngine, TextLimits, load_tokenizer
 from engine import bundle as bundles
+from engine import native
 from engine.attention import fold_scales, shrink_masks
 from engine.batching import Batcher
 from engine.bundle import (
     PARITY_FLOOR,
     PRECISIONS,
     Bundle,
+    Encoder,
     Manifest,
     Parity,
     Precision,
@@ -44,6 +46,7 @@ from engine.bundle import (
     Probe,
 )
 from engine.errors import EmbedderError
+from engine.layout import describe
 from engine.openvino_backend import (
     OpenVINOImageEngine,
     OpenVINOTextEngine,
@@ -266,16 +269,25 @@ def bake(options: argparse.Namespace) -> Bundle:
             precisions=precisions,
             parity={},
             image_probe=[float(value) for value in expected_images[0]] if images else None,
+            encoder=_encoder(model, tokenizer, window, folder / "text.xml"),
         )
         for precision in available_precisions():
             if precision in precisions:
                 with stage(f"checking vectors at {precision}"):
+                    bundle = Bundle(folder, manifest)
                     manifest.parity[precision] = measure(
-                        Bundle(folder, manifest), precision, texts, expected
+                        bundle, precision, _openvino(bundle, precision), texts, expected
                     )
                     if images:
                         manifest.image_parity[precision] = measure_images(
-                            Bundle(folder, manifest), precision, pictures, expected_images
+                            bundle, precision, pictures, expected_images
+                        )
+                if precision == native.choose(precision, bundle):
+                    with stage(f"checking vectors at {precision}, of our own engine"):
+                        engine = native.NativeTextEngine(bundle, precision, streams=1)
+                        parity = measure(bundle, precision, engine, texts, expected)
+                        manifest.parity[precision] = min(
+                            parity, manifest.parity[precision], key=lambda each: each.minimum
                         )
         return manifest
 
@@ -653,8 +665,28 @@ def _int8(path: pathlib.Path) -> Any:
         )
 
 
+def _encoder(model: Any, tokenizer: Any, window: int, graph: pathlib.Path) -> Encoder | None:
+    """What engine/native.py needs to know, None for a model that it cannot run."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    modules = [module for module in model if not _is_normalize(module)]
+    if len(modules) != 2 or not isinstance(modules[1], Pooling):
+        return None
+    tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    return describe(modules[0].model, str(modules[1].pooling_mode), window, tokens, graph)
+
+
+def _openvino(bundle: Bundle, precision: Precision) -> OpenVINOTextEngine:
+    _, pad_id, pad_left = load_tokenizer(bundle)
+    return OpenVINOTextEngine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=1)
+
+
 def measure(
-    bundle: Bundle, precision: Precision, texts: Sequence[str], expected: Float32
+    bundle: Bundle,
+    precision: Precision,
+    engine: TextEngine,
+    texts: Sequence[str],
+    expected: Float32,
 ) -> Parity:
     """Embed the sample as serving does, in batches of mixed lengths, and compare.
 
@@ -664,8 +696,7 @@ def measure(
     Raises: BakeError below the precision's floor, or when the vectors' lengths are off by more than
         vectors at that floor can be apart.
     """
-    tokenizer, pad_id, pad_left = load_tokenizer(bundle)
-    engine = OpenVINOTextEngine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=1)
+    tokenizer, _, _ = load_tokenizer(bundle)
     batcher = Batcher(
         max_batch_size=8, max_batch_tokens=PARITY_BATCH_TOKENS, max_queue_tokens=1 << 40, threads=1
     )

@@ -22,9 +22,9 @@ from api.watch import Watch
 from embeddings import Float32, TextEmbedder, TextLimits, VectorCache, load_tokenizer
 from engine.batching import Batcher
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
+from engine.choice import text_engine
 from engine.errors import BundleError, EmbedderError
 from engine.models import Models
-from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine, choose_precision
 from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
 from settings import Settings
 
@@ -179,9 +179,12 @@ def load_embedder(
     """
     started = time.perf_counter()
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
-    precision = choose_precision(settings.precision, bundle)
-    engine = OpenVINOTextEngine(
-        bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=settings.inference_threads
+    engine = text_engine(
+        bundle,
+        settings.precision,
+        pad_id=pad_id,
+        pad_left=pad_left,
+        streams=settings.inference_threads,
     )
     limits = TextLimits(
         settings.max_texts_per_batch, settings.max_text_size, settings.max_request_tokens
@@ -189,13 +192,14 @@ def load_embedder(
     embedder = TextEmbedder(bundle, tokenizer, engine, batcher, limits, cache)
     probe = bundle.manifest.probe
     (embedding,) = embedder.embed([probe.text], deadline=time.monotonic() + PROBE_TIMEOUT)
-    cosine = _check_probe(bundle, precision, "probe text", probe.vector, embedding.vector)
+    cosine = _check_probe(bundle, engine.precision, "probe text", probe.vector, embedding.vector)
     log.info(
-        "model %s ready in %.2f s: %s, %d dimensions, window %d tokens, %d inference threads, "
-        "probe cosine %.5f",
+        "model %s ready in %.2f s: %s by %s, %d dimensions, window %d tokens, %d inference "
+        "threads, probe cosine %.5f",
         bundle.manifest.name,
         time.perf_counter() - started,
-        precision,
+        engine.precision,
+        engine.backend,
         bundle.manifest.dimensions,
         bundle.manifest.max_tokens,
         settings.inference_threads,
@@ -209,6 +213,8 @@ def load_image_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) ->
 
     Raises: BundleError, PrecisionUnavailable.
     """
+    from engine.openvino_backend import OpenVINOImageEngine, choose_precision  # see text_engine
+
     precision = choose_precision(settings.precision, bundle)
     engine = OpenVINOImageEngine(bundle, precision, streams=settings.inference_threads)
     limits = ImageLimits(

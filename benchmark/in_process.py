@@ -19,11 +19,12 @@ from benchmark.loads import IMAGES, LOADS, Load, exact_texts, images, texts
 from benchmark.plain import Plain
 from benchmark.report import Progress, Row, row
 from benchmark.traffic import Result, alternate
-from embeddings import Int64, TextEmbedder, TextLimits, load_tokenizer
+from embeddings import Int64, TextEmbedder, TextEngine, TextLimits, load_tokenizer
 from engine.batching import Batch, Batcher
 from engine.bundle import Bundle, Precision, discover
 from engine.models import Models
-from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
+from engine.choice import text_engine
+from engine.openvino_backend import available_precisions
 from image_embeddings import ImageEmbedder
 from settings import Settings
 
@@ -115,7 +116,7 @@ class Ceiling:
     batches.
     """
 
-    def __init__(self, engine: OpenVINOTextEngine, options: Settings, chunks: list[list[Int64]]):
+    def __init__(self, engine: TextEngine, options: Settings, chunks: list[list[Int64]]):
         """`chunks` are each text's, as the embedder splits it."""
         self.engine, self.threads = engine, options.inference_threads
         self.texts_a_chunk = len(chunks) / sum(map(len, chunks))
@@ -300,9 +301,9 @@ def _rounds(
 def ceilings(options: Settings, bundle: Bundle, loads: dict[str, Load]) -> dict[str, Ceiling]:
     """One for each load, all on one engine. Raises: BundleError, PrecisionUnavailable."""
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
-    engine = OpenVINOTextEngine(
+    engine = text_engine(
         bundle,
-        choose_precision(options.precision, bundle),
+        options.precision,
         pad_id=pad_id,
         pad_left=pad_left,
         streams=options.inference_threads,

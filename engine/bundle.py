@@ -95,6 +95,26 @@ class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
         return result
 
 
+class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A text model of BERT's architecture, for engine/native.py: its sizes, and where its weights
+    are in the text graph's file.
+    """
+
+    hidden: int
+    heads: int
+    inner: int
+    layers: int
+    epsilon: float  # of layer norms
+    vocabulary: int
+    first_position: int  # of a text's first token
+    # RoBERTa: the padding token, wherever it is in a text, takes the position of its own id and is
+    # not counted.
+    pad: int | None
+    pooling: Literal["mean", "cls"]
+    query_factor: float  # by which queries are still to be multiplied
+    tensors: dict[str, int]  # transformers' names, without the model's: byte offsets, of float16
+
+
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What a bundle says of itself; written by the bake, believed by serving once the files' hashes
     agree.
@@ -124,6 +144,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     # `image_embeddings.probe_picture()`.
     image_parity: dict[Precision, Parity] = {}
     image_probe: list[float] | None = None
+    encoder: Encoder | None = None
 
 
 class Bundle(msgspec.Struct, frozen=True):

@@ -156,6 +156,8 @@ class OpenVINOTextEngine:
     Safe to call from any number of threads.
     """
 
+    backend = "OpenVINO"
+
     def __init__(
         self,
         bundle: Bundle,

@@ -254,13 +254,16 @@ def save(
     pooling: Any = "mean",
     *,
     heads: Sequence[Module] = (),
+    width: int = WIDTH,
     normalize: bool = True,
     include_prompt: bool = True,
     max_tokens: int | None = None,
     prompts: dict[str, str] | None = None,
     default_prompt: str | None = None,
 ) -> pathlib.Path:
-    """Assemble a model and save it to `folder`. `heads` go between pooling and Normalize."""
+    """Assemble a model of some width and save it to `folder`. `heads` go between pooling and
+    Normalize.
+    """
     torch.manual_seed(0)
     tokenizer, model = make()
     if max_tokens is not None:
@@ -270,7 +273,7 @@ def save(
     tokenizer.save_pretrained(parts)
     modules = [
         Transformer(str(parts)),
-        Pooling(WIDTH, pooling, include_prompt=include_prompt),
+        Pooling(width, pooling, include_prompt=include_prompt),
         *heads,
         *([Normalize()] if normalize else []),
     ]

@@ -1,0 +1,278 @@
+"""Our own engine for BERT's architecture, on x86 CPUs with AVX512-BF16 and -VNNI: the binding of
+engine/encoder.c, which engine/build.py compiles.
+
+OpenVINO runs everything else. It takes 1.3 times as long at bf16 and 1.7 times at int8 (MiniLM on
+Zen 4), for a lone query twice as long: here nothing is padded, there are no shapes to infer, and
+one layout of the weights suits calls of few tokens and of many.
+"""
+
+import ctypes
+import mmap
+import pathlib
+import platform
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.bundle import TEXT_GRAPH, Bundle, Encoder, Precision
+
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+LIBRARY = pathlib.Path(__file__).with_name("encoder.so")
+# /proc/cpuinfo's names of what encoder.c is compiled for. Where a CPU has AMX, OpenVINO uses it;
+# which of the two is faster there has not been measured.
+_NEEDED = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
+_FASTER_ELSEWHERE = "amx_bf16"
+# Working memory above this is given back after the call that needed it.
+KEPT_MEMORY = 32_000_000
+# Of the embeddings that a token's is the sum of.
+TABLES = ("word", "position", "token_type")
+_HUGE = 1 << 21  # bytes in a huge page
+_CREW = 320  # at least sizeof(Crew)
+
+_Pointer = ctypes.c_void_p
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int32)
+            for name in ("hidden", "heads", "inner", "layers", "first_position", "pad")
+        ),
+        ("first_token", ctypes.c_int32),
+        ("int8", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [("weights", _Pointer), ("bias", _Pointer), ("scale", _Pointer)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Linear) for name in ("qkv", "out", "up", "down")),
+        ("norm1", _Pointer),
+        ("norm2", _Pointer),
+    ]
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = [(name, _Pointer) for name in ("words", "positions", "types", "norm", "layers")]
+
+
+def available() -> bool:
+    """Whether this machine can run it, and it has been compiled."""
+    if platform.machine() != "x86_64" or not LIBRARY.exists():
+        return False
+    flags = _cpu_flags()
+    return _NEEDED <= flags and _FASTER_ELSEWHERE not in flags
+
+
+def _cpu_flags() -> set[str]:
+    """What the kernel lets programs use of this CPU."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+            return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    except OSError:
+        return set()
+
+
+def choose(wanted: str, bundle: Bundle) -> Precision | None:
+    """The precision at which this engine serves a bundle where PRECISION is `wanted`; None where
+    OpenVINO has to.
+    """
+    precision: Precision = "int8" if wanted == "int8" else "bf16"
+    runs = wanted != "fp32" and bundle.manifest.encoder and bundle.offers(precision)
+    return precision if runs and available() else None
+
+
+class NativeTextEngine:
+    """A bundle's text model, as a batching.Engine; `streams` calls run at a time, on one core each.
+    Safe to call from any number of threads.
+    """
+
+    backend = "our own encoder"
+    padding_cost = 0.0  # there is none
+
+    def __init__(self, bundle: Bundle, precision: Precision, *, streams: int) -> None:
+        """Call it only where `choose` gives `precision`."""
+        manifest, encoder = bundle.manifest, bundle.manifest.encoder
+        assert encoder
+        self.name, self.modality, self.dimensions = manifest.name, "text", manifest.dimensions
+        self.precision, self.streams = precision, streams
+        self._encoder, self._max_tokens = encoder, manifest.max_tokens
+        self._library = library = ctypes.CDLL(str(LIBRARY))
+        library.encoder_memory.restype = ctypes.c_long
+        self._shape = _Shape(
+            **{name: getattr(encoder, name) for name in ("hidden", "heads", "inner", "layers")},
+            first_position=encoder.first_position,
+            pad=-1 if encoder.pad is None else encoder.pad,
+            first_token=encoder.pooling == "cls",
+            int8=precision == "int8",
+            epsilon=encoder.epsilon,
+        )
+        self._weights, self._kept = self._load(bundle, encoder)
+        self._local = threading.local()
+        self._crew: Bytes | None = None
+        self._crew_free = threading.Lock()
+
+    def _load(self, bundle: Bundle, encoder: Encoder) -> tuple[_Weights, list[object]]:
+        """Returns: the weights laid out, and what has to live as long as they do."""
+        file = np.memmap(bundle.file(TEXT_GRAPH["bf16"]).with_suffix(".bin"), np.uint8, "r")
+        width, inner, int8 = encoder.hidden, encoder.inner, self._shape.int8
+        value_size = 1 if int8 else 2
+        packed = _pages(encoder.layers * (4 * width + 2 * inner) * width * value_size)
+        layers = (_Layer * encoder.layers)()
+        kept: list[object] = [file, packed, layers]
+        free = int(packed.ctypes.data)
+
+        def at(name: str) -> int:
+            return int(file.ctypes.data) + encoder.tensors[name]
+
+        def vectors(length: int, *names: str, factor: float = 1.0) -> Float32:
+            """One behind the other; `factor` is for the first."""
+            starts = [encoder.tensors[name] for name in names]
+            halves = [file[start : start + 2 * length].tobytes() for start in starts]
+            joined = np.frombuffer(b"".join(halves), np.float16).astype(np.float32)
+            joined[:length] *= np.float32(factor)
+            kept.append(joined)
+            return joined
+
+        def linear(rows: int, columns: int, *names: str, factor: float = 1.0) -> _Linear:
+            """Products that are computed as one; `factor` is for the first."""
+            nonlocal free
+            biases = vectors(rows, *(f"{name}.bias" for name in names), factor=factor)
+            scales = np.zeros(len(biases), np.float32)
+            kept.append(scales)
+            made = _Linear(free, biases.ctypes.data, scales.ctypes.data)
+            for number, name in enumerate(names):
+                by = ctypes.c_float(1 if number else factor)
+                source = _Pointer(at(f"{name}.weight")), ctypes.c_long(rows), ctypes.c_long(columns)
+                if int8:
+                    scale = _Pointer(scales.ctypes.data + 4 * rows * number)
+                    self._library.encoder_pack_int8(_Pointer(free), scale, *source, by)
+                else:
+                    self._library.encoder_pack_bf16(_Pointer(free), *source, by)
+                free += rows * columns * value_size
+            return made
+
+        def norm(name: str) -> int:
+            names = f"{name}.LayerNorm.weight", f"{name}.LayerNorm.bias"
+            return int(vectors(width, *names).ctypes.data)
+
+        # Softmax is taken of powers of 2.
+        factor = encoder.query_factor * float(np.log2(np.e))
+        for number, layer in enumerate(layers):
+            own = f"encoder.layer.{number}"
+            parts = [f"{own}.attention.self.{name}" for name in ("query", "key", "value")]
+            layer.qkv = linear(width, width, *parts, factor=factor)
+            layer.out = linear(width, width, f"{own}.attention.output.dense")
+            layer.up = linear(inner, width, f"{own}.intermediate.dense")
+            layer.down = linear(width, inner, f"{own}.output.dense")
+            layer.norm1, layer.norm2 = norm(f"{own}.attention.output"), norm(f"{own}.output")
+        tables = [at(f"embeddings.{name}_embeddings.weight") for name in TABLES]
+        return _Weights(*tables, norm("embeddings"), ctypes.addressof(layers)), kept
+
+    def widen(self) -> None:
+        """Make calls that are alone run on all cores, which takes a short text about half the
+        time. Not part of the start.
+        """
+        helpers = self.streams - 1
+        if helpers < 1 or self._crew is not None:
+            return
+        self._crew = crew = _aligned(_CREW)
+        size, library = self._memory(0, self._max_tokens, helper=True), self._library
+
+        def help_out() -> None:
+            memory = _aligned(size)
+            library.encoder_help(_pointer(crew), _pointer(memory))
+
+        threads = [
+            threading.Thread(target=help_out, name=f"helper-{number}", daemon=True)
+            for number in range(helpers)
+        ]
+        for thread in threads:
+            thread.start()
+
+        def dismiss() -> None:
+            library.encoder_dismiss(_pointer(crew))
+            for thread in threads:
+                thread.join()
+
+        weakref.finalize(self, dismiss)
+
+    def run(self, inputs: Sequence[Int64], *, alone: bool = False) -> Float32:
+        """Embed a batch of token id arrays, each of shape (length,), special tokens included.
+
+        Returns: float32 of shape (len(inputs), dimensions): what the model's pipeline gives before
+        a trailing Normalize.
+        Raises: ValueError for what the model has no embedding of.
+        """
+        ids = np.concatenate(inputs).astype(np.int32)
+        starts = np.zeros(len(inputs) + 1, np.int32)
+        lengths = [len(each) for each in inputs]
+        np.cumsum(lengths, out=starts[1:])
+        longest = max(lengths)
+        if min(lengths) < 1 or longest > self._max_tokens:
+            raise ValueError(f"texts of {min(lengths)} to {longest} tokens")
+        if ids.min() < 0 or ids.max() >= self._encoder.vocabulary:
+            raise ValueError(f"token ids {ids.min()} to {ids.max()}")
+        out = np.empty((len(inputs), self.dimensions), np.float32)
+        needed = self._memory(len(ids), longest)
+        memory: Bytes | None = getattr(self._local, "memory", None)
+        if memory is None or len(memory) < needed:
+            memory = _aligned(needed)
+            if needed <= KEPT_MEMORY:
+                self._local.memory = memory
+        # Of calls that say they are alone, one at a time has the helpers.
+        helped = alone and self._crew is not None and self._crew_free.acquire(blocking=False)
+        try:
+            self._library.encoder_run(
+                ctypes.byref(self._shape),
+                ctypes.byref(self._weights),
+                _pointer(ids),
+                _pointer(starts),
+                len(inputs),
+                _pointer(out),
+                _pointer(memory),
+                _pointer(self._crew) if helped and self._crew is not None else None,
+                self.streams - 1,
+            )
+        finally:
+            if helped:
+                self._crew_free.release()
+        return out
+
+    def _memory(self, tokens: int, longest: int, *, helper: bool = False) -> int:
+        shape = ctypes.byref(self._shape)
+        return int(self._library.encoder_memory(shape, tokens, longest, int(helper)))
+
+
+def _pointer(array: npt.NDArray[np.generic]) -> ctypes.c_void_p:
+    return _Pointer(array.ctypes.data)
+
+
+def _aligned(size: int) -> Bytes:
+    """Zeros, at the beginning of a cache line."""
+    memory = np.zeros(size + 63, np.uint8)
+    offset = -memory.ctypes.data % 64
+    return memory[offset : offset + size]
+
+
+def _pages(size: int) -> Bytes:
+    """Zeros in huge pages where the system has them: weights are read from end to end all the time,
+    and small pages' addresses do not fit the CPU's tables.
+    """
+    pages = mmap.mmap(-1, size + _HUGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(pages, np.uint8)
+    offset = -memory.ctypes.data % _HUGE
+    return memory[offset : offset + size]
