@@ -282,13 +282,7 @@ def bake(options: argparse.Namespace) -> Bundle:
                         manifest.image_parity[precision] = measure_images(
                             bundle, precision, pictures, expected_images
                         )
-                if precision == native.choose(precision, bundle):
-                    with stage(f"checking vectors at {precision}, of our own engine"):
-                        engine = native.NativeTextEngine(bundle, precision, streams=1)
-                        parity = measure(bundle, precision, engine, texts, expected)
-                        manifest.parity[precision] = min(
-                            parity, manifest.parity[precision], key=lambda each: each.minimum
-                        )
+        _measure_native(Bundle(folder, manifest), texts, expected)
         return manifest
 
     return bundles.write(options.output, name, fill)
@@ -667,13 +661,40 @@ def _int8(path: pathlib.Path) -> Any:
 
 def _encoder(model: Any, tokenizer: Any, window: int, graph: pathlib.Path) -> Encoder | None:
     """What engine/native.py needs to know, None for a model that it cannot run."""
+    from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    modules = [module for module in model if not _is_normalize(module)]
-    if len(modules) != 2 or not isinstance(modules[1], Pooling):
+    modules = list(model)
+    if _is_normalize(modules[-1]):
+        modules.pop()
+    if len(modules) != 2 or type(modules[0]) is not Transformer or type(modules[1]) is not Pooling:
+        return None
+    if modules[0].modality_config["text"] != {
+        "method": "forward",
+        "method_output_name": "last_hidden_state",
+    }:
         return None
     tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     return describe(modules[0].model, str(modules[1].pooling_mode), window, tokens, graph)
+
+
+def _measure_native(bundle: Bundle, texts: Sequence[str], expected: Float32) -> None:
+    """Lower the manifest's parity to what engine/native.py has; leave a model to OpenVINO whose
+    vectors it does not give.
+    """
+    manifest, parities = bundle.manifest, dict(bundle.manifest.parity)
+    try:
+        for precision, parity in parities.items():
+            if precision == native.choose(precision, bundle):
+                with stage(f"checking vectors at {precision}, of our own engine"):
+                    engine = native.NativeTextEngine(bundle, precision, streams=1)
+                    own = measure(bundle, precision, engine, texts, expected)
+                parities[precision] = min(own, parity, key=lambda each: each.minimum)
+    except BakeError as error:
+        print(f"{error}: left to OpenVINO", file=sys.stderr)
+        manifest.encoder = None
+    else:
+        manifest.parity = parities
 
 
 def _openvino(bundle: Bundle, precision: Precision) -> OpenVINOTextEngine:

@@ -57,6 +57,7 @@ typedef struct {
     Task *task;
     void *argument;
 } Crew;
+_Static_assert(sizeof(Crew) <= 256, "engine/native.py makes room for so much");
 
 #define STOP 0x80000000u
 #define FIELD 20
@@ -389,7 +390,7 @@ INLINE void softmax(float *scores, uint16_t *shares, float *factors, int rows, i
 
 static long attention_memory(int length, int head) {
     long width = (length + 31) / 32 * 32;
-    return width * head * 4 + ROWS * width * 6 + 64;
+    return width * head * 4 + ROWS * width * 6;
 }
 
 // One head of one text.
@@ -547,17 +548,40 @@ static void pool(const Shape *shape, const float *x, int length, float *out) {
 
 // -- the whole
 
-static long aligned(long size) { return (size + 63) / 64 * 64; }
+typedef struct {  // a call's working memory
+    char *local;  // attention's
+    float *x;
+    uint16_t *a, *attended, *qkv, *h;
+    Quantised q;
+} Memory;
+
+static void *part(uintptr_t *at, long size) {
+    void *here = (void *)*at;
+    *at += (uintptr_t)(size + 63) / 64 * 64;
+    return here;
+}
+
+// Divide what begins at `at`; returns where it ends.
+static uintptr_t divide(Memory *m, uintptr_t at, const Shape *shape, long tokens, int longest) {
+    long width = shape->hidden, inner = shape->inner, most = width > inner ? width : inner;
+    m->local = part(&at, attention_memory(longest, shape->hidden / shape->heads));
+    m->x = part(&at, tokens * width * 4);
+    m->a = part(&at, tokens * width * 2);
+    m->attended = part(&at, tokens * width * 2);
+    m->qkv = part(&at, tokens * width * 6);
+    m->h = part(&at, tokens * inner * 2);
+    if (!shape->int8) return at;
+    m->q.values = part(&at, tokens * most);
+    m->q.scales = part(&at, tokens * most / GROUP * 4);
+    m->q.start = part(&at, tokens * most / GROUP * 4);
+    return at;
+}
 
 // Bytes of working memory for a call of so many tokens, the longest text so long; and for a helper.
 long encoder_memory(const Shape *shape, int tokens, int longest, int helper) {
-    long memory = attention_memory(longest, shape->hidden / shape->heads);
-    if (helper) return memory;
-    long width = shape->hidden, inner = shape->inner;
-    memory = aligned(memory) + aligned(tokens * width * 4L);
-    memory += 2 * aligned(tokens * width * 2L) + aligned(tokens * width * 6L);
-    memory += aligned(tokens * inner * 2L);
-    return memory + aligned(tokens * inner) + 2 * aligned(tokens * inner / GROUP * 4L);
+    Memory none;
+    if (helper) return attention_memory(longest, shape->hidden / shape->heads);
+    return (long)divide(&none, 0, shape, tokens, longest);
 }
 
 // Embed `texts` texts: ids[starts[i] .. starts[i + 1]] each. out: float32 [texts][hidden], unnormalised.
@@ -568,37 +592,25 @@ void encoder_run(const Shape *shape, const Weights *weights, const int32_t *ids,
     int longest = 0;
     for (int i = 0; i < texts; i++)
         if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
-    char *local = memory;
-    memory += aligned(attention_memory(longest, shape->hidden / shape->heads));
-    float *x = (float *)memory;
-    memory += aligned(tokens * width * 4);
-    uint16_t *a = (uint16_t *)memory;
-    memory += aligned(tokens * width * 2);
-    uint16_t *attended = (uint16_t *)memory;
-    memory += aligned(tokens * width * 2);
-    uint16_t *qkv = (uint16_t *)memory;
-    memory += aligned(tokens * width * 6);
-    uint16_t *h = (uint16_t *)memory;
-    memory += aligned(tokens * inner * 2);
-    Quantised q = {(int8_t *)memory, 0, 0};
-    memory += aligned(tokens * inner);
-    q.scales = (float *)memory;
-    memory += aligned(tokens * inner / GROUP * 4);
-    q.start = (int32_t *)memory;
+    Memory m = {0};
+    divide(&m, (uintptr_t)memory, shape, tokens, longest);
+    float *x = m.x;
+    uint16_t *a = m.a, *attended = m.attended, *qkv = m.qkv, *h = m.h;
+    char *local = m.local;
 
     if (crew) {
-        atomic_fetch_add(&crew->active, 1);
+        atomic_fetch_xor(&crew->active, 1);
         futex(&crew->active, 1, (uint32_t)helpers);
     }
     for (int i = 0; i < texts; i++)
         embed(shape, weights, ids + starts[i], starts[i + 1] - starts[i], x + starts[i] * width);
     int chunk = crew ? 16 : (int)tokens, chunks = ((int)tokens + chunk - 1) / chunk;
     int ahead = 1 + (crew ? helpers : 0);
-    Rows norm = {(int)tokens, (int)width, shape->int8, chunk, x, weights->norm, a, q,
+    Rows norm = {(int)tokens, (int)width, shape->int8, chunk, x, weights->norm, a, m.q,
                  shape->epsilon};
     Rows again = norm;  // quantises what attention and GELU give
     again.gain = 0;
-    Product product = {0, (int)tokens, (int)width, shape->int8, a, q, {0, 0, 0}, 0, 0, ahead};
+    Product product = {0, (int)tokens, (int)width, shape->int8, a, m.q, {0, 0, 0}, 0, 0, ahead};
     Attention attention = {qkv, attended, starts, (int)width, shape->heads};
     spread(crew, rows, &norm, chunks, local);
     for (int i = 0; i < shape->layers; i++) {
@@ -629,7 +641,7 @@ void encoder_run(const Shape *shape, const Weights *weights, const int32_t *ids,
         norm.gain = layer->norm2;
         spread(crew, rows, &norm, chunks, local);
     }
-    if (crew) atomic_fetch_add(&crew->active, 1);
+    if (crew) atomic_fetch_xor(&crew->active, 1);
     for (int i = 0; i < texts; i++)
         pool(shape, x + starts[i] * width, starts[i + 1] - starts[i], out + i * width);
 }

@@ -37,9 +37,12 @@ def describe(
         graph: the OpenVINO model as saved.
     """
     config = model.config
-    if type(model).__name__ not in _MODELS or pooling not in ("mean", "cls"):
+    kind = type(model)
+    if not kind.__module__.startswith("transformers.models."):
+        return None  # somebody's own, whatever it is called
+    if kind.__name__ not in _MODELS or pooling not in ("mean", "cls"):
         return None
-    roberta = _MODELS[type(model).__name__]
+    roberta = _MODELS[kind.__name__]
     sizes = {
         "head": config.hidden_size // config.num_attention_heads,
         "hidden": config.hidden_size,
@@ -57,7 +60,7 @@ def describe(
         or first + window > len(positions)
     ):
         return None
-    names = [f"embeddings.{name}_embeddings.weight" for name in TABLES]
+    names = []
     norms = ["embeddings"]
     for number in range(config.num_hidden_layers):
         own = f"encoder.layer.{number}"
@@ -67,6 +70,9 @@ def describe(
             names += [f"{own}.{product}.weight", f"{own}.{product}.bias"]
         norms += [f"{own}.attention.output", f"{own}.output"]
     names += [f"{norm}.LayerNorm.{part}" for norm in norms for part in ("weight", "bias")]
+    names += [f"embeddings.{name}_embeddings.weight" for name in TABLES]  # the largest last
+    if any(name not in state for name in names):
+        return None
     # engine/attention.py may have taken it into the weights.
     scale = sizes["head"] ** -0.5
     for folded, left in ((scale, 1.0), (1.0, scale)):
@@ -100,9 +106,10 @@ def _find(
         places.setdefault(int(size), []).append(int(offset))
     found: dict[str, int] = {}
     for name, values in wanted.items():
-        factor = np.float32(query_factor if ".query." in name else 1)
+        if ".query." in name and query_factor != 1:
+            values = values * np.float32(query_factor)
         with np.errstate(over="ignore"):
-            content = (values * factor).astype(np.float16).tobytes()
+            content = values.astype(np.float16).tobytes()
         for offset in places.get(len(content), []):
             if file[offset : offset + len(content)].tobytes() == content:
                 found[name] = offset

@@ -7,7 +7,6 @@ one layout of the weights suits calls of few tokens and of many.
 """
 
 import ctypes
-import mmap
 import pathlib
 import platform
 import threading
@@ -25,16 +24,16 @@ Int64 = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 LIBRARY = pathlib.Path(__file__).with_name("encoder.so")
-# /proc/cpuinfo's names of what encoder.c is compiled for. Where a CPU has AMX, OpenVINO uses it;
-# which of the two is faster there has not been measured.
+# /proc/cpuinfo's names of what encoder.c is compiled for.
 _NEEDED = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
-_FASTER_ELSEWHERE = "amx_bf16"
+_NEEDED |= {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+# OpenVINO makes use of it; which of the two is faster then has not been measured.
+_LEFT_TO_OPENVINO = "amx_bf16"
 # Working memory above this is given back after the call that needed it.
 KEPT_MEMORY = 32_000_000
 # Of the embeddings that a token's is the sum of.
 TABLES = ("word", "position", "token_type")
-_HUGE = 1 << 21  # bytes in a huge page
-_CREW = 320  # at least sizeof(Crew)
+_CREW = 256  # bytes, at least sizeof(Crew)
 
 _Pointer = ctypes.c_void_p
 
@@ -68,11 +67,11 @@ class _Weights(ctypes.Structure):
 
 
 def available() -> bool:
-    """Whether this machine can run it, and it has been compiled."""
+    """Whether this machine should run it, and it has been compiled."""
     if platform.machine() != "x86_64" or not LIBRARY.exists():
         return False
     flags = _cpu_flags()
-    return _NEEDED <= flags and _FASTER_ELSEWHERE not in flags
+    return _NEEDED <= flags and _LEFT_TO_OPENVINO not in flags
 
 
 def _cpu_flags() -> set[str]:
@@ -128,7 +127,8 @@ class NativeTextEngine:
         file = np.memmap(bundle.file(TEXT_GRAPH["bf16"]).with_suffix(".bin"), np.uint8, "r")
         width, inner, int8 = encoder.hidden, encoder.inner, self._shape.int8
         value_size = 1 if int8 else 2
-        packed = _pages(encoder.layers * (4 * width + 2 * inner) * width * value_size)
+        # numpy asks for huge pages, where the system has them.
+        packed = _aligned(encoder.layers * (4 * width + 2 * inner) * width * value_size)
         layers = (_Layer * encoder.layers)()
         kept: list[object] = [file, packed, layers]
         free = int(packed.ctypes.data)
@@ -189,24 +189,15 @@ class NativeTextEngine:
             return
         self._crew = crew = _aligned(_CREW)
         size, library = self._memory(0, self._max_tokens, helper=True), self._library
+        # Not joined: what collects the garbage may hold a lock that ending a thread takes.
+        weakref.finalize(self, lambda: library.encoder_dismiss(_pointer(crew)))
 
         def help_out() -> None:
             memory = _aligned(size)
             library.encoder_help(_pointer(crew), _pointer(memory))
 
-        threads = [
-            threading.Thread(target=help_out, name=f"helper-{number}", daemon=True)
-            for number in range(helpers)
-        ]
-        for thread in threads:
-            thread.start()
-
-        def dismiss() -> None:
-            library.encoder_dismiss(_pointer(crew))
-            for thread in threads:
-                thread.join()
-
-        weakref.finalize(self, dismiss)
+        for number in range(helpers):
+            threading.Thread(target=help_out, name=f"helper-{number}", daemon=True).start()
 
     def run(self, inputs: Sequence[Int64], *, alone: bool = False) -> Float32:
         """Embed a batch of token id arrays, each of shape (length,), special tokens included.
@@ -224,7 +215,7 @@ class NativeTextEngine:
             raise ValueError(f"texts of {min(lengths)} to {longest} tokens")
         if ids.min() < 0 or ids.max() >= self._encoder.vocabulary:
             raise ValueError(f"token ids {ids.min()} to {ids.max()}")
-        out = np.empty((len(inputs), self.dimensions), np.float32)
+        out = np.empty((len(inputs), self._encoder.hidden), np.float32)
         needed = self._memory(len(ids), longest)
         memory: Bytes | None = getattr(self._local, "memory", None)
         if memory is None or len(memory) < needed:
@@ -232,7 +223,9 @@ class NativeTextEngine:
             if needed <= KEPT_MEMORY:
                 self._local.memory = memory
         # Of calls that say they are alone, one at a time has the helpers.
-        helped = alone and self._crew is not None and self._crew_free.acquire(blocking=False)
+        crew = self._crew if alone else None
+        if crew is not None and not self._crew_free.acquire(blocking=False):
+            crew = None
         try:
             self._library.encoder_run(
                 ctypes.byref(self._shape),
@@ -242,11 +235,11 @@ class NativeTextEngine:
                 len(inputs),
                 _pointer(out),
                 _pointer(memory),
-                _pointer(self._crew) if helped and self._crew is not None else None,
+                _pointer(crew) if crew is not None else None,
                 self.streams - 1,
             )
         finally:
-            if helped:
+            if crew is not None:
                 self._crew_free.release()
         return out
 
@@ -263,16 +256,4 @@ def _aligned(size: int) -> Bytes:
     """Zeros, at the beginning of a cache line."""
     memory = np.zeros(size + 63, np.uint8)
     offset = -memory.ctypes.data % 64
-    return memory[offset : offset + size]
-
-
-def _pages(size: int) -> Bytes:
-    """Zeros in huge pages where the system has them: weights are read from end to end all the time,
-    and small pages' addresses do not fit the CPU's tables.
-    """
-    pages = mmap.mmap(-1, size + _HUGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    memory = np.frombuffer(pages, np.uint8)
-    offset = -memory.ctypes.data % _HUGE
     return memory[offset : offset + size]
