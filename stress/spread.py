@@ -38,6 +38,18 @@ class Report(NamedTuple):
         )
 
 
+async def all_serving(service: Service, workers: int, seconds: float = 20.0) -> None:
+    """Wait until every worker serves: the first to do so has made the service ready.
+
+    Raises: RuntimeError when it takes longer than some seconds.
+    """
+    for _ in range(int(seconds * 20)):
+        if service.log.read_text().count(" main: serving ") >= workers:
+            return
+        await asyncio.sleep(0.05)
+    raise RuntimeError(f"not all workers serve: {service.log.read_text()}")
+
+
 async def settled(service: Service, connections: int, seconds: float = 20.0) -> list[int]:
     """Connections of each worker, once they are as many as there should be and spread, or after
     some seconds.
@@ -55,6 +67,7 @@ async def spread(
 ) -> Report:
     """Open connections, use them for some seconds, kill a worker, use them again."""
     with serve(models_dir, WEB_CONCURRENCY=str(workers), **env) as service:
+        await all_serving(service, workers)
         idle = await asyncio.gather(*(Connection.connect(service.port) for _ in range(connections)))
         await asyncio.sleep(0.5)
         opened = list(service.connections().values())
