@@ -45,9 +45,6 @@ Array = npt.NDArray[Any]
 # What an engine call costs beside its tokens, in tokens: 1x16 tokens take 3.4 ms, 16x16 take 30 ms
 # (bf16, MiniLM, Zen 4).
 CALL_OVERHEAD_TOKENS = 12
-# A free thread leaves the others their share of what waits, but no call is made smaller than this
-# for that reason.
-MIN_SHARE_TOKENS = 64
 # Seconds after which the speed seen in them is believed, and after which older ones begin to count
 # less.
 SPEED_KNOWN, SPEED_MEMORY = 1.0, 20.0
@@ -76,6 +73,7 @@ class Engine(Protocol):
     modality: str
     dimensions: int
     padding_cost: float  # what a padded token costs, as a share of a real one
+    share: int  # tokens; no call is made smaller to leave other threads their part of what waits
 
     @property
     def precision(self) -> str: ...
@@ -317,7 +315,8 @@ class Batcher:
 
     def _announce(self) -> None:
         """Wake as many inference threads as there is work for."""
-        for _ in range(min(len(self._idle), max(1, self._waiting_tokens // MIN_SHARE_TOKENS))):
+        share = self._jobs[0].engine.share if self._jobs else 1
+        for _ in range(min(len(self._idle), max(1, self._waiting_tokens // share))):
             self._idle.pop().release()
 
     # -- the second verb
@@ -366,7 +365,7 @@ class Batcher:
         # (With one thread the answers take its core anyway.)
         in_hand = self._waiting_tokens + self._running_tokens
         parts = self.threads + 1 if self.threads > 1 else 1
-        share = max(MIN_SHARE_TOKENS, -(-in_hand // parts))
+        share = max(lead.engine.share, -(-in_hand // parts))
         active = len(self._jobs)
         for job in self._jobs:
             if job.engine is not lead.engine:

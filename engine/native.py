@@ -99,6 +99,9 @@ class NativeTextEngine:
 
     backend = "our own encoder"
     padding_cost = 0.0  # there is none
+    # A call of one short query costs 6 % more than its part of a larger one; with four clients two
+    # threads give 18 % more answers than with calls of 64.
+    share = 32
 
     def __init__(self, bundle: Bundle, precision: Precision, *, streams: int) -> None:
         """Call it only where `choose` gives `precision`."""

@@ -157,6 +157,7 @@ class OpenVINOTextEngine:
     """
 
     backend = "OpenVINO"
+    share = 64
 
     def __init__(
         self,
@@ -232,6 +233,7 @@ class OpenVINOImageEngine:
         self.dimensions = bundle.manifest.dimensions
         self.preprocessing = bundle.preprocessing()
         self.padding_cost = 1.0  # pictures are of one size
+        self.share = 64
         self._graph = _Graph(bundle, IMAGE_GRAPH[precision], precision, streams, streams)
 
     def run(self, inputs: Sequence[UInt8], *, alone: bool = False) -> Float32:

@@ -26,8 +26,10 @@ class Echo:
 
     name, modality, dimensions = "echo", "text", 2
 
-    def __init__(self, fail_on: int | None = None, padding_cost: float = 1.0) -> None:
-        self.fail_on, self.padding_cost = fail_on, padding_cost
+    def __init__(
+        self, fail_on: int | None = None, padding_cost: float = 1.0, share: int = 64
+    ) -> None:
+        self.fail_on, self.padding_cost, self.share = fail_on, padding_cost, share
         self.alone: list[bool] = []
 
     def run(self, inputs: Sequence[Any], *, alone: bool = False) -> Any:
@@ -170,6 +172,17 @@ def test_a_thread_takes_its_part_and_leaves_one_for_whoever_is_free_next(bench: 
     b.submit(*((number, 16) for number in range(100, 105)))
     assert len(b.take().entries) == 16 // 3  # of what waits and what runs
     b.run(second)
+
+
+@pytest.mark.parametrize(("share", "in_a_call"), [(16, 1), (32, 2), (48, 3), (64, 4)])
+def test_no_call_is_made_smaller_than_the_engines_share(
+    bench: Make, share: int, in_a_call: int
+) -> None:
+    b = bench(threads=2)
+    b.submit(*((number, 16) for number in range(4)), engine=Echo(share=share))
+    first = b.take()
+    assert len(first.entries) == in_a_call
+    b.run(first)
 
 
 def test_padding_counts_for_what_the_engine_says_it_costs(bench: Make) -> None:

@@ -368,6 +368,7 @@ class Counting:
         self.engine, self.computed = engine, 0
         self.name, self.dimensions = engine.name, engine.dimensions
         self.precision, self.padding_cost = engine.precision, engine.padding_cost
+        self.share = engine.share
         self.modality = engine.modality
 
     def run(self, inputs: Any, *, alone: bool = False) -> Any:
