@@ -2,7 +2,9 @@
 
 import bisect
 import contextlib
+import math
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,6 +14,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from engine.batching import Batcher, Engine
 from engine.bundle import TOKENIZER, Bundle
@@ -29,6 +34,8 @@ LARGE_TEXT_BYTES = 65_536
 # A chunk border may move this far from an equal split, as a share of the chunk, to fall between
 # words.
 BORDER_SLACK = 0.25
+# A text of more characters than this for each token of the window will not fit it.
+SHORT_WORD = 8
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], np.uint32)
 
 
@@ -99,6 +106,59 @@ class TextEngine(Engine, Protocol):
     def widen(self) -> None: ...
 
 
+class Words:
+    """The token ids of words met before, for tokenizers of BERT's kind: they find those of a word
+    without looking at its neighbours, and a look-up takes a tenth of the time. Only for texts of
+    printable ASCII, in which it is plain what a word is. Safe to call from any number of threads.
+    """
+
+    _MANY = 16_384  # with their ids some 3 MB
+    _WORD = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9 ]")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        normalizer = tokenizer.normalizer
+        self._lowercase = bool(getattr(normalizer, "lowercase", False))
+        # A text with one of these may hold an added token, such as [SEP], which is no word.
+        added = tokenizer.get_added_tokens_decoder().values()
+        self._marks = {
+            case(token.content[:1]) for token in added for case in (str.lower, str.upper)
+        }
+        self._known: dict[str, list[int]] = {}
+        self.usable = (
+            isinstance(normalizer, BertNormalizer)
+            and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
+            and isinstance(tokenizer.model, WordPiece)
+            and not any(mark.isalnum() or mark.isspace() for mark in self._marks)
+        )
+
+    def split(self, text: str) -> list[str] | None:
+        """The words of a text; None where that has to be left to the tokenizer."""
+        if not (self.usable and text.isascii() and text.isprintable()):
+            return None
+        if any(mark in text for mark in self._marks):
+            return None
+        return self._WORD.findall(text.lower() if self._lowercase else text)
+
+    def ids(self, words: Sequence[str]) -> list[int] | None:
+        """The token ids of words one after the other; None when one is not known."""
+        known = self._known
+        try:
+            return [id for word in words for id in known[word]]
+        except KeyError:
+            return None
+
+    def learn(self, words: Sequence[str], encoding: Encoding) -> None:
+        """Keep what the tokenizer made of a text's words, where it finds as many."""
+        if not encoding.ids or encoding.word_ids[-1] != len(words) - 1:
+            return
+        if len(self._known) + len(words) > self._MANY:
+            self._known.clear()
+        ids: list[list[int]] = [[] for _ in words]
+        for word, id in zip(encoding.word_ids, encoding.ids):
+            ids[word or 0].append(id)
+        self._known.update(zip(words, ids))
+
+
 class VectorCache:
     """The vectors of the chunks of text asked for last, for traffic that repeats itself. Safe to
     call from any number of threads.
@@ -151,6 +211,7 @@ class TextEmbedder:
         self._cache = cache
         self._large_text = threading.Lock()
         self._prefix, self._suffix = _special_tokens(tokenizer)
+        self._words = Words(tokenizer)
         self._prompts = {name: prompt for name, prompt in self.manifest.prompts.items() if prompt}
 
     @property
@@ -367,8 +428,17 @@ class TextEmbedder:
         return self._prompts.get(name, "")
 
     def _split(self, text: str, prompt: str, truncate: Side | None, index: int) -> list[Chunk]:
-        encoding, ids = self._encode(prompt + text)
         room = self.manifest.max_tokens - len(self._prefix) - len(self._suffix)
+        words = None
+        if len(text) <= room * SHORT_WORD:
+            words = self._words.split(prompt + text)
+            known = words and self._words.ids(words)
+            if known and len(known) <= room:
+                ids = np.array(known, np.int64)
+                return [Chunk(0, len(text), self._with_specials(ids, index))]
+        encoding, ids = self._encode(prompt + text)
+        if words:
+            self._words.learn(words, encoding)
         if len(ids) <= room:
             return [Chunk(0, len(text), self._with_specials(ids, index))]
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -520,9 +590,11 @@ def _special_tokens(tokenizer: Tokenizer) -> tuple[Int64, Int64]:
 
 def unit_vectors(vectors: Float32) -> Float32:
     """Scale rows to length 1, as torch.nn.functional.normalize does (zeros stay zeros)."""
-    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
-    scaled: Any = vectors / np.maximum(lengths, 1e-12)
-    return np.ascontiguousarray(scaled, np.float32)
+    if len(vectors) == 1:  # most requests are one text: half of the calls
+        return vectors / np.float32(max(math.sqrt(np.dot(vectors[0], vectors[0])), 1e-12))
+    lengths = np.sqrt(np.vecdot(vectors, vectors))[:, None]
+    scaled: Float32 = vectors / np.maximum(lengths, np.float32(1e-12))
+    return scaled
 
 
 def _layer_norm(vectors: Float32) -> Float32:

@@ -7,9 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import Whitespace
 
 from conftest import NAME
-from embeddings import BORDER_SLACK, TextEmbedder, TextLimits, VectorCache, cut, load_tokenizer
+from embeddings import (
+    BORDER_SLACK,
+    TextEmbedder,
+    TextLimits,
+    VectorCache,
+    Words,
+    cut,
+    load_tokenizer,
+)
 from engine.batching import Batcher
 from engine.bundle import Bundle, read
 from engine.errors import BundleError, InputTooLarge, InvalidInput
@@ -356,6 +368,76 @@ def test_the_left_side_can_be_cut_too(embedder: TextEmbedder) -> None:
         assert len(kept.split()) == ROOM == result.tokens - SPECIALS
         assert result.vector @ embed(embedder, kept)[0].vector >= 0.9999
     assert (right.chunks[0].start, left.chunks[0].end) == (0, len(text))
+
+
+# -- words met before
+
+
+@pytest.fixture(scope="module")
+def tokenizer(models_dir: pathlib.Path) -> Tokenizer:
+    return load_tokenizer(read(models_dir / NAME))[0]
+
+
+def learnt(known: Words, tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """The ids that `known` gives for a text once the tokenizer has shown them."""
+    words = known.split(text)
+    if not words:
+        return None
+    known.learn(words, tokenizer.encode(text, add_special_tokens=False))
+    return known.ids(words)
+
+
+@given(
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
+    | st.lists(
+        st.sampled_from(["Paris", "don't", "x_y", "3.14", "U.S.", "$5", "e-mail", "antidisestab"])
+    ).map(" ".join)
+)
+@example("a" * 101 + " b")  # a word that is too long for the tokenizer
+@example("  spaces   between  ")
+def test_words_met_before_have_the_tokenizers_own_ids(tokenizer: Tokenizer, text: str) -> None:
+    known = Words(tokenizer)
+    for each in (text, "other " + text):  # beside other words they are the same
+        ids = learnt(known, tokenizer, each)
+        if ids is not None:
+            assert ids == tokenizer.encode(each, add_special_tokens=False).ids
+
+
+def test_a_text_of_words_met_before_is_not_tokenised_again(
+    models_dir: pathlib.Path, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder = embedder_for(read(models_dir / NAME), batcher)
+    first = embedder.chunk(["the river runs", "a mountain"])
+    monkeypatch.setattr(TextEmbedder, "_encode", None)
+    (again,), (mixed,) = embedder.chunk(["The river runs", "a River, "[:-2]])
+    assert again.token_ids.tolist() == first[0][0].token_ids.tolist()
+    assert (mixed.start, mixed.end, mixed.tokens) == (0, 7, 4)
+    with pytest.raises(TypeError):
+        embedder.chunk(["the sea"])
+
+
+@pytest.mark.parametrize("text", ["[SEP] in a text", "caf\u00e9", "two\nlines", "\x00"])
+def test_what_is_not_plainly_words_is_left_to_the_tokenizer(
+    tokenizer: Tokenizer, text: str
+) -> None:
+    assert Words(tokenizer).split(text) is None
+
+
+def test_other_tokenizers_words_are_left_to_them(tokenizer: Tokenizer) -> None:
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    assert Words(other).split("the river") is None
+    added = Tokenizer.from_str(tokenizer.to_str())
+    added.add_tokens(["river"])
+    assert Words(added).split("the river") is None
+
+
+def test_the_words_kept_are_few(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Words, "_MANY", 3)
+    known = Words(tokenizer)
+    assert learnt(known, tokenizer, "a b")
+    assert learnt(known, tokenizer, "c d")
+    assert known.ids(["a"]) is None and known.ids(["c"])
 
 
 # -- what is not computed twice
