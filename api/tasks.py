@@ -19,12 +19,25 @@ from greenlet import getcurrent, greenlet
 T = TypeVar("T")
 
 
-class Task(greenlet):  # type: ignore[misc]
-    """A call that runs in a loop's thread and may wait for an `Event`."""
+# How many tasks are kept for the next calls: for a new one Python maps 16 KB of memory and gives it
+# back, which on several cores costs as much as all else of a task.
+_KEPT_TASKS = 64
 
-    def __init__(self, loop: "Loop", call: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        super().__init__(call, loop.hub)
-        self.loop, self.then = loop, then
+
+class Task(greenlet):  # type: ignore[misc]
+    """Runs calls, one after the other, in a loop's thread; they may wait for an `Event`."""
+
+    def __init__(self, loop: "Loop") -> None:
+        super().__init__(parent=loop.hub)
+        self.loop = loop
+
+    def run(self) -> None:
+        """What the first `switch` starts; the next ones bring calls."""
+        while len(self.loop.idle) < _KEPT_TASKS:
+            self.loop.idle.append(self)
+            call, then = self.parent.switch()
+            self.loop.ended(call(), then)
+            del call, then  # an idle task keeps nothing alive
 
 
 class Loop:
@@ -35,6 +48,7 @@ class Loop:
         self.executor = executor
         self.hub = getcurrent()
         self.waiting: dict[Event, float] = {}  # with the time at which each gives up
+        self.idle: list[Task] = []
         self._ready: collections.deque[Event] = collections.deque()
         self._ended: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
         self._woken = False
@@ -57,12 +71,13 @@ class Loop:
         Args:
             then: what `finish` does with the call's result.
         """
-        self._go_on(Task(self, call, then))
+        if not self.idle:
+            Task(self).switch()
+        self.idle.pop().switch(call, then)
 
-    def _go_on(self, task: Task) -> None:
-        result = task.switch()
-        if task.dead:
-            self._ended.append((task.then, result))
+    def ended(self, result: T, then: Callable[[T], None]) -> None:
+        """A task's call has ended."""
+        self._ended.append((then, result))
 
     def finish(self) -> None:
         """Do what was to be done with the results of tasks that have ended."""
@@ -79,14 +94,14 @@ class Loop:
         while self._ready:
             event = self._ready.popleft()
             if self.waiting.pop(event, None) is not None:
-                self._go_on(event.task)
+                event.task.switch()
 
     def give_up(self) -> None:
         """Let tasks go on that have waited for too long."""
         now = time.monotonic()
         for event, until in list(self.waiting.items()):
             if until <= now and self.waiting.pop(event, None) is not None:
-                self._go_on(event.task)
+                event.task.switch()
 
 
 class Event:

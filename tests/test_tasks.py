@@ -4,11 +4,13 @@ import os
 import selectors
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from greenlet import getcurrent
 
 from api import tasks
 from api.tasks import Event, Loop
@@ -61,6 +63,32 @@ def test_tasks_step_aside_and_go_on_in_the_order_of_their_events(loop: Loop) -> 
         turn(loop)
     assert results == ["third", True, True]
     assert first.is_set() and second.is_set() and not loop.waiting
+
+
+def test_a_task_that_has_ended_runs_the_next_call_and_keeps_nothing_of_the_last(
+    loop: Loop,
+) -> None:
+    class Body:
+        pass
+
+    results: list[int] = []
+    body = Body()
+    gone = weakref.ref(body)
+    loop.run(lambda body=body: id(getcurrent()), results.append)  # type: ignore[misc]
+    del body
+    loop.finish()
+    assert gone() is None
+    loop.run(lambda: id(getcurrent()), results.append)
+    loop.finish()
+    assert results[0] == results[1]
+
+
+def test_few_tasks_are_kept(loop: Loop) -> None:
+    results: list[bool] = []
+    for event in [waiting(loop, results) for _ in range(100)]:
+        event.set()
+    turn(loop)
+    assert results == [True] * 100 and len(loop.idle) == 64
 
 
 def test_an_event_that_has_happened_is_not_waited_for(loop: Loop) -> None:
