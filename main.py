@@ -1,6 +1,7 @@
 """The WSGI application: `gunicorn main:app`. Puts settings, models and routes together."""
 
 import atexit
+import gc
 import io
 import logging
 import math
@@ -16,7 +17,7 @@ from flask import Flask
 
 import settings as configuration
 from api import auth, docs, errors, health, images, logs, metrics, native, openai, tasks, tei
-from api.application import Application
+from api.application import Application, current
 from api.service import Embedders, Service
 from api.watch import Watch
 from embeddings import Float32, TextEmbedder, TextLimits, VectorCache, load_tokenizer
@@ -88,6 +89,7 @@ def create_app(
                 log.error("unexpected error while loading", exc_info=error)
             (on_failure or _stop_service)(str(error))
             return
+        gc.freeze()  # what stays for good need not be looked through again and again
         if leaving.wait(WIDEN_AFTER):
             return
         try:
@@ -141,6 +143,7 @@ def create_app(
         }
         models.warming = True
         try:
+            current.set(environ)
             Flask.wsgi_app(app, environ, lambda *_: io.BytesIO().write)
         finally:
             models.warming = False

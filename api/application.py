@@ -1,7 +1,21 @@
 """Flask, without what this service has no use for and every request would pay for."""
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
 from flask import Flask, Request, Response
 from werkzeug.routing import MapAdapter
+
+# WSGI's environ of the request that the calling task or thread works on: what views read, since
+# api/worker.py calls some of them without Flask.
+current: ContextVar[dict[str, Any]] = ContextVar("current")
+# Further keys of an environ: where the inputs stand in the body, `{}` for their index, for errors;
+# what answers the body of any request with the same head.
+INPUT_PATH = "embedder.input_path"
+DIRECT = "embedder.direct"
+LOADING = "embedder.loading"  # whether a model was still being loaded when the request came
+Direct = Callable[[], bytes]
 
 
 class Application(Flask):
@@ -22,3 +36,8 @@ class Application(Flask):
         except Exception as error:
             answer = self.handle_user_exception(error)
         return self.make_response(answer)
+
+    def answer_error(self, environ: dict[str, Any], error: Exception) -> Response:
+        """What a view is answered with that raised `error` outside of Flask."""
+        with self.request_context(environ):
+            return self.make_response(self.handle_user_exception(error))

@@ -6,52 +6,46 @@ from typing import Any, TypeVar
 
 import msgspec
 import orjson
-from flask import Request, Response, current_app
+from flask import Response
 
+from api.application import current
 from api.errors import RequestError
 from embeddings import TextEmbedding
 
 T = TypeVar("T")
 
-_BODY = "embedder.body"  # in a WSGI environ
+JSON = "application/json"
+_BODY = "embedder.body"  # in an environ
 
 _decoder = functools.cache(
     msgspec.json.Decoder
 )  # building one costs more than decoding a small body
 
 
-def read_body(request: Request) -> bytes:
-    """The whole body, as api/worker.py has received it: chunks decoded, and nothing of a body over
-    MAX_BODY_SIZE.
-
-    Raises: RequestError: 413 over the limit.
-    """
-    environ = request.environ
-    limit: int = current_app.config["MAX_BODY_SIZE"]
-    if int(environ.get("CONTENT_LENGTH") or 0) > limit:
-        raise RequestError(
-            413, "too_large", f"the body has more than {limit} bytes, the limit (MAX_BODY_SIZE)"
-        )
+def read_body() -> bytes:
+    """The whole body, as api/worker.py has received it: chunks decoded."""
+    environ = current.get()
     if _BODY not in environ:
         environ[_BODY] = environ["wsgi.input"].read()
     body: bytes = environ[_BODY]
     return body
 
 
-def read_json(request: Request, schema: type[T]) -> T:
+def read_json(schema: type[T]) -> T:
     """Decode and validate a JSON body in one pass.
 
-    Raises: RequestError: 415 for another content type, and what `read_body` raises; 400 for
-    anything that is not JSON of this shape, saying where.
+    Raises: RequestError: 415 for another content type; 400 for anything that is not JSON of this
+    shape, saying where.
     """
-    kind = request.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-    if kind and kind != "application/json" and not kind.endswith("+json"):
+    kind = current.get().get("CONTENT_TYPE", JSON)
+    if kind != JSON and not _is_json(kind):
+        sent = kind.partition(";")[0].strip().lower()
         raise RequestError(
             415,
             "unsupported_media_type",
-            f"Content-Type is {kind}; this route takes application/json",
+            f"Content-Type is {sent}; this route takes {JSON}",
         )
-    body = read_body(request)
+    body = read_body()
     try:
         decoded: T = _decoder(schema).decode(body)  # type: ignore[arg-type]  # types are hashable
         return decoded
@@ -63,6 +57,11 @@ def read_json(request: Request, schema: type[T]) -> T:
         raise RequestError(
             400, "validation", f"the body is not valid JSON: {_reason(body, error)}"
         ) from None
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return not kind or kind == JSON or kind.endswith("+json")
 
 
 def _reason(body: bytes, error: Exception) -> str:
@@ -77,13 +76,16 @@ def _reason(body: bytes, error: Exception) -> str:
     return str(error)
 
 
-def json_response(body: object) -> Response:
+def write_json(body: object) -> bytes:
     """Write `body` as JSON; float32 arrays go straight from memory, with the fewest digits that
     read back the same.
     """
-    return Response(
-        orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), content_type="application/json"
-    )
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def json_response(body: object) -> Response:
+    """The same, for Flask."""
+    return Response(write_json(body), content_type=JSON)
 
 
 def encode_vector(vector: Any, encoding_format: str | None) -> object:

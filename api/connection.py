@@ -16,10 +16,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from gunicorn import util
+from gunicorn import SERVER, util
 from gunicorn.http import get_parser, wsgi
 from gunicorn.workers.gthread import TConn
 
+from api.application import Direct
 from api.errors import RequestError
 
 # Seconds for which nobody looks whether a client is still there: one that closes its sending side
@@ -27,9 +28,19 @@ from api.errors import RequestError
 GONE_AFTER = 1.0
 _MAX_HEAD = 65_536
 _MAX_CHUNK_LINE, _MAX_TRAILER = 4096, 8192
+# Fields whose values differ from request to request of one client, and where they go in an environ.
+_VARYING = {
+    b"content-length": "CONTENT_LENGTH",
+    b"x-request-id": "HTTP_X_REQUEST_ID",
+    b"traceparent": "HTTP_TRACEPARENT",
+    b"x-cloud-trace-context": "HTTP_X_CLOUD_TRACE_CONTEXT",
+    b"x-forwarded-for": "HTTP_X_FORWARDED_FOR",
+    b"forwarded": "HTTP_FORWARDED",
+}
 # gunicorn's own parser sees the head afterwards and refuses whatever of it is not HTTP.
-_FRAMING = re.compile(
-    rb"\r\n(content-length|transfer-encoding|expect):([^\r\n]*)(?=\r\n)", re.IGNORECASE
+_FIELDS = re.compile(
+    rb"\r\n(transfer-encoding|expect|" + b"|".join(_VARYING) + rb"):([^\r\n]*)(?=\r\n)",
+    re.IGNORECASE,
 )
 _CLOSE = re.compile(rb"\r\nconnection:[^\r\n]*close", re.IGNORECASE)
 _CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\r\n]*)?")
@@ -151,44 +162,43 @@ class Answer(wsgi.Response):  # type: ignore[misc]
     def default_headers(self) -> list[str]:
         major, minor = self.req.version
         connection = "close" if self.should_close() else "keep-alive"
-        head = [
-            f"HTTP/{major}.{minor} {self.status}\r\nServer: {self.version}\r\n"
-            f"Date: {_date(int(time.time()))}\r\nConnection: {connection}\r\n"
-        ]
+        head = [f"HTTP/{major}.{minor} {self.status}\r\n{server_fields(connection)}"]
         return [*head, "Transfer-Encoding: chunked\r\n"] if self.chunked else head
 
 
+def server_fields(connection: str) -> str:
+    """The fields of an answer that are the server's; `connection` is keep-alive or close."""
+    return f"{_server_and_date(int(time.time()))}Connection: {connection}\r\n"
+
+
 @functools.lru_cache(1)
-def _date(now: int) -> str:
-    return str(util.http_date(now))
+def _server_and_date(now: int) -> str:
+    return f"Server: {SERVER}\r\nDate: {util.http_date(now)}\r\n"
 
 
 class Heads:
-    """What gunicorn makes of requests' heads, for clients that send the same head again on a kept
-    connection: to parse it and to write WSGI's environ costs more than anything else in receiving a
-    request.
+    """What was made of requests' heads, for clients that send the same head again: to parse it, to
+    write WSGI's environ and to find the route costs more than anything else in receiving a request.
     """
 
     _FEW = 256  # of up to 2 KB, with what was made of them 2 MB at most
     _SHORT = 2048
 
     def __init__(self) -> None:
-        self._known: dict[tuple[bytes, str], _Known] = {}
+        self._known: dict[tuple[bytes, ...], KnownHead] = {}
 
     def parser(self, cfg: Any, conn: "Connection") -> Any:
-        """What gives the connection's request: gunicorn's parser, or what it gave before."""
-        known = self._known.get((conn.head, conn.client[0]))
-        return known or get_parser(cfg, [conn.head], conn.client)
+        """What gives the connection's request: gunicorn's parser, or what it gave before, which is
+        the connection's `known` from now on.
+        """
+        conn.known = self._known.get(conn.head_key) if conn.head_key else None
+        return conn.known or get_parser(cfg, [conn.head], conn.client)
 
     def environ(self, cfg: Any, conn: "Connection", request: Any) -> dict[str, Any]:
         """WSGI's environ for a whole request."""
+        if conn.known:
+            return conn.known.environ(conn)
         request.body = io.BytesIO(conn.body)
-        if isinstance(conn.parser, _Known):
-            environ = conn.parser.environ.copy()
-            environ |= {"wsgi.input": request.body, "gunicorn.socket": conn.sock}
-            if "REMOTE_PORT" in environ:
-                environ["REMOTE_PORT"] = str(conn.client[1])
-            return environ
         request._expected_100_continue = False  # Connection has sent it
         if conn.chunked:  # RFC 9112 section 7.1.3: decoded, it has a length and no transfer coding
             request.headers = [one for one in request.headers if one[0] != "TRANSFER-ENCODING"]
@@ -197,32 +207,43 @@ class Heads:
         _, made = wsgi.create(request, conn.sock, conn.client, conn.server, cfg)
         made["wsgi.multithread"] = True
         del made["wsgi.early_hints"]
-        if len(conn.head) <= self._SHORT and not conn.chunked:
+        if conn.head_key and len(conn.head) <= self._SHORT:
             if len(self._known) >= self._FEW:
                 self._known.clear()
-            kept = copy.copy(request)
-            kept.body = None
-            without = {**made, "wsgi.input": None, "gunicorn.socket": None}
-            self._known[conn.head, conn.client[0]] = _Known(kept, without)
+            conn.known = self._known[conn.head_key] = KnownHead(request, made)
         return made
 
 
-class _Known:
-    """In the place of gunicorn's parser."""
+class KnownHead:
+    """A head that was seen before; in the place of gunicorn's parser."""
 
     unreader = types.SimpleNamespace(buf=io.BytesIO())  # nothing is left over
+    direct: Direct | None = None  # answers its requests' bodies without Flask
 
     def __init__(self, request: Any, environ: dict[str, Any]) -> None:
-        self._request, self.environ = request, environ
+        self._request = copy.copy(request)
+        self._request.body = None
+        self._environ = {**environ, "wsgi.input": None, "gunicorn.socket": None}
 
     def __next__(self) -> Any:
-        return copy.copy(self._request)
+        return self._request
+
+    def environ(self, conn: "Connection") -> dict[str, Any]:
+        """WSGI's environ for a request that has this head but for its `varying` fields."""
+        environ = self._environ | conn.varying
+        environ["wsgi.input"] = io.BytesIO(conn.body)
+        environ["gunicorn.socket"] = conn.sock
+        if "REMOTE_PORT" in environ:
+            environ["REMOTE_PORT"] = str(conn.client[1])
+        return environ
 
 
 class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
     """A client's connection and what has arrived of its next request."""
 
     sock: Socket
+    known: KnownHead | None
+    registered = True  # whether the event loop looks for what the client sends
 
     def __init__(
         self,
@@ -244,6 +265,11 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self.head, self.body = b"", bytearray()
         self.length = 0  # of the body; of a chunked one, what its chunks have announced so far
         self.chunked = False
+        # The head without the values that vary, and those for an environ; empty where it is none
+        # that may be known.
+        self.head_key: tuple[bytes, ...] = ()
+        self.varying: dict[str, str] = {}
+        self.known = None
         self.sock.answering = False
         self._searched = 0  # how far `received` holds no end of the head
 
@@ -303,29 +329,44 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         return True
 
     def _begin_body(self, max_body: int) -> None:
-        fields = [
-            (name.lower(), value.strip(b" \t").lower())
-            for name, value in _FRAMING.findall(self.head)
-        ]
-        framing = [field for field in fields if field[0] != b"expect"]
-        if len(framing) > 1:
-            raise RequestError(400, "validation", "send one Content-Length or Transfer-Encoding")
-        for name, value in framing:
-            if name == b"transfer-encoding":
-                if value != b"chunked":
+        parts = _FIELDS.split(self.head)
+        names = [name.lower() for name in parts[1::3]]
+        framed, continues = False, False
+        for name, sent in zip(names, parts[2::3]):
+            value = sent.strip(b" \t")
+            if name == b"expect":
+                continues = continues or value.lower() == b"100-continue"
+            elif name in (b"content-length", b"transfer-encoding"):
+                if framed:
+                    raise RequestError(
+                        400, "validation", "send one Content-Length or Transfer-Encoding"
+                    )
+                framed = True
+                if name == b"content-length":
+                    if not value.isdigit() or len(value) > 18:
+                        raise RequestError(
+                            400, "validation", "Content-Length is not a number of bytes"
+                        )
+                    self.length = int(value)
+                elif value.lower() == b"chunked":
+                    self.chunked = True
+                else:
                     raise RequestError(400, "validation", "Transfer-Encoding may only be chunked")
-                self.chunked = True
-            elif not value.isdigit() or len(value) > 18:
-                raise RequestError(400, "validation", "Content-Length is not a number of bytes")
-            else:
-                self.length = int(value)
+            if name in _VARYING:
+                self.varying[_VARYING[name]] = value.decode("latin-1")
+        # What of a value is not printable ASCII, or comes twice, gunicorn has to see.
+        if len(self.varying) == len(names) and all(
+            value.isascii() and value.isprintable() for value in self.varying.values()
+        ):
+            del parts[2::3]
+            self.head_key = (self.client[0].encode(), *parts)
         if (
-            (b"expect", b"100-continue") in fields
+            continues
             and self.head.partition(b"\r\n")[0].endswith(b"HTTP/1.1")
             and not self.received
             and (self.chunked or 0 < self.length <= max_body)
         ):
-            self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
 
     def _take_chunks(self, max_body: int) -> bool:
         """Move whole chunks into `body`; True at the last one, or when they pass `max_body`."""

@@ -5,9 +5,10 @@ import re
 from collections.abc import Callable, Mapping
 
 import msgspec
-from flask import Flask, Response, g, has_request_context, request
+from flask import Flask, Response, has_request_context, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
+from api.application import INPUT_PATH, LOADING
 from engine import errors
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,9 @@ def respond(
 
 
 def _embedder_error(error: errors.EmbedderError) -> Response:
+    if isinstance(error, errors.DeadlineExceeded) and request.environ.get(LOADING):
+        # Its time went by while it waited for the model: that is worth another try.
+        error = errors.ModelNotReady("the models were still loading when this request came")
     status, error_type, headers = next(
         answer for kind, answer in _ANSWERS.items() if isinstance(error, kind)
     )
@@ -117,7 +121,7 @@ def _embedder_error(error: errors.EmbedderError) -> Response:
     if isinstance(error, errors.QueueFull):
         headers = {"Retry-After": str(error.retry_after)}
     if isinstance(error, errors.InvalidInput) and error.index is not None:
-        message = f"{g.input_path.format(error.index)}: {message}"
+        message = f"{request.environ[INPUT_PATH].format(error.index)}: {message}"
     return respond(status, error_type, message, headers)
 
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import IO, Any, TypeVar
 
 import msgspec
-from flask import Blueprint, Request, g, request
+from flask import Blueprint, Request, request
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import MultiPartParser
 
+from api.application import INPUT_PATH, current
 from api.codec import read_body, read_json
 from api.errors import RequestError
 from api.schemas import BatchEmbeddings, Embeddings, EmbedImage, EmbedImages, ImageOptions
@@ -45,7 +46,7 @@ def blueprint(service: Service) -> Blueprint:
     routes = Blueprint("images", __name__)
 
     def embed(images: Sequence[bytes], options: ImageOptions) -> list[object]:
-        embedder, waiting = service.image_embedder(options.model, g.input_path)
+        embedder, waiting = service.image_embedder(options.model, current.get()[INPUT_PATH])
         # A picture of few bytes may be one of many pixels.
         embedded = in_thread(
             lambda: embedder.embed(images, **waiting, dimensions=options.dimensions)
@@ -53,7 +54,7 @@ def blueprint(service: Service) -> Blueprint:
         return [embedding.vector for embedding in embedded]
 
     def read(path: str, schema: type[EmbedImage | EmbedImages]) -> Pictures:
-        g.input_path = path
+        current.get()[INPUT_PATH] = path
         if not any(
             "image" in bundle.manifest.modalities for bundle in service.models.bundles.values()
         ):
@@ -128,7 +129,7 @@ def picture_bytes(text: str, index: int = 0) -> bytes:
 def _read_json(request: Request, schema: type[Options]) -> Options:
     if request.mimetype and not request.mimetype.endswith("json"):
         raise _unsupported(request.mimetype)
-    return read_json(request, schema)
+    return read_json(schema)
 
 
 def _unsupported(kind: str) -> RequestError:
@@ -145,14 +146,14 @@ def _read_raw(request: Request) -> Pictures:
         raise RequestError(
             415, "unsupported_media_type", f"{request.mimetype} is not taken: {FORMATS_SENTENCE}"
         )
-    return [read_body(request)], _options(request.args.items(), "query parameter")
+    return [read_body()], _options(request.args.items(), "query parameter")
 
 
 def _read_files(request: Request) -> Pictures:
     """The files of a multipart body in the order sent, whatever their fields are called; options
     are its other fields.
     """
-    body = read_body(request)
+    body = read_body()
     parser = MultiPartParser(
         stream_factory=_in_memory,
         max_form_memory_size=_MAX_FIELD,

@@ -6,6 +6,7 @@ import datetime
 import io
 import logging
 import os
+import random
 import re
 import sys
 import threading
@@ -47,7 +48,7 @@ def request_id(environ: dict[str, Any]) -> str:
     known: str | None = environ.get(_REQUEST_ID)
     if known is None:
         sent = environ.get("HTTP_X_REQUEST_ID", "")
-        known = sent if _ID.fullmatch(sent) else os.urandom(16).hex()
+        known = sent if _ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
         environ[_REQUEST_ID] = known
     return known
 

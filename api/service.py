@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
 
-from flask import Response, g, request
+from flask import Response, current_app, request
 
-from api.codec import json_response, read_json
+from api.application import DIRECT, INPUT_PATH, LOADING, current
+from api.codec import json_response, read_json, write_json
 from api.connection import GONE_AFTER, Socket
+from api.errors import RequestError
 from embeddings import TextEmbedder
 from engine.errors import ModalityNotSupported
 from engine.models import Models
@@ -74,10 +76,11 @@ class Service:
             )
 
     def _wait(self, model: str | None, input_path: str) -> tuple[Embedders, Waiting]:
-        g.input_path = input_path
+        environ = current.get()
+        environ[INPUT_PATH], environ[LOADING] = input_path, not self.models.ready
         now = time.monotonic()
         deadline, look = now + self._timeout, now + GONE_AFTER
-        sock: Socket | None = request.environ.get("gunicorn.socket")
+        sock: Socket | None = environ.get("gunicorn.socket")
 
         def gone() -> bool:
             return sock is not None and time.monotonic() > look and sock.gone()
@@ -90,6 +93,15 @@ def listed(sent: str | list[str], name: str) -> tuple[list[str], str]:
     if isinstance(sent, str):
         return [sent], f"$.{name}"
     return sent, f"$.{name}[{{}}]"
+
+
+def _refuse_large() -> None:
+    """Raises: RequestError: 413 for a body over the limit, of which nothing has been read."""
+    limit: int = current_app.config["MAX_BODY_SIZE"]
+    if int(request.environ.get("CONTENT_LENGTH") or 0) > limit:
+        raise RequestError(
+            413, "too_large", f"the body has more than {limit} bytes, the limit (MAX_BODY_SIZE)"
+        )
 
 
 @dataclass(frozen=True)
@@ -127,14 +139,18 @@ def endpoint(
     """
 
     def decorate(view: Callable[..., object]) -> Callable[..., Response]:
+        def direct() -> bytes:
+            return write_json(view(read_json(choose() if choose else bodies[0])))
+
         @functools.wraps(view)
         def run(**arguments: str) -> Response:
-            sent: list[object] = []
-            if read:
-                sent.append(read())
-            elif bodies:
-                sent.append(read_json(request, choose() if choose else bodies[0]))
-            result = view(*sent, **arguments)
+            if bodies:
+                _refuse_large()
+            if bodies and not read:
+                answer_bytes = direct()
+                current.get()[DIRECT] = direct
+                return Response(answer_bytes, content_type=produces)
+            result = view(*([read()] if read else []), **arguments)
             return result if isinstance(result, Response) else json_response(result)
 
         operation = Operation(answer, bodies, further or {}, media or {}, produces)

@@ -5,7 +5,7 @@ plain one that shares its /embed.
 from collections.abc import Mapping
 
 import msgspec
-from flask import Blueprint, request
+from flask import Blueprint
 
 from api.codec import read_json
 from api.schemas import (
@@ -32,11 +32,11 @@ class _Shape(msgspec.Struct):
 
 
 def _embed_body() -> type:
-    return PlainRequest if bytes(read_json(request, _Shape).text) else TEIEmbedRequest
+    return PlainRequest if bytes(read_json(_Shape).text) else TEIEmbedRequest
 
 
 def _root_body() -> type:
-    compares = bytes(read_json(request, _Shape).inputs).startswith(b"{")
+    compares = bytes(read_json(_Shape).inputs).startswith(b"{")
     return SimilarityRequest if compares else TEIEmbedRequest
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication
 
+from api.application import current
 from api.logs import RequestLog, request_id
 from api.metrics import PROBES, Metrics
 
@@ -20,7 +21,7 @@ class Watch:
         self._app, self._log = app, log
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        answer = _Answer(self, environ)
+        answer = self.begin(environ)
         known = request_id(environ)
 
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
@@ -31,7 +32,6 @@ class Watch:
             headers.append(("X-Request-Id", known))
             return start_response(status, headers, *error)
 
-        self.metrics.begin()
         try:
             answer.body = self._app(environ, start)
         except BaseException:
@@ -39,8 +39,17 @@ class Watch:
             raise
         return answer
 
-    def ended(self, answer: "_Answer") -> None:
+    def begin(self, environ: dict[str, Any]) -> "Answered":
+        """The calling task or thread begins to work on a request. When its answer has been sent,
+        what is returned is to be closed, with the answer's status and size.
+        """
+        current.set(environ)
+        self.metrics.begin()
+        return Answered(self, environ)
+
+    def ended(self, answer: "Answered") -> None:
         """An answer has been sent, or given up."""
+        current.set({})  # else a thread would keep the last body that it had
         environ = answer.environ
         seconds = time.perf_counter() - answer.arrived
         path: str = environ["PATH_INFO"]
@@ -70,7 +79,7 @@ class Watch:
         self._log.write(environ, status, size, None, why=why)
 
 
-class _Answer:
+class Answered:
     """An answer's body, as WSGI has it: the server calls `close` when it has sent it."""
 
     __slots__ = ("_watch", "arrived", "body", "environ", "size", "status")

@@ -12,12 +12,12 @@ of gunicorn's pool. That has a queue without end, in which a request waits unsee
 bounded in length and time, and beyond that a request is answered 429 without a thread.
 """
 
+import itertools
 import resource
 import selectors
 import socket
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -26,7 +26,9 @@ from gunicorn import util
 from gunicorn.http import errors
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
-from api.connection import GONE_AFTER, Answer, Connection, Heads, Socket
+from api.application import DIRECT, Direct
+from api.codec import JSON
+from api.connection import GONE_AFTER, Answer, Connection, Heads, Socket, server_fields
 from api.errors import RequestError, respond
 from api.logs import request_id
 from api.spread import Spread
@@ -73,8 +75,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     `spread` are set there.
 
     A connection is in one place at a time, and the event loop alone moves it: `_waiting` for its
-    client to send or to take more, `_queued` for a thread, with a thread, in gunicorn's
-    `keepalived_conns`, or `_closing`.
+    client to send or to take more, `_queued` for a thread, `_started` with a thread or as a task,
+    `_kept` alive for its next request, or `_closing`.
     """
 
     max_body_size = 33_554_432
@@ -84,6 +86,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._waiting: dict[Connection, float] = {}  # when to give up on each; oldest first
+        self._kept: dict[Connection, float] = {}  # until when; the first ends first
         self._closing: dict[Socket, float] = {}
         self._queued: dict[Connection, float] = {}  # since when; oldest first
         self._started: set[Connection] = set()  # those with a thread
@@ -180,19 +183,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._receive, conn))
         return True
 
-    def on_client_socket_readable(self, conn: Connection, client: Socket) -> None:
-        """A kept-alive connection has the beginning of its next request."""
-        self._await_request(conn)
-        self._receive(conn, client)
-
-    def _await_request(self, conn: Connection) -> None:
-        self.keepalived_conns.remove(conn)
-        self._waiting[conn] = time.monotonic() + RECEIVE_TIMEOUT
-        self.poller.modify(conn.sock, selectors.EVENT_READ, partial(self._receive, conn))
-
     def _receive(self, conn: Connection, sock: Socket) -> None:
+        if conn not in self._waiting and conn not in self._kept:
+            # The client closes, or sends its next request, while this one is worked on.
+            self._ignore(conn)
+            return
         try:
-            data = sock.recv(_PIECE)
+            data = sock.recv(_PIECE, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -210,6 +207,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         conn.received += data
         conn.held += len(data)
         self._held += len(data)
+        self._kept.pop(conn, None)
         self._waiting[conn] = time.monotonic() + RECEIVE_TIMEOUT
         try:
             complete = conn.complete(self.max_body_size)
@@ -219,7 +217,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._drop(conn)
         else:
             if complete:
-                self._forget(conn)
+                del self._waiting[conn]
                 conn.sock.arrived = time.perf_counter()
                 conn.initialized = True
                 conn.parser = self._heads.parser(self.cfg, conn)
@@ -246,27 +244,24 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def _ended(self, conn: Connection, keep: bool) -> None:
         self._started.remove(conn)
-        done: Future[bool] = Future()
-        done.set_result(keep)
-        self.finish_request(conn, done)
+        self._finish(conn, keep)
 
     def _start(self, conn: Connection) -> None:
         self._started.add(conn)
         future = self.tpool.submit(self.handle, conn)
-        future.add_done_callback(lambda future: self.method_queue.defer(self._done, conn, future))
+        future.add_done_callback(
+            lambda future: self.method_queue.defer(self._done, conn, future.result())
+        )
 
-    def _done(self, conn: Connection, future: "Future[Any]") -> None:
-        self._started.remove(conn)
+    def _done(self, conn: Connection, keep: bool) -> None:
         self._free_threads += 1
-        self.finish_request(conn, future)
+        self._ended(conn, keep)
         while self._queued and self._free_threads:
             first = next(iter(self._queued))
             since = self._queued.pop(first)
             if time.monotonic() - since > GONE_AFTER and first.sock.gone():
                 self.log.debug("a client has gone before its request had a thread")
-                self._release(first)
-                self.nr_conns -= 1
-                first.close()
+                self._drop(first)
                 continue
             self._free_threads -= 1
             self._start(first)
@@ -280,25 +275,57 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             and conn.persistent
             and conn.length <= self.max_body_size  # else the rest of the body is still to come
             and not conn.received  # pipelined ones would be refused one within the other
-            and len(self.keepalived_conns) < self.max_keepalived
+            and len(self._kept) < self.max_keepalived
         )
         error = RequestError(429, "overloaded", f"{reason}; come back with this request")
         if not self.alive:
             error = RequestError(503, "shutting_down", f"{reason}; the service is shutting down")
         kept = "keep-alive" if keep else "close"
         self._answer(conn, error, {"Retry-After": str(retry_after)}, kept)
-        done: Future[bool] = Future()
-        done.set_result(keep)
-        self.finish_request(conn, done)
+        self._finish(conn, keep)
 
-    def handle_request(self, req: Any, conn: Connection) -> bool:
-        """gunicorn's own, but for its hooks and its access log. Runs in a thread or as a task, as
-        `_keepalive_after` does.
-        """
+    def handle(self, conn: Connection) -> bool:
+        """Answer a request, in a thread or as a task. Returns: whether to keep the connection."""
         self.nr += 1
         if self.nr >= self.max_requests and self.alive:
             self.log.info("starting anew after this request")
             self.alive = False
+        known = conn.known
+        if not known or not known.direct or conn.length > self.max_body_size:
+            return bool(super().handle(conn))
+        try:
+            return self._answer_directly(conn, known.environ(conn), known.direct)
+        except Exception as error:
+            self.handle_error(None, conn.sock, conn.client, error)
+            return False
+
+    def _answer_directly(self, conn: Connection, environ: dict[str, Any], direct: Direct) -> bool:
+        """Answer a request whose head has been through gunicorn's parser and Flask's routing, with
+        the API key and all else that is to be asked of a head, and was well then.
+        """
+        answer = self._watch.begin(environ)
+        try:
+            try:
+                body, fields = direct(), f"Content-Type: {JSON}\r\n"
+                status, answer.status = "200 OK", 200
+            except Exception as error:
+                response = self.wsgi.answer_error(environ, error)
+                body, status, answer.status = response.data, response.status, response.status_code
+                del response.headers["Content-Length"]
+                fields = str(response.headers).removesuffix("\r\n")
+            answer.size = len(body)
+            keep = not self._lets_go()
+            head = (
+                f"HTTP/1.1 {status}\r\n{server_fields('keep-alive' if keep else 'close')}{fields}"
+                f"Content-Length: {len(body)}\r\nX-Request-Id: {request_id(environ)}\r\n\r\n"
+            )
+            conn.sock.sendall(head.encode() + body)  # `_finish` sends it
+        finally:
+            answer.close()
+        return keep
+
+    def handle_request(self, req: Any, conn: Connection) -> bool:
+        """gunicorn's own, but for its hooks and its access log."""
         answer = Answer(req, conn.sock, self.cfg, self._lets_go)
         if conn.length > self.max_body_size:
             answer.force_close()  # the rest of the body is still to come, or never will
@@ -317,13 +344,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.log.exception("error behind an answer")
             answer.force_close()
         conn.sock.flush()
+        if conn.known and answer.status_code == 200 and conn.persistent:
+            conn.known.direct = environ.get(DIRECT)
         return not answer.should_close()
 
     def _lets_go(self) -> bool:
         """Whether to close a kept connection: at the end, when too many are kept, and so that it
         comes back to a worker that holds fewer.
         """
-        full = len(self.keepalived_conns) >= self.max_keepalived
+        full = len(self._kept) >= self.max_keepalived
         if full or not self.alive or not self.cfg.keepalive:
             return True
         now = time.monotonic()
@@ -335,22 +364,41 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
         return keepalive  # no body is left on the socket
 
-    def finish_request(self, conn: Connection, fs: Any) -> None:
+    def _finish(self, conn: Connection, keep: bool) -> None:
+        """Send what is left of an answer, then keep the connection for the next request or close
+        it.
+        """
         conn.begin()
         self._release(conn)
         conn.sock.flush()
         if conn.sock.unsent:
+            self._ignore(conn)
             self._waiting[conn] = time.monotonic() + SEND_TIMEOUT
-            self.poller.register(conn.sock, selectors.EVENT_WRITE, partial(self._send, conn, fs))
-            return
-        pipelined = bytes(conn.received)
-        conn.received.clear()
-        super().finish_request(conn, fs)
-        if pipelined and self.keepalived_conns and self.keepalived_conns[-1] is conn:
-            self._await_request(conn)
-            self._received(conn, pipelined)
+            self._look_for(conn, selectors.EVENT_WRITE, partial(self._send, conn, keep))
+        elif not keep:
+            self._ignore(conn)
+            self.nr_conns -= 1
+            conn.close(graceful=True)
+        else:
+            if not conn.registered:
+                self._look_for(conn, selectors.EVENT_READ, partial(self._receive, conn))
+            self._kept[conn] = time.monotonic() + self.cfg.keepalive
+            if conn.received:
+                pipelined = bytes(conn.received)
+                conn.received.clear()
+                self._received(conn, pipelined)
 
-    def _send(self, conn: Connection, fs: Any, sock: Socket) -> None:
+    def _look_for(self, conn: Connection, event: int, call: Callable[[Socket], None]) -> None:
+        self.poller.register(conn.sock, event, call)
+        conn.registered = True
+
+    def _ignore(self, conn: Connection) -> None:
+        """Look no more for what a connection's client does."""
+        if conn.registered:
+            self.poller.unregister(conn.sock)
+            conn.registered = False
+
+    def _send(self, conn: Connection, keep: bool, sock: Socket) -> None:
         try:
             if sock.send_more():
                 self._waiting[conn] = time.monotonic() + SEND_TIMEOUT
@@ -359,11 +407,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             return
         if not sock.unsent:
             self._forget(conn)
-            self.finish_request(conn, fs)
+            self._finish(conn, keep)
 
     def _forget(self, conn: Connection) -> None:
-        del self._waiting[conn]
-        self.poller.unregister(conn.sock)
+        """The connection is nowhere from now on."""
+        self._waiting.pop(conn, None)
+        self._kept.pop(conn, None)
+        self._ignore(conn)
 
     def _release(self, conn: Connection) -> None:
         self._held -= conn.held
@@ -435,16 +485,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         event loop was busy.
         """
         now = time.monotonic()
-        spared = []
-        while self.keepalived_conns and (force or self.keepalived_conns[0].timeout <= now):
-            conn = self.keepalived_conns.popleft()
-            if conn.sock.peek() and not force:
-                spared.append(conn)
-                continue
-            self.poller.unregister(conn.sock)
-            self.nr_conns -= 1
-            conn.close()
-        self.keepalived_conns.extendleft(reversed(spared))
+        lingered = (
+            self._stopping_since is not None and now >= self._stopping_since + STOP_KEEPALIVE_LINGER
+        )
+        for conn, until in [*self._kept.items()] if force or lingered else self._expired(now):
+            if force or not conn.sock.peek():
+                self._drop(conn)
+
+    def _expired(self, now: float) -> list[tuple[Connection, float]]:
+        return [*itertools.takewhile(lambda kept: kept[1] <= now, self._kept.items())]
 
     def murder_pending(self) -> None:
         """Give up on clients that wait too long, or do not close, or are too many. Called once a

@@ -290,6 +290,75 @@ def test_a_connection_carries_many_requests(cramped: Server) -> None:
         assert client.silent()
 
 
+TRACED = ("X-Request-Id: {}", "X-Forwarded-For: 10.0.0.{}", "Traceparent: 00-{:032x}-{:016x}-01")
+
+
+def test_a_head_that_comes_again_is_answered_as_the_first_time(cramped: Server) -> None:
+    """From the second time on the application's routing is passed by, and nothing else."""
+    bodies = [BODY, b'{"texd": 1}', b'{"text": ""}', b'{"text": "hello", "dimensions": 999}', b"{"]
+    with Client(cramped) as client:
+
+        def answer(body: bytes, number: int) -> Answer:
+            fields = [each.format(number, number) for each in TRACED]
+            client.send(whole(body, *fields))
+            return client.answer()
+
+        by_flask = {body: answer(body, 0) for body in bodies[1:]}
+        vectors = [answer(BODY, number).vector for number in range(1, 4)]
+        assert vectors[0] == vectors[1] == vectors[2]
+        for number, body in enumerate(bodies[1:], 4):
+            again, first = answer(body, number), by_flask[body]
+            assert (again.status, again.body) == (first.status, first.body)
+            assert again.status == 400
+            assert again.headers["X-Request-Id"] == str(number)
+            different = {"Date", "X-Request-Id"}
+            assert {*again.headers} == {*first.headers}
+            for name in {*first.headers} - different:
+                assert again.headers[name] == first.headers[name], name
+        assert answer(BODY, 9).headers["X-Request-Id"] == "9"
+    assert "10.0.0." not in cramped.log  # behind no front end it is not the client's address
+
+
+def test_a_known_head_opens_no_other_door(cramped: Server) -> None:
+    """Another key, route, method or type is another head, however often a good one has come; so is
+    one that sends a field twice, and a body over the limit stays one.
+    """
+    good = whole()
+    twice = whole(BODY, "X-Request-Id: a", "X-Request-Id: b")
+    cases = [
+        (good.replace(KEY.encode(), b"wrong"), 401),
+        (good.replace(b"/embeddings", b"/nowhere"), 404),
+        (good.replace(b"POST", b"PUT"), 405),
+        (whole(BODY, "Content-Type: text/plain"), 415),
+        (twice, 200),
+        (twice, 200),
+        (head(f"Content-Length: {MAX_BODY + 1}"), 413),
+    ]
+    for sent, status in cases:
+        with Client(cramped, good + good) as client:
+            assert client.answer().vector and client.answer().vector
+            client.send(sent)
+            assert client.answer().status == status, sent
+    for value in ("é".encode(), b"\x01"):
+        with Client(cramped, good + good) as client:
+            assert client.answer().vector and client.answer().vector
+            field = b"X-Request-Id: " + value
+            client.send(good.replace(b"Host: test", b"Host: test\r\n" + field))
+            answer = client.answer()
+            assert answer.status in (200, 400)
+            assert value not in answer.headers.get("X-Request-Id", "").encode()
+
+
+def test_openais_errors_keep_their_form_when_the_head_is_known(cramped: Server) -> None:
+    def request(body: bytes) -> bytes:
+        return head(f"Content-Length: {len(body)}", path="/v1/embeddings") + body
+
+    with Client(cramped, request(b'{"input": "hello"}') * 2 + request(b'{"input": [1]}')) as client:
+        assert client.answer().status == client.answer().status == 200
+        error = json.loads(client.answer().body)["error"]
+        assert error["param"] == "input" and "token ids belong" in error["message"]
+
+
 def test_pipelined_requests_are_answered_in_order(cramped: Server) -> None:
     dimensions = [*range(1, 41), 384]
     bodies = [b'{"text": "hello", "dimensions": %d}' % number for number in dimensions]
@@ -458,7 +527,7 @@ def test_unfinished_bodies_take_bounded_memory(cramped: Server) -> None:
 
 
 def test_small_requests_arrive_while_large_ones_are_worked_on(cramped: Server) -> None:
-    work = batch(["word " * 50 + str(at) for at in range(30)])[:-1].ljust(MAX_BODY - 1000) + b"}"
+    work = batch(["word " * 120 + str(at) for at in range(60)])[:-1].ljust(MAX_BODY - 1000) + b"}"
     body_at = work.index(b"{")
     work = head(f"Content-Length: {len(work) - body_at}", path="/embeddings/batch") + work[body_at:]
     with contextlib.ExitStack() as stack:

@@ -199,7 +199,7 @@ def test_probes_are_answered_while_every_thread_is_busy(
 def test_a_request_waits_for_a_thread_only_so_long(models_dir: pathlib.Path, send: Send) -> None:
     limits = {"REQUEST_THREADS": "1", "INFERENCE_THREADS": "1", "MAX_QUEUE_SECONDS": "0.2"}
     with serve(models_dir, PRECISION="fp32", **limits) as server:
-        running = send(server, long_batch(20))
+        running = send(server, long_batch(80))
         late = send(server, b'{"text": "hello"}'.ljust(MAX_TASK_BODY + 1), "/embeddings")
         answer = late.answer()
         assert answer.status == 429
