@@ -34,7 +34,7 @@ LARGE_TEXT_BYTES = 65_536
 # A chunk border may move this far from an equal split, as a share of the chunk, to fall between
 # words.
 BORDER_SLACK = 0.25
-# A text of more characters than this for each token of the window will not fit it.
+# A text of more characters than this for each token of the window is not expected to fit it.
 SHORT_WORD = 8
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], np.uint32)
 

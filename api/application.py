@@ -14,7 +14,7 @@ current: ContextVar[dict[str, Any]] = ContextVar("current")
 # what answers the body of any request with the same head.
 INPUT_PATH = "embedder.input_path"
 DIRECT = "embedder.direct"
-LOADING = "embedder.loading"  # whether a model was still being loaded when the request came
+LOADING = "embedder.loading"  # whether the request's model was still to be loaded when it came
 Direct = Callable[[], bytes]
 
 

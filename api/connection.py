@@ -182,7 +182,7 @@ class Heads:
     """
 
     _FEW = 256  # of up to 2 KB, with what was made of them 2 MB at most
-    _SHORT = 2048
+    SHORT = 2048
 
     def __init__(self) -> None:
         self._known: dict[tuple[bytes, ...], KnownHead] = {}
@@ -207,7 +207,7 @@ class Heads:
         _, made = wsgi.create(request, conn.sock, conn.client, conn.server, cfg)
         made["wsgi.multithread"] = True
         del made["wsgi.early_hints"]
-        if conn.head_key and len(conn.head) <= self._SHORT:
+        if conn.head_key:
             if len(self._known) >= self._FEW:
                 self._known.clear()
             conn.known = self._known[conn.head_key] = KnownHead(request, made)
@@ -354,9 +354,11 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
                     raise RequestError(400, "validation", "Transfer-Encoding may only be chunked")
             if name in _VARYING:
                 self.varying[_VARYING[name]] = value.decode("latin-1")
-        # What of a value is not printable ASCII, or comes twice, gunicorn has to see.
-        if len(self.varying) == len(names) and all(
-            value.isascii() and value.isprintable() for value in self.varying.values()
+        # What is long, not printable ASCII, or comes twice, gunicorn has to see.
+        if (
+            len(self.head) <= Heads.SHORT
+            and len(self.varying) == len(names)
+            and all(value.isascii() and value.isprintable() for value in self.varying.values())
         ):
             del parts[2::3]
             self.head_key = (self.client[0].encode(), *parts)

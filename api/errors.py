@@ -113,7 +113,7 @@ def respond(
 def _embedder_error(error: errors.EmbedderError) -> Response:
     if isinstance(error, errors.DeadlineExceeded) and request.environ.get(LOADING):
         # Its time went by while it waited for the model: that is worth another try.
-        error = errors.ModelNotReady("the models were still loading when this request came")
+        error = errors.ModelNotReady("the model was still loading when this request came")
     status, error_type, headers = next(
         answer for kind, answer in _ANSWERS.items() if isinstance(error, kind)
     )

@@ -77,7 +77,7 @@ class Service:
 
     def _wait(self, model: str | None, input_path: str) -> tuple[Embedders, Waiting]:
         environ = current.get()
-        environ[INPUT_PATH], environ[LOADING] = input_path, not self.models.ready
+        environ[INPUT_PATH], environ[LOADING] = input_path, not self.models.loaded(model)
         now = time.monotonic()
         deadline, look = now + self._timeout, now + GONE_AFTER
         sock: Socket | None = environ.get("gunicorn.socket")

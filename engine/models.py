@@ -77,6 +77,13 @@ class Models(Generic[T]):
         """Whether every model is loaded, and warm."""
         return len(self._loaded) == len(self.bundles) and not self.warming
 
+    def loaded(self, name: str | None) -> bool:
+        """Whether `get` would return at once.
+
+        Raises: ModelNotFound.
+        """
+        return self.bundle(name).manifest.name in self._loaded
+
     def bundle(self, name: str | None = None) -> Bundle:
         """The bundle of a model by name, source or alias; of the default model for None.
 

@@ -6,6 +6,7 @@ import pytest
 from flask import Flask
 
 from api import errors as api_errors
+from api.application import LOADING
 from api.errors import RequestError
 from engine import errors
 
@@ -59,6 +60,13 @@ def test_every_error_in_both_forms(failing: Any, number: int) -> None:
         assert answer.headers.get("x-should-retry") == ("false" if status in (501, 504) else None)
         retry = {429: "7", 503: "1"}.get(status)
         assert answer.headers.get("Retry-After") == retry
+
+
+def test_time_that_went_by_while_the_model_was_loading_is_worth_another_try(failing: Any) -> None:
+    number = [type(case[0]) for case in CASES].index(errors.DeadlineExceeded)
+    answer = failing.get(f"/{number}", environ_overrides={LOADING: True})
+    assert (answer.status_code, answer.json["error_type"]) == (503, "not_ready")
+    assert answer.headers["Retry-After"] == "1" and "x-should-retry" not in answer.headers
 
 
 def test_the_unexpected_leaks_nothing(failing: Any) -> None:

@@ -339,6 +339,10 @@ def test_a_known_head_opens_no_other_door(cramped: Server) -> None:
             assert client.answer().vector and client.answer().vector
             client.send(sent)
             assert client.answer().status == status, sent
+    with Client(cramped, whole(BODY, "X-Forwarded-For: 10.0.0.1") * 2) as client:
+        assert client.answer().vector and client.answer().vector
+        client.send(whole(BODY, "X-Forwarded-For: " + "1" * 9000))
+        assert client.answer(body=False).status == 431  # gunicorn's limit of a field
     for value in ("é".encode(), b"\x01"):
         with Client(cramped, good + good) as client:
             assert client.answer().vector and client.answer().vector
