@@ -361,7 +361,8 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
             and all(value.isascii() and value.isprintable() for value in self.varying.values())
         ):
             del parts[2::3]
-            self.head_key = (self.client[0].encode(), *parts)
+            address = self.client[0] if isinstance(self.client, tuple) else ""  # a Unix socket
+            self.head_key = (address.encode(), *parts)
         if (
             continues
             and self.head.partition(b"\r\n")[0].endswith(b"HTTP/1.1")

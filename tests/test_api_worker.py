@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from api.worker import CLOSE_TIMEOUT, RECEIVE_TIMEOUT, SEND_TIMEOUT
-from servers import KEY, Server, serve
+from servers import KEY, Server, serve, wait_ready
 
 THREADS = 4
 MAX_BODY = 100_000
@@ -761,3 +761,35 @@ def test_sigterm_answers_what_was_accepted_and_ends_in_time(models_dir: pathlib.
             assert server.process.wait(10) == 0
             assert time.monotonic() - started < 10
         assert "Traceback" not in server.log
+
+
+def test_the_requests_a_worker_begins_with_do_not_count_for_max_requests(
+    models_dir: pathlib.Path,
+) -> None:
+    with serve(models_dir, wait=False, GUNICORN_CMD_ARGS="--max-requests 100") as server:
+        asked, kept, ready = 0, "keep-alive", False
+        while kept == "keep-alive":
+            time.sleep(0.0 if ready else 0.05)
+            with contextlib.suppress(httpx.ConnectError):
+                answer = server.client.get("/health/ready")
+                asked, kept = asked + 1, answer.headers["Connection"]
+                ready = answer.status_code == 200
+        assert ready and asked == 100
+        assert "starting anew" in server.log
+
+
+def test_a_unix_socket_is_served_as_well(models_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "socket")
+    with (
+        serve(models_dir, wait=False, GUNICORN_CMD_ARGS=f"--bind unix:{path}") as server,
+        httpx.Client(transport=httpx.HTTPTransport(uds=path), headers={"X-API-Key": KEY}) as client,
+    ):
+        server.client.close()
+        server.client = client
+        client.base_url = httpx.URL("http://localhost")
+        while server.process.poll() is None and "Listening" not in server.log:
+            time.sleep(0.02)
+        wait_ready(server)
+        first, again = (client.post("/embeddings", json={"text": "hello"}) for _ in range(2))
+        assert first.status_code == again.status_code == 200
+        assert first.json() == again.json()
