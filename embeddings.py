@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -107,9 +107,10 @@ class TextEngine(Engine, Protocol):
 
 
 class Words:
-    """The token ids of words met before, for tokenizers of BERT's kind: they find those of a word
-    without looking at its neighbours, and a look-up takes a tenth of the time. Only for texts of
-    printable ASCII, in which it is plain what a word is. Safe to call from any number of threads.
+    """The token ids of words met before and of those in the vocabulary, for tokenizers of BERT's
+    kind: they find those of a word without looking at its neighbours, and a look-up takes a tenth
+    of the time, of words that have not been met less than half. Only for texts of printable ASCII,
+    in which it is plain what a word is. Safe to call from any number of threads.
     """
 
     _MANY = 16_384  # with their ids some 3 MB
@@ -124,6 +125,8 @@ class Words:
             case(token.content[:1]) for token in added for case in (str.lower, str.upper)
         }
         self._known: dict[str, list[int]] = {}
+        self._token = tokenizer.token_to_id
+        self._longest = getattr(tokenizer.model, "max_input_chars_per_word", 0)
         self.usable = (
             isinstance(normalizer, BertNormalizer)
             and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
@@ -140,22 +143,38 @@ class Words:
         return self._WORD.findall(text.lower() if self._lowercase else text)
 
     def ids(self, words: Sequence[str]) -> list[int] | None:
-        """The token ids of words one after the other; None when one is not known."""
+        """The token ids of words one after the other; None when one is neither known nor a token of
+        the vocabulary, which WordPiece prefers to any parts of it.
+        """
         known = self._known
         try:
             return [id for word in words for id in known[word]]
         except KeyError:
-            return None
+            pass
+        found: list[int] = []
+        for word in words:
+            ids = known.get(word)
+            if ids is None:
+                token = self._token(word) if len(word) <= self._longest else None
+                if token is None:
+                    return None
+                ids = [token]
+                self._keep([word], [ids])
+            found += ids
+        return found
 
     def learn(self, words: Sequence[str], encoding: Encoding) -> None:
         """Keep what the tokenizer made of a text's words, where it finds as many."""
         if not encoding.ids or encoding.word_ids[-1] != len(words) - 1:
             return
-        if len(self._known) + len(words) > self._MANY:
-            self._known.clear()
         ids: list[list[int]] = [[] for _ in words]
         for word, id in zip(encoding.word_ids, encoding.ids):
             ids[word or 0].append(id)
+        self._keep(words, ids)
+
+    def _keep(self, words: Sequence[str], ids: Iterable[list[int]]) -> None:
+        if len(self._known) + len(words) > self._MANY:
+            self._known.clear()
         self._known.update(zip(words, ids))
 
 

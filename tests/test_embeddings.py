@@ -401,19 +401,36 @@ def test_words_met_before_have_the_tokenizers_own_ids(tokenizer: Tokenizer, text
         ids = learnt(known, tokenizer, each)
         if ids is not None:
             assert ids == tokenizer.encode(each, add_special_tokens=False).ids
+    # What needs no teaching is in the vocabulary.
+    words = Words(tokenizer).split(text)
+    ids = Words(tokenizer).ids(words) if words else None
+    if ids is not None:
+        assert ids == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_words_of_the_vocabulary_need_not_be_met_before(tokenizer: Tokenizer) -> None:
+    known = Words(tokenizer)
+    (ends,) = tokenizer.encode("embeddings", add_special_tokens=False).ids[1:2]
+    assert known.ids(["the", "river", "'"]) == tokenizer.encode("the river '").ids[1:-1]
+    assert known.ids(["river", "embeddings"]) is None  # it is several tokens
+    assert known.ids([tokenizer.id_to_token(ends)[2:]]) != [ends]  # what ends a word begins none
+    long = "a" * 101
+    tokenizer = Tokenizer.from_str(tokenizer.to_str().replace('"river":', f'"{long}":'))
+    assert Words(tokenizer).ids([long]) is None  # too long a word, even if it were a token
+    assert tokenizer.encode(long).tokens[1:-1] == ["[UNK]"]
 
 
 def test_a_text_of_words_met_before_is_not_tokenised_again(
     models_dir: pathlib.Path, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedder = embedder_for(read(models_dir / NAME), batcher)
-    first = embedder.chunk(["the river runs", "a mountain"])
+    first = embedder.chunk(["the riverbeds run", "a mountain"])
     monkeypatch.setattr(TextEmbedder, "_encode", None)
-    (again,), (mixed,) = embedder.chunk(["The river runs", "a River, "[:-2]])
+    (again,), (mixed,) = embedder.chunk(["The riverbeds run", "a River, "[:-2]])
     assert again.token_ids.tolist() == first[0][0].token_ids.tolist()
     assert (mixed.start, mixed.end, mixed.tokens) == (0, 7, 4)
     with pytest.raises(TypeError):
-        embedder.chunk(["the sea"])
+        embedder.chunk(["the seabeds"])
 
 
 @pytest.mark.parametrize("text", ["[SEP] in a text", "caf\u00e9", "two\nlines", "\x00"])
@@ -435,9 +452,10 @@ def test_other_tokenizers_words_are_left_to_them(tokenizer: Tokenizer) -> None:
 def test_the_words_kept_are_few(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Words, "_MANY", 3)
     known = Words(tokenizer)
-    assert learnt(known, tokenizer, "a b")
-    assert learnt(known, tokenizer, "c d")
-    assert known.ids(["a"]) is None and known.ids(["c"])
+    assert learnt(known, tokenizer, "embeddings riverbeds")
+    assert learnt(known, tokenizer, "quaternion seabeds")
+    assert known.ids(["embeddings"]) is None and known.ids(["quaternion"])
+    assert known.ids(["a", "b"]) and known.ids(["quaternion"]) is None
 
 
 # -- what is not computed twice
