@@ -122,7 +122,7 @@ class NativeTextEngine:
         )
         self._weights, self._kept = self._load(bundle, encoder)
         self._local = threading.local()
-        self._crew: Bytes | None = None
+        self._crew = self._start_helpers()
         self._crew_free = threading.Lock()
 
     def _load(self, bundle: Bundle, encoder: Encoder) -> tuple[_Weights, list[object]]:
@@ -184,13 +184,17 @@ class NativeTextEngine:
         return _Weights(*tables, norm("embeddings"), ctypes.addressof(layers)), kept
 
     def widen(self) -> None:
-        """Make calls that are alone run on all cores, which takes a short text about half the
-        time. Not part of the start.
+        """Its helpers are there from the start."""
+
+    def _start_helpers(self) -> Bytes | None:
+        """Calls that are alone run on all cores, which takes a short text about half the time.
+
+        Returns: what they are called by; None where there is one core.
         """
         helpers = self.streams - 1
-        if helpers < 1 or self._crew is not None:
-            return
-        self._crew = crew = _aligned(_CREW)
+        if helpers < 1:
+            return None
+        crew = _aligned(_CREW)
         size, library = self._memory(0, self._max_tokens, helper=True), self._library
         # Not joined: what collects the garbage may hold a lock that ending a thread takes.
         weakref.finalize(self, lambda: library.encoder_dismiss(_pointer(crew)))
@@ -201,6 +205,7 @@ class NativeTextEngine:
 
         for number in range(helpers):
             threading.Thread(target=help_out, name=f"helper-{number}", daemon=True).start()
+        return crew
 
     def run(self, inputs: Sequence[Int64], *, alone: bool = False) -> Float32:
         """Embed a batch of token id arrays, each of shape (length,), special tokens included.

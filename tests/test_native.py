@@ -193,12 +193,11 @@ def test_texts_of_every_length_alone_and_in_company(
 def test_a_call_on_all_cores_gives_the_same_and_its_helpers_end(bundle: Bundle) -> None:
     if not native.available():
         pytest.skip("not on this CPU")
+    before = set(threading.enumerate())  # other engines may have some
     engine = NativeTextEngine(bundle, "int8", streams=3)
+    engine.widen()
     inputs = [ids(length) for length in (1, 12, 100, 512)]
     expected = [engine.run([one]) for one in inputs]
-    before = set(threading.enumerate())  # other engines may have some
-    engine.widen()
-    engine.widen()
     helpers = set(threading.enumerate()) - before
     assert len(helpers) == 2
     with ThreadPoolExecutor(4) as pool:  # one of them has the helpers, the others have not
