@@ -12,9 +12,11 @@ from api.application import current
 from api.logs import RequestLog, request_id
 from api.metrics import PROBES, Metrics
 
+OWN = "warm-up"  # REMOTE_ADDR of the requests with which api/worker.py begins
+
 
 class Watch:
-    """WSGI middleware."""
+    """WSGI middleware. Requests of the service's own pass it unseen."""
 
     def __init__(self, app: WSGIApplication, metrics: Metrics, log: RequestLog) -> None:
         self.metrics = metrics
@@ -44,13 +46,16 @@ class Watch:
         what is returned is to be closed, with the answer's status and size.
         """
         current.set(environ)
-        self.metrics.begin()
+        if environ.get("REMOTE_ADDR") != OWN:
+            self.metrics.begin()
         return Answered(self, environ)
 
     def ended(self, answer: "Answered") -> None:
         """An answer has been sent, or given up."""
         current.set({})  # else a thread would keep the last body that it had
         environ = answer.environ
+        if environ.get("REMOTE_ADDR") == OWN:
+            return
         seconds = time.perf_counter() - answer.arrived
         path: str = environ["PATH_INFO"]
         self.metrics.end(path, answer.status, seconds)
@@ -75,6 +80,8 @@ class Watch:
             why: for the log, in a word.
             reason: one of `metrics.REASONS`, where the status does not tell.
         """
+        if environ.get("REMOTE_ADDR") == OWN:
+            return
         self.metrics.refused(environ.get("PATH_INFO", ""), status, reason)
         self._log.write(environ, status, size, None, why=why)
 

@@ -12,12 +12,13 @@ of gunicorn's pool. That has a queue without end, in which a request waits unsee
 bounded in length and time, and beyond that a request is answered 429 without a thread.
 """
 
+import contextlib
 import itertools
 import resource
 import selectors
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -33,7 +34,7 @@ from api.errors import RequestError, respond
 from api.logs import request_id
 from api.spread import Spread
 from api.tasks import Loop
-from api.watch import Watch
+from api.watch import OWN, Watch
 from engine.batching import Batcher
 
 RECEIVE_TIMEOUT = 3  # seconds without a byte after which a half-sent request is given up
@@ -111,9 +112,36 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._loop = Loop(self.tpool)
         self._looked_for_overdue = time.monotonic()
         self.poller.register(self._loop, selectors.EVENT_READ, Loop.resume)
-        self._loop.run(self.wsgi.extensions["warm_up"], lambda _: None)
+        self._warm_up(self.wsgi.extensions["warm_up"]())
         super().run()
         self.wsgi.extensions["leaving"].set()
+
+    def _warm_up(self, requests: Generator[bytes]) -> None:
+        """Have requests of our own answered, one after the other, on a connection of our own: all
+        of the way that a client's take.
+        """
+        ours, own = socket.socketpair()
+        own.setblocking(False)
+        conn = self._take(ours, (OWN, 0), self.sockets[0].getsockname())
+
+        def go_on(own: socket.socket) -> None:
+            answer = b""
+            with contextlib.suppress(OSError):
+                answer = own.recv(_PIECE)
+            well = answer.startswith(b"HTTP/1.1 200 ") and conn in self._kept
+            request = next(requests, None) if well else None
+            if request:
+                self.nr -= 1  # gunicorn's max_requests counts those of clients
+                own.send(request)
+                return
+            requests.close()
+            self._heads = Heads()
+            self.poller.unregister(own)
+            own.close()
+
+        self.poller.register(own, selectors.EVENT_READ, go_on)
+        self.nr -= 1
+        own.send(next(requests))
 
     def set_accept_enabled(self, enabled: bool) -> None:
         if enabled and (not self.alive or time.monotonic() < self._yield_until):
@@ -173,15 +201,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             accepted, client = listener.accept()
         except OSError:
             return False  # another was faster, or the client has gone, or no file can be opened
+        self._take(accepted, client, listener.getsockname())
+        return True
+
+    def _take(self, accepted: socket.socket, client: Any, server: Any) -> Connection:
+        """Look after a connection from now on."""
         self.nr_conns += 1
-        conn = Connection(
-            self.cfg, Socket(accepted), client, listener.getsockname(), self.close_later
-        )
+        conn = Connection(self.cfg, Socket(accepted), client, server, self.close_later)
         # Front ends open connections ahead of need: until its first byte a new one counts as kept
         # alive.
         self._waiting[conn] = time.monotonic() + self.cfg.keepalive
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._receive, conn))
-        return True
+        return conn
 
     def _receive(self, conn: Connection, sock: Socket) -> None:
         if conn not in self._waiting and conn not in self._kept:
