@@ -47,6 +47,8 @@ Made = tuple[Any, Any]  # tokenizer, transformers model
 def trained(kind: Any, specials: list[str], template: str | None = None, **options: Any) -> Any:
     """A tokenizer of class `kind` whose vocabulary is learnt from CORPUS."""
     backend = kind().backend_tokenizer
+    if isinstance(backend.model, models.WordPiece):
+        return kind(vocab=pieces(backend, specials), **options)
     trainer = backend.model.get_trainer()
     trainer.vocab_size, trainer.special_tokens = 700, specials
     trainer.show_progress = False
@@ -74,6 +76,23 @@ def trained(kind: Any, specials: list[str], template: str | None = None, **optio
             ],
         )
     return tokenizer
+
+
+def pieces(backend: Tokenizer, specials: list[str]) -> dict[str, int]:
+    """A vocabulary for WordPiece: CORPUS's words in parts of four characters, and each character.
+
+    WordPiece's trainer makes another one each time, as it takes what is as frequent in any order;
+    and the same weights with another vocabulary are another model.
+    """
+    found = set()
+    for text in CORPUS:
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(
+            backend.normalizer.normalize_str(text)
+        ):
+            for size in (1, 4):
+                parts = [word[at : at + size] for at in range(0, len(word), size)]
+                found |= {parts[0], *(f"##{part}" for part in parts[1:])}
+    return {token: number for number, token in enumerate([*specials, *sorted(found)])}
 
 
 def byte_level(**tokens: str) -> Any:
