@@ -51,6 +51,7 @@ IMAGE_ROUTES = "/embeddings/image"
 STOP_COMPUTING = 6.5
 STOP_WAITING = 8.0  # seconds after SIGTERM when 503 answers even what a thread still works on
 YIELD, YIELD_MEMORY = 0.002, 0.010  # seconds a connection is left for a worker that holds fewer
+LOOK_FOR_OVERDUE = 0.1  # seconds between two looks for what has waited too long
 LET_GO = 0.1  # seconds between two kept connections that are sent to another worker
 LIMIT_REQUEST_FIELDS, LIMIT_REQUEST_FIELD_SIZE = 64, 8190
 _PIECE = 65_536
@@ -169,15 +170,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         now = time.monotonic()
         if now < self._yield_until:
             timeout = self._yield_until - now
-        elif self._stopping_since is not None:
-            timeout = min(timeout, 0.1)
+        elif self._stopping_since is not None or self._loop.waiting:
+            timeout = min(timeout, LOOK_FOR_OVERDUE)
         events = self.poller.select(timeout)
         # What the requests of one turn want computed goes to the engine together.
         self._batcher.hold()
         for key, _ in events:
             key.data(key.fileobj)
         now = time.monotonic()
-        if now > self._looked_for_overdue + 1:
+        if now > self._looked_for_overdue + LOOK_FOR_OVERDUE:
             self._looked_for_overdue = now
             self._loop.give_up()
         self._loop.finish()
