@@ -6,7 +6,6 @@ the event loop, and goes on when the loop comes round to it.
 """
 
 import collections
-import contextlib
 import os
 import threading
 import time
@@ -47,6 +46,7 @@ class Loop:
         """`executor` is where tasks send what must not hold up the loop."""
         self.executor = executor
         self.hub = getcurrent()
+        self._thread = threading.get_ident()
         self.waiting: dict[Event, float] = {}  # with the time at which each gives up
         self.idle: list[Task] = []
         self._ready: collections.deque[Event] = collections.deque()
@@ -55,13 +55,18 @@ class Loop:
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def fileno(self) -> int:
-        """Readable when `resume` has something to do."""
+        """Readable when another thread has made an event happen."""
         return self._read_fd
+
+    def heard(self) -> None:
+        """Make it readable no more; `go_on` has to come next."""
+        os.read(self._read_fd, 16)
+        self._woken = False
 
     def wake(self, event: "Event") -> None:
         """Let the task that waits for `event` go on. May be called from any thread."""
         self._ready.append(event)
-        if not self._woken:
+        if not self._woken and threading.get_ident() != self._thread:
             self._woken = True
             os.write(self._write_fd, b"\0")
 
@@ -69,7 +74,7 @@ class Loop:
         """Run a call as a task until it ends or waits; not to be called from a task.
 
         Args:
-            then: what `finish` does with the call's result.
+            then: what `go_on` does with the call's result.
         """
         if not self.idle:
             Task(self).switch()
@@ -79,22 +84,17 @@ class Loop:
         """A task's call has ended."""
         self._ended.append((then, result))
 
-    def finish(self) -> None:
-        """Do what was to be done with the results of tasks that have ended."""
-        while self._ended:
-            then, result = self._ended.popleft()
-            then(result)
-
-    def resume(self) -> None:
-        """Let tasks go on whose events have happened."""
-        # Whatever `_woken` says: of two threads that wake it at once, one may write too late.
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._read_fd, 16)
-        self._woken = False  # before the queue is looked at: what comes now wakes it again
+    def go_on(self) -> None:
+        """Let tasks go on whose events have happened, and do what was to be done with the results
+        of those that have ended. Once a turn of the loop at least.
+        """
         while self._ready:
             event = self._ready.popleft()
             if self.waiting.pop(event, None) is not None:
                 event.task.switch()
+        while self._ended:
+            then, result = self._ended.popleft()
+            then(result)
 
     def give_up(self) -> None:
         """Let tasks go on that have waited for too long."""

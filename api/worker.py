@@ -112,7 +112,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._batcher: Batcher = self.wsgi.extensions["batcher"]
         self._loop = Loop(self.tpool)
         self._looked_for_overdue = time.monotonic()
-        self.poller.register(self._loop, selectors.EVENT_READ, Loop.resume)
+        self.poller.register(self._loop, selectors.EVENT_READ, Loop.heard)
+        self._batcher.take_over()
+        self.poller.register(self._batcher, selectors.EVENT_READ, Batcher.collect)
         self._warm_up(self.wsgi.extensions["warm_up"]())
         super().run()
         self.wsgi.extensions["leaving"].set()
@@ -167,6 +169,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         return bool(self.alive)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        self._loop.go_on()  # with what the last turn has computed
         now = time.monotonic()
         if now < self._yield_until:
             timeout = self._yield_until - now
@@ -181,8 +184,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if now > self._looked_for_overdue + LOOK_FOR_OVERDUE:
             self._looked_for_overdue = now
             self._loop.give_up()
-        self._loop.finish()
-        self._batcher.release()
+        self._loop.go_on()
+        self._batcher.release(self.cfg.threads - self._free_threads)
 
     def accept(self, listener: socket.socket) -> None:
         """Take a connection, or leave it to a worker that holds fewer. What nobody has taken after

@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import main
 import settings as configuration
@@ -46,17 +47,17 @@ def default_bundle(options: Settings) -> Bundle:
 
 
 class CountingBatcher(Batcher):
-    """The service's Batcher; it also sums up what it handed out."""
+    """The service's Batcher; it also sums up what engines have computed."""
 
-    tokens = padded_tokens = 0
+    def __init__(self, **limits: Any) -> None:
+        super().__init__(**limits)
+        self.tokens = self.padded_tokens = 0
+        self.observe = self._count
 
-    def next_batch(self) -> Batch | None:
-        batch = super().next_batch()
-        if batch:
-            with self._lock:
-                self.tokens += batch.tokens
-                self.padded_tokens += batch.padded_tokens
-        return batch
+    def _count(self, batch: Batch, seconds: float, failed: bool) -> None:
+        with self._lock:
+            self.tokens += batch.tokens
+            self.padded_tokens += batch.padded_tokens
 
 
 def batcher(options: Settings) -> CountingBatcher:

@@ -1,6 +1,8 @@
 """What many requests want at once, turned into few full engine calls, fairly: one queue, two verbs.
 
-Requests `submit` and wait; inference threads loop over `next_batch` and run what it gives them.
+Requests `submit` and wait; inference threads loop over `next_batch` and run what it gives them. An
+engine may have threads of its own: these get their texts before they need them, and `collect` takes
+what they have made.
 Nothing sleeps and nothing waits for a batch to fill: a free thread takes what is there. An event
 loop that hands in the requests of one turn brackets it with `hold` and `release`, so that they go
 to the engine together.
@@ -16,14 +18,16 @@ padding it adds may cost CALL_OVERHEAD_TOKENS at most.
 """
 
 import bisect
+import contextlib
+import itertools
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +85,39 @@ class Engine(Protocol):
     def run(self, inputs: Sequence[Array], *, alone: bool = False) -> Float32: ...
 
 
+class Threads(Protocol):
+    """An engine's own threads. They make their calls of what they were given, when they are free to
+    begin one.
+    """
+
+    def takes(self, tokens: int) -> bool:
+        """Whether an input of so many tokens should be given now."""
+
+    def give(
+        self, ticket: int, ids: Array, vectors: Float32, row: int, tag: float, alone: bool
+    ) -> None:
+        """Queue an input, by its tag; its vector goes to `vectors[row]`. Raises: whatever says that
+        it can't be computed.
+        """
+
+    def go(self) -> None:
+        """What was given may be begun."""
+
+    def ended(self) -> list[tuple[list[int], float]]:
+        """Calls that have ended: their tickets and seconds, less than 0 if the call failed."""
+
+    def close(self) -> None:
+        """End them."""
+
+
+@runtime_checkable
+class HasThreads(Protocol):
+    """An engine that has them."""
+
+    def start(self, wake: int, *, max_batch_size: int, max_batch_tokens: int) -> Threads:
+        """Start threads that write to an eventfd, `wake`, when calls have ended."""
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """One request's work: its inputs in ascending order of cost, and where their vectors go."""
@@ -94,6 +131,7 @@ class Job:
     done: Event
     submitted: float = 0.0  # on the batcher's clock, as `deadline`
     gone: Callable[[], bool] | None = None
+    threads: Threads | None = None  # the engine's own
     began: float = 0.0  # on the clock of shares
     free: int = 0  # how many tokens may be served before they count
     served: int = 0  # tokens, taken for an engine call
@@ -165,8 +203,9 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
         event: Callable[[], Event] = threading.Event,
     ) -> None:
-        """`threads` is how many threads will call `next_batch`; `start` makes them, a test may call
-        it itself. `event` makes what a request waits for.
+        """`threads` is how many threads will call `next_batch`, and another, until `take_over`,
+        `collect`; `start` makes them, a test may call both itself. `event` makes what a request
+        waits for.
         """
         self.max_queue_seconds = max_queue_seconds
         self.max_batch_size = max_batch_size
@@ -182,6 +221,13 @@ class Batcher:
         self._waiting_tokens = 0
         self._share_clock = 0.0
         self._started: list[threading.Thread] = []
+        # Engines and their own threads, if they have any; what these have, by their tickets.
+        self._own: dict[Engine, Threads | None] = {}
+        self._tickets = itertools.count()
+        self._given: dict[int, tuple[Job, int, Array]] = {}
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)  # never closed: these threads write to it
+        self._collector: list[threading.Thread] = []
+        self._taken_over = False
         self._closed = self._held = self._refusing = False
         self._running = self._running_tokens = 0  # engine calls, and tokens in them
         # Requests being served, and the most of them lately: 1 means that one client calls alone.
@@ -235,8 +281,8 @@ class Batcher:
             costs: tokens of each input, in the same order; a picture states its cost in the same
                 unit.
             deadline: on this batcher's clock (`time.monotonic` unless told otherwise).
-            gone: whether nobody waits for the vectors any more; asked, from an inference thread and
-                quick to answer, before every engine call that finds inputs of this request waiting.
+            gone: whether nobody waits for the vectors any more; asked, from any thread and quick to
+                answer, before every engine call that finds inputs of this request waiting.
 
         Returns: float32 of shape (len(inputs), engine.dimensions), in the order of `inputs`.
         Raises: QueueFull at once; DeadlineExceeded; CallerGone; ShuttingDown; EngineFailed when a
@@ -268,6 +314,9 @@ class Batcher:
                     f"the limit is {limit} (MAX_QUEUE_TOKENS, MAX_QUEUE_SECONDS)",
                     self._seconds_to_serve(self._waiting_tokens),
                 )
+            if engine not in self._own:
+                self._own[engine] = self._start_own(engine)
+            job.threads = self._own[engine]
             self._in_system += 1
             self._lately = max(self._in_system, self._lately * 0.9)
             job.began, job.free = self._share_clock, self.max_batch_tokens
@@ -293,14 +342,18 @@ class Batcher:
         """Wake no inference thread until `release`: several requests are on their way."""
         self._held = True
 
-    def release(self) -> None:
+    def release(self, company: int = 0) -> None:
         """End `hold`. A short input that is all there is to do is computed in the calling thread:
         to wake another takes longer than it saves.
+
+        Args:
+            company: requests that others are at work on, which may not have come here yet.
         """
         self._held = False
         if not self._jobs:
             return
         with self._lock:
+            self._lately = max(self._lately, 1.0 + company)
             if not (
                 self._running == 0
                 and self._lately < 1.5
@@ -310,12 +363,15 @@ class Batcher:
             ):
                 self._announce()
                 return
-            batch = self._take_batch()
+            batch = self._take_batch(self._jobs[0])
         self._run(batch)
 
     def _announce(self) -> None:
         """Wake as many inference threads as there is work for."""
-        share = self._jobs[0].engine.share if self._jobs else 1
+        self._give()
+        if not any(job.threads is None for job in self._jobs):
+            return
+        share = self._jobs[0].engine.share
         for _ in range(min(len(self._idle), max(1, self._waiting_tokens // share))):
             self._idle.pop().release()
 
@@ -328,23 +384,26 @@ class Batcher:
         """
         with self._lock:
             while True:
-                now = self._now()
-                for job in [job for job in self._jobs if job.deadline <= now]:
-                    self._end(
-                        job,
-                        DeadlineExceeded(
-                            "the request waited longer than REQUEST_TIMEOUT for the engine"
-                        ),
-                    )
-                for job in [job for job in self._jobs if job.gone and job.gone()]:
-                    log.debug("a caller has gone: %d tokens are left out", sum(job.costs))
-                    self.callers_gone += 1
-                    self._end(job, CallerGone("the client closed before its answer was there"))
-                if self._jobs:
-                    return self._take_batch()
+                self._leave_out()
+                jobs = [job for job in self._jobs if job.threads is None]
+                if jobs:
+                    return self._take_batch(min(jobs, key=_tag))
                 if self._closed:
                     return None
                 self._wait()
+
+    def _leave_out(self) -> None:
+        """End what nobody waits for any more."""
+        now = self._now()
+        for job in [job for job in self._jobs if job.deadline <= now]:
+            self._end(
+                job,
+                DeadlineExceeded("the request waited longer than REQUEST_TIMEOUT for the engine"),
+            )
+        for job in [job for job in self._jobs if job.gone and job.gone()]:
+            log.debug("a caller has gone: %d tokens are left out", sum(job.costs))
+            self.callers_gone += 1
+            self._end(job, CallerGone("the client closed before its answer was there"))
 
     def _wait(self) -> None:
         """Let go of the lock until there may be work."""
@@ -355,9 +414,9 @@ class Batcher:
         woken.acquire()
         self._lock.acquire()
 
-    def _take_batch(self) -> Batch:
-        self._jobs.sort(key=lambda job: job.tag)
-        lead = self._jobs[0]
+    def _take_batch(self, lead: Job) -> Batch:
+        """The next engine call, which `lead` leads."""
+        self._jobs.sort(key=_tag)
         longest = lead.costs[-1]
         entries, tokens, padded = [lead.take(len(lead.costs) - 1)], longest, longest
         # A part for each thread, and one that is left for whoever is free next: callers send their
@@ -367,7 +426,7 @@ class Batcher:
         parts = self.threads + 1 if self.threads > 1 else 1
         share = max(lead.engine.share, -(-in_hand // parts))
         active = len(self._jobs)
-        for job in self._jobs:
+        for job in (lead, *self._jobs):
             if job.engine is not lead.engine:
                 continue
             while job.costs and len(entries) < self.max_batch_size:
@@ -398,8 +457,17 @@ class Batcher:
         """Hand a call's vectors, shape (len(batch.entries), dimensions), to their requests; None
         means it failed.
         """
+        if vectors is not None:
+            for number, (job, row, _) in enumerate(batch.entries):
+                job.vectors[row] = vectors[number]
+        self._finished(batch, 1, seconds, failed=vectors is None)
+
+    def _finished(self, batch: Batch, running: int, seconds: float, *, failed: bool) -> None:
+        """A call's vectors are where they belong, or there are none. `running` is what it counted
+        for in `_running`.
+        """
         with self._lock:
-            self._running -= 1
+            self._running -= running
             self._running_tokens -= batch.tokens
             self._call_speed.add(batch.tokens, seconds)
             self._best_speed = max(self._best_speed, batch.tokens / max(seconds, 1e-6))
@@ -408,17 +476,97 @@ class Batcher:
                 if self._counted is not None:
                     self._queue_speed.add(batch.tokens, now - self._counted)
                 self._counted = now
-            for number, (job, row, _) in enumerate(batch.entries):
+            for job, _, _ in batch.entries:
                 job.running -= 1
-                if vectors is None:
+                if failed:
                     self._end(
                         job, EngineFailed("the engine failed on the batch that held this input")
                     )
-                    continue
-                job.vectors[row] = vectors[number]
-                if not job.running and not job.costs:
+                elif not job.running and not job.costs:
                     job.done.set()
-        self.observe(batch, seconds, vectors is None)
+        self.observe(batch, seconds, failed)
+
+    # -- engines with threads of their own
+    # ---------------------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Readable when `collect` has something to do."""
+        return self._wake
+
+    def collect(self) -> None:
+        """Hand the vectors that have been made to their requests, and to the threads what waits.
+        Waits until there is something to do; to be called by one thread only.
+        """
+        os.eventfd_read(self._wake)
+        for engine, threads in list(self._own.items()):
+            for tickets, seconds in threads.ended() if threads else ():
+                entries = [self._given.pop(ticket) for ticket in tickets]
+                tokens = sum(len(ids) for _, _, ids in entries)
+                batch = Batch(engine, entries, tokens, tokens, alone=False)
+                if seconds < 0:
+                    log.error(
+                        "%s engine %s failed on a batch of %d inputs",
+                        engine.modality,
+                        engine.name,
+                        len(entries),
+                    )
+                self._finished(batch, len(entries), max(0.0, seconds), failed=seconds < 0)
+        with self._lock:
+            self._give()
+
+    def _start_own(self, engine: Engine) -> Threads | None:
+        if not isinstance(engine, HasThreads):
+            return None
+        sizes = {"max_batch_size": self.max_batch_size, "max_batch_tokens": self.max_batch_tokens}
+        return engine.start(self._wake, **sizes)
+
+    def take_over(self) -> None:
+        """From now on the caller is who calls `collect`."""
+        self._taken_over = True
+        os.eventfd_write(self._wake, 1)
+        for thread in self._collector:
+            thread.join()
+
+    def _give(self) -> None:
+        """Give the engines' own threads what waits, the smallest tag first, as far as they take it.
+        Tokens count as served from here on.
+        """
+        if not any(job.threads for job in self._jobs):
+            return
+        self._leave_out()
+        active, given = len(self._jobs), set()
+        jobs = sorted((job for job in self._jobs if job.threads), key=_tag)
+        while jobs:
+            job, threads = jobs[0], jobs[0].threads
+            assert threads
+            if not threads.takes(job.costs[-1]):
+                jobs = [other for other in jobs if other.threads is not threads]
+                continue
+            given.add(threads)
+            tag, ticket, cost = job.tag, next(self._tickets), job.costs[-1]
+            _, row, ids = self._given[ticket] = job.take(len(job.costs) - 1)
+            alone = active == 1 and not job.costs and not self._running and self._lately < 1.5
+            self._waiting_tokens -= cost
+            self._share_clock += cost / active
+            self._running += 1
+            self._running_tokens += cost
+            try:
+                threads.give(ticket, ids, job.vectors, row, tag, alone)
+            except Exception:
+                log.exception("%s engine %s refused an input", job.engine.modality, job.engine.name)
+                del self._given[ticket]
+                self._running -= 1
+                self._running_tokens -= cost
+                job.running -= 1
+                self._end(job, EngineFailed("the engine refused this input"))
+            if not job.costs:
+                del jobs[0]
+            elif len(jobs) > 1 and job.tag > jobs[1].tag:
+                jobs.sort(key=_tag)
+        self._jobs = [job for job in self._jobs if job.costs]
+        self._forget_queue()
+        for threads in given:
+            threads.go()
 
     def _end(self, job: Job, error: EmbedderError) -> None:
         """Fail a job: what of it still waits leaves the queue, what is running is computed and
@@ -463,22 +611,30 @@ class Batcher:
     # ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the inference threads."""
+        """Start the inference threads, and one that collects what engines' own have made."""
         for number in range(self.threads):
             thread = threading.Thread(target=self._loop, name=f"inference-{number}", daemon=True)
-            thread.start()
             self._started.append(thread)
+        self._collector.append(
+            threading.Thread(target=self._collect, name="collector", daemon=True)
+        )
+        for thread in (*self._started, *self._collector):
+            thread.start()
 
     def _loop(self) -> None:
-        try:
+        with _vital():
             while batch := self.next_batch():
                 self._run(batch)
-        except BaseException:
-            # A queue nobody serves must not hide behind a green probe: end the process, gunicorn
-            # starts another.
-            log.critical("inference thread died", exc_info=True)
-            logging.shutdown()
-            os._exit(1)
+
+    def _collect(self) -> None:
+        with _vital():
+            while not self._taken_over and not (self._closed and self._drained):
+                self.collect()
+
+    @property
+    def _drained(self) -> bool:
+        """Whether engines' own threads have nothing more to do."""
+        return not self._given and not any(job.threads for job in self._jobs)
 
     def _run(self, batch: Batch) -> None:
         started = time.perf_counter()
@@ -499,8 +655,13 @@ class Batcher:
         exits: Python ends those that are left, and in the middle of C++ that ends in an abort.
         """
         self._refuse()
-        for thread in self._started:
+        for thread in (*self._started, *self._collector):
             thread.join()
+        while self._taken_over and not self._drained:
+            self.collect()
+        for threads in self._own.values():
+            if threads:
+                threads.close()
 
     def stop(self) -> None:
         """Refuse new work and fail what waits with ShuttingDown; what runs is still computed."""
@@ -514,6 +675,24 @@ class Batcher:
             self._closed = True
             while self._idle:
                 self._idle.pop().release()
+        os.eventfd_write(self._wake, 1)
+
+
+@contextlib.contextmanager
+def _vital() -> Iterator[None]:
+    """Around a thread's whole life: if it dies, end the process, as a queue that nobody serves must
+    not hide behind a green probe. gunicorn starts another.
+    """
+    try:
+        yield
+    except BaseException:
+        log.critical("%s died", threading.current_thread().name, exc_info=True)
+        logging.shutdown()
+        os._exit(1)
+
+
+def _tag(job: Job) -> float:
+    return job.tag
 
 
 def _shutting_down() -> ShuttingDown:

@@ -24,7 +24,17 @@ def build(library: pathlib.Path = LIBRARY) -> None:
     """
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
         made = pathlib.Path(folder) / library.name
-        command = [sys.executable, "-m", "ziglang", "cc", *_TARGET, "-O3", "-shared", "-s"]
+        command = [
+            sys.executable,
+            "-m",
+            "ziglang",
+            "cc",
+            *_TARGET,
+            "-O3",
+            "-shared",
+            "-s",
+            "-lpthread",
+        ]
         command += ["-Wall", "-Wextra", "-Werror", "-o", str(made)]
         source = pathlib.Path(__file__).with_name("encoder.c")
         caches = {name: folder for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}

@@ -3,8 +3,8 @@
 //
 // Tokens of all texts lie one behind the other, so nothing is padded. Products are computed in bf16,
 // or in int8 with a scale for every GROUP activations and for every column of the weights; sums,
-// layer norms and softmax are float32. It allocates nothing: the caller brings weights' and working
-// memory.
+// layer norms and softmax are float32. The caller brings weights' and working memory, but for what
+// encoder_serve's threads work in.
 //
 // A product C = A W^T goes panel by panel: PANEL columns of W, laid out so that one load brings 16
 // columns' next 2 (bf16) or 4 (int8) values of k, are multiplied with blocks of up to ROWS rows of
@@ -12,8 +12,12 @@
 // Multiplication", 2008.
 
 #include <immintrin.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
 
 #define PANEL 32
 #define ROWS 12      // 24 of the 32 registers hold sums
@@ -27,6 +31,7 @@ typedef struct {  // all values are int32, so that ctypes and C agree
     int32_t pad;             // RoBERTa: this token takes position `pad` and is not counted; else -1
     int32_t first_token;     // pooling: 1 takes the first token, 0 the mean of all
     int32_t int8;
+    int32_t vocabulary, window;  // tokens: ids are below the one, a text has at most the other
     float epsilon;
 } Shape;
 
@@ -54,6 +59,7 @@ typedef struct {
     _Alignas(64) _Atomic uint64_t ticket;  // stage << 40 | tasks << 20 | next task
     _Alignas(64) _Atomic uint32_t done;
     _Alignas(64) _Atomic uint32_t active;  // a futex: odd while a call runs; STOP for good
+    _Atomic uint32_t taken;                // by the one call that may have them
     Task *task;
     void *argument;
 } Crew;
@@ -585,6 +591,7 @@ long encoder_memory(const Shape *shape, int tokens, int longest, int helper) {
 }
 
 // Embed `texts` texts: ids[starts[i] .. starts[i + 1]] each. out: float32 [texts][hidden], unnormalised.
+// With the crew, unless another call has it.
 void encoder_run(const Shape *shape, const Weights *weights, const int32_t *ids,
                  const int32_t *starts, int texts, float *out, char *memory, Crew *crew,
                  int helpers) {
@@ -598,6 +605,7 @@ void encoder_run(const Shape *shape, const Weights *weights, const int32_t *ids,
     uint16_t *a = m.a, *attended = m.attended, *qkv = m.qkv, *h = m.h;
     char *local = m.local;
 
+    if (crew && atomic_exchange(&crew->taken, 1)) crew = 0;
     if (crew) {
         atomic_fetch_xor(&crew->active, 1);
         futex(&crew->active, 1, (uint32_t)helpers);
@@ -641,9 +649,233 @@ void encoder_run(const Shape *shape, const Weights *weights, const int32_t *ids,
         norm.gain = layer->norm2;
         spread(crew, rows, &norm, chunks, local);
     }
-    if (crew) atomic_fetch_xor(&crew->active, 1);
+    if (crew) {
+        atomic_fetch_xor(&crew->active, 1);
+        atomic_store(&crew->taken, 0);
+    }
     for (int i = 0; i < texts; i++)
         pool(shape, x + starts[i] * width, starts[i + 1] - starts[i], out + i * width);
+}
+
+// -- a queue
+
+// Threads that take from it need no interpreter: they find the next call's texts without waiting for
+// whoever has that, and decide what is in the call when they are free to begin it.
+
+typedef struct {
+    const int64_t *ids;
+    float *out;
+    int64_t ticket;
+    double tag;  // the smallest is next; of equal ones, the first that came
+    int32_t length, alone;
+} Text;
+_Static_assert(sizeof(Text) <= 64, "engine/native.py makes room for so much");
+
+typedef struct {
+    pthread_mutex_t lock;
+    pthread_cond_t work;
+    const Shape *shape;
+    const Weights *weights;
+    Crew *crew;
+    int32_t threads, share, most_texts, most_tokens, capacity;  // share: tokens
+    int32_t wake;       // an eventfd, written to when calls have ended
+    int32_t stop, idle;
+    int32_t more;  // texts that it did not take yet wait behind it
+    int32_t texts, tokens;                   // that wait
+    int32_t running_texts, running_tokens;
+    int32_t filled, ended_texts;             // of `ended`
+    int64_t *ended;  // for each call: how many texts, its nanoseconds or -1, their tickets
+    Text waiting[];  // capacity
+} Queue;
+
+long encoder_queue_size(int capacity) {
+    return (long)sizeof(Queue) + capacity * ((long)sizeof(Text) + 3 * (long)sizeof(int64_t));
+}
+
+void encoder_queue_begin(Queue *q, const Shape *shape, const Weights *weights, Crew *crew,
+                         int threads, int share, int most_texts, int most_tokens, int capacity,
+                         int wake) {
+    memset(q, 0, sizeof *q);
+    pthread_mutex_init(&q->lock, 0);
+    pthread_cond_init(&q->work, 0);
+    q->shape = shape, q->weights = weights, q->crew = crew;
+    q->threads = threads, q->share = share, q->most_texts = most_texts;
+    q->most_tokens = most_tokens, q->capacity = capacity, q->wake = wake;
+    q->ended = (int64_t *)(q->waiting + capacity);
+}
+
+static int places(const Queue *q) {
+    return q->capacity - q->texts - q->running_texts - q->ended_texts;
+}
+
+// Whether a text of so many tokens should be put now: so that no thread has to wait for its next one,
+// and little is decided early.
+int encoder_takes(Queue *q, int length) {
+    pthread_mutex_lock(&q->lock);
+    int little = length <= q->most_tokens / 2 && q->tokens + length <= q->most_tokens;
+    int takes = places(q) > 0 && (little || q->texts < q->idle);
+    q->more = !takes;
+    pthread_mutex_unlock(&q->lock);
+    return takes;
+}
+
+// What `ids` and `out` point to has to be there until the ticket has come back. Returns 0; -1 for what
+// the model has no embedding of; -2 where there is no place for it.
+int encoder_put(Queue *q, const int64_t *ids, int length, float *out, int64_t ticket, double tag,
+                int alone) {
+    if (length < 1 || length > q->shape->window) return -1;
+    for (int i = 0; i < length; i++)
+        if ((uint64_t)ids[i] >= (uint64_t)q->shape->vocabulary) return -1;
+    pthread_mutex_lock(&q->lock);
+    int place = places(q) > 0;
+    if (place) {
+        int at = q->texts++;
+        while (at && q->waiting[at - 1].tag > tag) q->waiting[at] = q->waiting[at - 1], at--;
+        q->waiting[at] = (Text){ids, out, ticket, tag, length, alone};
+        q->tokens += length;
+    }
+    pthread_mutex_unlock(&q->lock);
+    return place ? 0 : -2;
+}
+
+// Wake as many threads as there is work for.
+void encoder_go(Queue *q) {
+    pthread_mutex_lock(&q->lock);
+    int wanted = q->tokens / q->share, wake = q->texts ? q->idle : 0;
+    if (wanted < 1) wanted = 1;
+    if (wake > wanted) wake = wanted;
+    pthread_mutex_unlock(&q->lock);
+    for (; wake > 0; wake--) pthread_cond_signal(&q->work);
+}
+
+// What has ended since the last time, as in `ended`, which `to` has to be as large as. Returns how
+// many numbers.
+int encoder_ended(Queue *q, int64_t *to) {
+    pthread_mutex_lock(&q->lock);
+    int filled = q->filled;
+    memcpy(to, q->ended, (size_t)filled * sizeof *to);
+    q->filled = q->ended_texts = 0;
+    pthread_mutex_unlock(&q->lock);
+    return filled;
+}
+
+void encoder_stop(Queue *q) {
+    pthread_mutex_lock(&q->lock);
+    q->stop = 1;
+    pthread_cond_broadcast(&q->work);
+    pthread_mutex_unlock(&q->lock);
+}
+
+// Take the next call's texts off the queue, one or more; returns how many.
+static int take_texts(Queue *q, Text *call, int *tokens, int *longest) {
+    // A part for each thread, and one that is left for whoever is free next: callers send their next
+    // texts only when they have their answers, and meanwhile this one would stand still. Of long
+    // texts, behind which more wait, as many as may be: a short one among them costs little then.
+    int parts = q->threads > 1 ? q->threads + 1 : 1, texts = 0;
+    int share = (q->tokens + q->running_tokens + parts - 1) / parts;
+    if (share < q->share) share = q->share;
+    if (share > q->most_tokens || (q->more && q->waiting[0].length > q->most_tokens / 4))
+        share = q->most_tokens;
+    *tokens = *longest = 0;
+    while (texts < q->texts && texts < q->most_texts) {
+        const Text *text = &q->waiting[texts];
+        if (texts && *tokens + text->length > share) break;
+        *tokens += text->length;
+        if (text->length > *longest) *longest = text->length;
+        call[texts++] = *text;
+    }
+    q->texts -= texts, q->tokens -= *tokens;
+    q->running_texts += texts, q->running_tokens += *tokens;
+    memmove(q->waiting, q->waiting + texts, (size_t)q->texts * sizeof *call);
+    return texts;
+}
+
+typedef struct {
+    char *memory;
+    long size;
+} Own;
+
+static void fit(Own *own, long size) {
+    if (own->size >= size) return;
+    if (own->size) munmap(own->memory, (size_t)own->size);
+    own->size = (size + (1 << 21) - 1) >> 21 << 21;
+    own->memory =
+        mmap(0, (size_t)own->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (own->memory == MAP_FAILED) own->size = 0;
+    else madvise(own->memory, (size_t)own->size, MADV_HUGEPAGE);
+}
+
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+// Returns how long it took, or -1 if there was no memory for it.
+static int64_t compute(const Queue *q, const Text *call, int texts, int tokens, int longest,
+                       int alone, Own *own) {
+    int64_t begun = nanoseconds();
+    const Shape *shape = q->shape;
+    long width = shape->hidden, size = encoder_memory(shape, tokens, longest, 0);
+    uintptr_t at = 0;
+    part(&at, size), part(&at, texts * width * 4), part(&at, tokens * 4), part(&at, texts * 4 + 4);
+    fit(own, (long)at);
+    if (!own->size) return -1;
+    at = (uintptr_t)own->memory;
+    char *memory = part(&at, size);
+    float *out = part(&at, texts * width * 4);
+    int32_t *ids = part(&at, tokens * 4L), *starts = part(&at, texts * 4L + 4);
+    starts[0] = 0;
+    for (int i = 0; i < texts; i++) {
+        for (int j = 0; j < call[i].length; j++) ids[starts[i] + j] = (int32_t)call[i].ids[j];
+        starts[i + 1] = starts[i] + call[i].length;
+    }
+    encoder_run(shape, q->weights, ids, starts, texts, out, memory, alone ? q->crew : 0,
+                q->threads - 1);
+    for (int i = 0; i < texts; i++)
+        memcpy(call[i].out, out + i * width, (size_t)width * sizeof *out);
+    return nanoseconds() - begun;
+}
+
+// Call for Python; releases the lock for that.
+static void call_python(Queue *q) {
+    const uint64_t one = 1;
+    pthread_mutex_unlock(&q->lock);
+    system_call(1, q->wake, (long)&one, sizeof one);
+    pthread_mutex_lock(&q->lock);
+}
+
+// A thread's whole life: returns after `encoder_stop`. Working memory over `kept` bytes is given back
+// after the call that needed it; `call` has room for a call's texts.
+void encoder_serve(Queue *q, Text *call, long kept) {
+    Own own = {0, 0};
+    pthread_mutex_lock(&q->lock);
+    for (;;) {
+        if (q->stop) break;
+        if (!q->texts) {
+            q->idle++;
+            if (q->more) q->more = 0, call_python(q);
+            if (!q->texts && !q->stop) pthread_cond_wait(&q->work, &q->lock);
+            q->idle--;
+            continue;
+        }
+        int tokens, longest, others = q->running_texts;
+        int texts = take_texts(q, call, &tokens, &longest);
+        int alone = call->alone && texts == 1 && !q->texts && !others;
+        pthread_mutex_unlock(&q->lock);
+        int64_t took = compute(q, call, texts, tokens, longest, alone, &own);
+        if (own.size > kept) munmap(own.memory, (size_t)own.size), own.size = 0;
+        pthread_mutex_lock(&q->lock);
+        q->running_texts -= texts, q->running_tokens -= tokens;
+        int told = q->filled != 0;
+        int64_t *record = q->ended + q->filled;
+        record[0] = texts, record[1] = took;
+        for (int i = 0; i < texts; i++) record[2 + i] = call[i].ticket;
+        q->filled += 2 + texts, q->ended_texts += texts;
+        if (!told) call_python(q);
+    }
+    pthread_mutex_unlock(&q->lock);
+    if (own.size) munmap(own.memory, (size_t)own.size);
 }
 
 // -- weights

@@ -34,6 +34,8 @@ KEPT_MEMORY = 32_000_000
 # Of the embeddings that a token's is the sum of.
 TABLES = ("word", "position", "token_type")
 _CREW = 256  # bytes, at least sizeof(Crew)
+_TEXT = 64  # bytes, at least sizeof(Text)
+_CALL_TEXTS = 256  # most texts in a call; more would gain nothing
 
 _Pointer = ctypes.c_void_p
 
@@ -46,6 +48,8 @@ class _Shape(ctypes.Structure):
         ),
         ("first_token", ctypes.c_int32),
         ("int8", ctypes.c_int32),
+        ("vocabulary", ctypes.c_int32),
+        ("window", ctypes.c_int32),
         ("epsilon", ctypes.c_float),
     ]
 
@@ -118,12 +122,13 @@ class NativeTextEngine:
             pad=-1 if encoder.pad is None else encoder.pad,
             first_token=encoder.pooling == "cls",
             int8=precision == "int8",
+            vocabulary=encoder.vocabulary,
+            window=manifest.max_tokens,
             epsilon=encoder.epsilon,
         )
         self._weights, self._kept = self._load(bundle, encoder)
         self._local = threading.local()
         self._crew = self._start_helpers()
-        self._crew_free = threading.Lock()
 
     def _load(self, bundle: Bundle, encoder: Encoder) -> tuple[_Weights, list[object]]:
         """Returns: the weights laid out, and what has to live as long as they do."""
@@ -230,30 +235,116 @@ class NativeTextEngine:
             memory = _aligned(needed)
             if needed <= KEPT_MEMORY:
                 self._local.memory = memory
-        # Of calls that say they are alone, one at a time has the helpers.
-        crew = self._crew if alone else None
-        if crew is not None and not self._crew_free.acquire(blocking=False):
-            crew = None
-        try:
-            self._library.encoder_run(
-                ctypes.byref(self._shape),
-                ctypes.byref(self._weights),
-                _pointer(ids),
-                _pointer(starts),
-                len(inputs),
-                _pointer(out),
-                _pointer(memory),
-                _pointer(crew) if crew is not None else None,
-                self.streams - 1,
-            )
-        finally:
-            if crew is not None:
-                self._crew_free.release()
+        self._library.encoder_run(
+            ctypes.byref(self._shape),
+            ctypes.byref(self._weights),
+            _pointer(ids),
+            _pointer(starts),
+            len(inputs),
+            _pointer(out),
+            _pointer(memory),
+            _pointer(self._crew) if alone and self._crew is not None else None,
+            self.streams - 1,
+        )
         return out
+
+    def start(self, wake: int, *, max_batch_size: int, max_batch_tokens: int) -> "NativeThreads":
+        """Start threads that make calls of what they are given; see batching.Threads."""
+        return NativeThreads(self, wake, max_batch_size, max_batch_tokens)
 
     def _memory(self, tokens: int, longest: int, *, helper: bool = False) -> int:
         shape = ctypes.byref(self._shape)
         return int(self._library.encoder_memory(shape, tokens, longest, int(helper)))
+
+
+class NativeThreads:
+    """An engine's threads and the queue that they take texts from, as batching.Threads. They need
+    Python's interpreter for nothing: what they find in the queue they begin at once, whatever the
+    event loop is at.
+    """
+
+    def __init__(
+        self, engine: NativeTextEngine, wake: int, max_batch_size: int, max_batch_tokens: int
+    ) -> None:
+        threads = engine.streams
+        most = min(max_batch_size, _CALL_TEXTS)
+        capacity = most * (threads + 2)
+        # Calls so short that to let go of the interpreter would take longer.
+        quick, library = ctypes.PyDLL(str(LIBRARY)), engine._library
+        quick.encoder_queue_size.restype = ctypes.c_long
+        self._queue = queue = _aligned(quick.encoder_queue_size(capacity))
+        self._at = at = _pointer(queue)
+        quick.encoder_queue_begin(
+            at,
+            ctypes.byref(engine._shape),
+            ctypes.byref(engine._weights),
+            _pointer(engine._crew) if engine._crew is not None else None,
+            *(threads, engine.share, most, max_batch_tokens, capacity, wake),
+        )
+        self._put, self._takes, self._go = quick.encoder_put, quick.encoder_takes, quick.encoder_go
+        self._put.argtypes = (
+            *(_Pointer, _Pointer, ctypes.c_int, _Pointer),
+            *(ctypes.c_int64, ctypes.c_double, ctypes.c_int),
+        )
+        self._take_ended, self._stop = quick.encoder_ended, quick.encoder_stop
+        self._ended = (ctypes.c_int64 * (3 * capacity))()
+        self._row = 4 * engine.dimensions
+
+        def serve(*in_use: object) -> None:
+            call = _aligned(most * _TEXT)
+            library.encoder_serve(at, _pointer(call), ctypes.c_long(KEPT_MEMORY))
+
+        self._threads = [
+            threading.Thread(
+                target=serve, args=(queue, engine), name=f"encoder-{number}", daemon=True
+            )
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def takes(self, tokens: int) -> bool:
+        """Whether a text of so many tokens should be given now: as little as keeps the threads from
+        waiting, since what comes later and is as urgent can't overtake it.
+        """
+        return bool(self._takes(self._at, tokens))
+
+    def give(
+        self, ticket: int, ids: Int64, vectors: Float32, row: int, tag: float, alone: bool
+    ) -> None:
+        """Queue a text for the next calls, the smallest tag first; both arrays are in use until the
+        ticket has come back.
+
+        Raises: ValueError for what the model has no embedding of.
+        """
+        out = vectors.ctypes.data + self._row * row
+        refusal = self._put(self._at, ids.ctypes.data, len(ids), out, ticket, tag, alone)
+        if refusal == -1:
+            raise ValueError(f"the model has no embedding of these {len(ids)} token ids")
+        if refusal:
+            raise RuntimeError("the queue is full")
+
+    def go(self) -> None:
+        """Wake the threads that what was given needs."""
+        self._go(self._at)
+
+    def ended(self) -> list[tuple[list[int], float]]:
+        """The calls that have ended since the last time: the tickets of each, and its seconds, or
+        less than 0 where it failed.
+        """
+        filled = self._take_ended(self._at, self._ended)
+        numbers, calls, at = self._ended[:filled], [], 0
+        while at < filled:
+            texts, nanoseconds = numbers[at : at + 2]
+            calls.append((numbers[at + 2 : at + 2 + texts], nanoseconds / 1e9))
+            at += 2 + texts
+        return calls
+
+    def close(self) -> None:
+        """End the threads, when they have ended the calls they are at."""
+        self._stop(self._at)
+        for thread in self._threads:
+            thread.join()
 
 
 def _pointer(array: npt.NDArray[np.generic]) -> ctypes.c_void_p:

@@ -1,5 +1,6 @@
 """engine/batching.py: order, fairness, budget, and errors that reach only their own. No sleeps."""
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,6 +57,7 @@ class Bench:
         defaults = dict(max_batch_size=64, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
         self.batcher = Batcher(**{**defaults, **limits}, clock=lambda: self.now)
         self.pool = ThreadPoolExecutor(64)
+        self.own_engines: list[Own] = []
 
     def submit(
         self,
@@ -71,6 +73,20 @@ class Bench:
         future = self.pool.submit(self.batcher.submit, engine, arrays, costs, deadline, gone)
         while len(self.batcher._jobs) == before and not future.done():
             threading.Event().wait(0.0005)
+        return future
+
+    def own(self, engine: "Own", *inputs: tuple[int, int], **options: Any) -> "Future[Any]":
+        """`submit` to an engine with threads of its own."""
+        self.own_engines.append(engine)
+        arrays = [tokens(marker, count) for marker, count in inputs]
+        costs = [count for _, count in inputs]
+        arguments = engine, arrays, costs, options.pop("deadline", NEVER)
+        future = self.pool.submit(self.batcher.submit, *arguments, **options)
+        while not future.done():
+            with self.batcher._lock:
+                queued = [ids for job in self.batcher._jobs for ids in job.inputs]
+                if any(ids is arrays[0] for ids in (*queued, *(text[1] for text in engine.given))):
+                    break
         return future
 
     def take(self) -> Batch:
@@ -102,6 +118,11 @@ def bench() -> Any:
         one.batcher.close()
         while (batch := one.batcher.next_batch()) is not None:
             one.batcher.finish(batch, None, 0.0)
+        while not one.batcher._drained:
+            for engine in one.own_engines:
+                engine.room = 10**6
+                engine.call()
+            one.batcher.collect()
         one.pool.shutdown()
 
 
@@ -234,10 +255,10 @@ def test_a_short_input_that_is_all_there_is_is_computed_by_whoever_releases(benc
 
 def test_what_is_long_or_has_company_is_left_to_the_inference_threads(bench: Make) -> None:
     b = at_100_us_a_token(bench)
-    for inputs in ([(1, SHORT + 1)], [(1, 5), (2, 5)]):
+    for inputs, company in (([(1, SHORT + 1)], 0), ([(1, 5), (2, 5)], 0), ([(1, 5)], 1)):
         b.batcher.hold()
         answer = b.submit(*inputs)
-        b.batcher.release()
+        b.batcher.release(company)
         assert not answer.done()
         b.run()
         answer.result(10)
@@ -556,3 +577,189 @@ def test_many_threads_get_their_own_answers() -> None:
     batcher.close()
     assert batcher._waiting_tokens == 0
     assert sum(thread.is_alive() for thread in started) == len(started) - 3
+
+
+# Engines with threads of their own.
+
+
+class Own(Echo):
+    """An engine whose own threads the test is."""
+
+    def __init__(self, room: int = 10**6, refuses: int | None = None) -> None:
+        super().__init__()
+        self.room, self.refuses = room, refuses  # room: tokens that it takes before it calls
+        self.given: list[tuple[int, Any, Any, int, float, bool]] = []
+        self.calls: list[tuple[list[int], float]] = []
+        self.told = self.closed = 0
+
+    def start(self, wake: int, *, max_batch_size: int, max_batch_tokens: int) -> "Own":
+        self.wake, self.limits = wake, (max_batch_size, max_batch_tokens)
+        return self
+
+    def takes(self, tokens: int) -> bool:
+        return sum(len(ids) for _, ids, *_ in self.given) + tokens <= self.room
+
+    def give(self, ticket: int, ids: Any, vectors: Any, row: int, tag: float, alone: bool) -> None:
+        if ids[0] == self.refuses:
+            raise ValueError("no")
+        self.given.append((ticket, ids, vectors, row, tag, alone))
+
+    def go(self) -> None:
+        self.told += 1
+
+    def call(self, texts: int = 10**6, *, fail: bool = False) -> list[int]:
+        """Compute what was given first, or some of it; returns the inputs' markers."""
+        call = sorted(self.given, key=lambda text: text[4])[:texts]
+        for text in call:
+            self.given.remove(text)
+            _, ids, vectors, row, _, _ = text
+            if not fail:
+                vectors[row] = ids[0], len(ids)
+        self.calls.append(([ticket for ticket, *_ in call], -1.0 if fail else 0.01))
+        os.eventfd_write(self.wake, 1)
+        return [int(ids[0]) for _, ids, *_ in call]
+
+    def ended(self) -> list[tuple[list[int], float]]:
+        calls, self.calls = self.calls, []
+        return calls
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def has(self) -> list[int]:
+        return [int(ids[0]) for _, ids, *_ in self.given]
+
+
+def test_an_engines_own_threads_get_the_inputs_and_requests_their_vectors(bench: Make) -> None:
+    b, engine = bench(max_batch_size=9, max_batch_tokens=99), Own()
+    first, second = (
+        b.own(engine, (1, 30), (2, 5), (3, 17)),
+        b.own(engine, (4, 18), (5, 31)),
+    )
+    assert engine.limits == (9, 99) and engine.told == 2
+    assert sorted(engine.has) == [1, 2, 3, 4, 5] and not b.batcher.waiting_tokens
+    engine.call(4)
+    b.batcher.collect()
+    assert not (first.done() and second.done())
+    engine.call()
+    b.batcher.collect()
+    assert first.result().tolist() == [[1, 30], [2, 5], [3, 17]]
+    assert second.result().tolist() == [[4, 18], [5, 31]]
+
+
+def test_they_get_no_more_than_they_take_and_the_rest_later(bench: Make) -> None:
+    b, engine = bench(), Own(room=100)
+    b.own(engine, (1, 60), (2, 50), (3, 40))
+    b.own(engine, (4, 70))
+    assert engine.has == [1] and b.batcher.waiting_tokens == 160
+    engine.call()
+    b.batcher.collect()
+    assert engine.has == [2, 3] and b.batcher.waiting_tokens == 70
+
+
+def test_they_get_the_request_that_has_been_served_least(bench: Make) -> None:
+    b, engine = bench(max_batch_tokens=100), Own(room=100)
+    b.own(engine, *[(1, 100)] * 5)
+    b.own(engine, (2, 10))
+    b.own(engine, *[(3, 100)] * 5)
+    served = []
+    while engine.given:
+        served += engine.call()
+        b.batcher.collect()
+    assert sorted(served) == [1] * 5 + [2] + [3] * 5
+    assert served.index(2) == 2 and abs(served[:7].count(1) - served[:7].count(3)) <= 2
+
+
+def test_their_failed_call_fails_its_own_requests_only(bench: Make) -> None:
+    b, engine = bench(), Own()
+    first, second = b.own(engine, (1, 5), (2, 6)), b.own(engine, (3, 9))
+    assert engine.call(1, fail=True) == [2]
+    b.batcher.collect()
+    with pytest.raises(EngineFailed):
+        first.result()
+    assert set(engine.call()) == {1, 3}
+    b.batcher.collect()
+    assert second.result().tolist() == [[3, 9]]
+    assert not b.batcher._running and not b.batcher._running_tokens and not b.batcher._given
+
+
+def test_what_they_refuse_fails_alone(bench: Make) -> None:
+    b, engine = bench(), Own(room=150, refuses=2)
+    good = b.own(engine, (1, 60))
+    bad = b.own(engine, (3, 50), (2, 70))
+    with pytest.raises(EngineFailed):
+        bad.result()
+    engine.call()
+    b.batcher.collect()
+    assert good.result().tolist() == [[1, 60]]
+    assert not b.batcher._running and not b.batcher._running_tokens and not b.batcher._jobs
+
+
+def test_what_nobody_waits_for_is_not_given_to_them(bench: Make) -> None:
+    b, engine, left = bench(), Own(room=100), False
+    first = b.own(engine, (1, 100))
+    gone = b.own(engine, (2, 30), gone=lambda: left)
+    late = b.own(engine, (3, 30), deadline=5.0)
+    last = b.own(engine, (4, 30))
+    assert engine.call() == [1]
+    left, b.now = True, 6.0
+    b.batcher.collect()
+    assert engine.call() == [4]
+    b.batcher.collect()
+    assert first.result() is not None and last.result() is not None
+    with pytest.raises(CallerGone):
+        gone.result()
+    with pytest.raises(DeadlineExceeded):
+        late.result()
+
+
+def test_they_are_told_which_input_is_alone(bench: Make) -> None:
+    b, engine = bench(), Own()
+
+    def alone(*requests: "Future[Any]") -> list[bool]:
+        flags = [text[-1] for text in engine.given]
+        engine.call()
+        b.batcher.collect()
+        for request in requests:
+            request.result()
+        return flags
+
+    assert alone(b.own(engine, (1, 5))) == [True]
+    assert alone(b.own(engine, (1, 5), (2, 5))) == [False, False]
+    assert alone(b.own(engine, (1, 5)), b.own(engine, (2, 5))) == [True, False]
+
+
+def test_one_engines_threads_do_not_wait_for_anothers(bench: Make) -> None:
+    b, full, free = bench(), Own(room=0), Own()
+    b.own(full, (1, 5))
+    b.own(free, (2, 5))
+    plain = b.submit((3, 5))
+    assert full.has == [] and free.has == [2] and b.run() == [3]
+    assert plain.result().tolist() == [[3, 5]]
+    assert b.batcher.waiting_jobs == 1
+    full.room = 5
+    free.call()
+    b.batcher.collect()
+    assert full.has == [1]
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_close_waits_for_their_calls(taken_over: bool) -> None:
+    batcher = Batcher(max_batch_size=8, max_batch_tokens=64, max_queue_tokens=100, threads=1)
+    batcher.start()
+    if taken_over:
+        batcher.take_over()
+    engine = Own(room=5)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(batcher.submit, engine, [tokens(n, 5)], [5], NEVER) for n in (1, 2)]
+        while not (engine.given and batcher.waiting_jobs):
+            pass
+        closing = pool.submit(batcher.close)
+        engine.call()
+        while not engine.given:
+            pass
+        assert not engine.closed
+        engine.call()
+        closing.result(10)
+        assert sorted(call.result()[0][0] for call in calls) == [1, 2] and engine.closed == 1

@@ -1,9 +1,10 @@
 """engine/native.py: the models' own vectors, and who gets them from OpenVINO."""
 
 import gc
+import os
 import pathlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +23,7 @@ from engine import native
 from engine.build import build
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, read
 from engine.choice import text_engine
-from engine.native import NativeTextEngine
+from engine.native import NativeTextEngine, NativeThreads
 from engine.openvino_backend import OpenVINOTextEngine
 
 Float32 = npt.NDArray[np.float32]
@@ -144,13 +145,18 @@ def test_a_model_whose_vectors_it_does_not_give_is_left_to_openvino(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny.save(tmp_path / "model", bert(), width=64)
-    right = NativeTextEngine.run
+    right, kept = NativeThreads.give, []
 
-    def wrong(self: NativeTextEngine, *args: Any, **options: Any) -> Float32:
-        vectors = right(self, *args, **options)
-        return vectors if self.precision == "bf16" else vectors[:, ::-1]
+    def wrong(self: NativeThreads, ticket: int, ids: Int64, *rest: Any) -> None:
+        kept.append(ids[::-1].copy())
+        right(self, ticket, kept[-1], *rest)
 
-    monkeypatch.setattr(NativeTextEngine, "run", wrong)
+    def start(self: NativeTextEngine, *args: Any, **options: Any) -> NativeThreads:
+        if self.precision == "int8":
+            monkeypatch.setattr(NativeThreads, "give", wrong)
+        return NativeThreads(self, *args, *options.values())
+
+    monkeypatch.setattr(NativeTextEngine, "start", start)
     bundle = bake(folder)
     assert bundle.manifest.encoder is None
     assert set(bundle.manifest.parity) == {"fp32", "bf16", "int8"}
@@ -237,6 +243,144 @@ def test_what_the_model_has_no_embedding_of(engine: NativeTextEngine, wrong: lis
     with pytest.raises(ValueError, match="token"):
         engine.run([ids(3), np.array(wrong, np.int64)])
     assert np.isfinite(engine.run([ids(3)])).all()
+
+
+# Its threads.
+
+
+class Kitchen:
+    """An engine's threads, and what a Batcher does with them."""
+
+    def __init__(self, engine: NativeTextEngine, size: int = 64, tokens: int = 512) -> None:
+        self.wake = os.eventfd(0)
+        self.threads = engine.start(self.wake, max_batch_size=size, max_batch_tokens=tokens)
+        self.vectors = np.zeros((200, engine.dimensions), np.float32)
+        self.given = self.ended = 0
+        self.kept: list[Int64] = []  # arrays are in use until their calls have ended
+
+    def give(self, text: Int64, tag: float = 0.0, alone: bool = False) -> None:
+        self.kept.append(text)
+        self.threads.give(self.given, text, self.vectors, self.given, tag, alone)
+        self.given += 1
+
+    def calls(self) -> list[list[int]]:
+        """Let them go, and wait for everything that was given."""
+        self.threads.go()
+        calls: list[list[int]] = []
+        while self.ended < self.given:
+            os.eventfd_read(self.wake)
+            for tickets, seconds in self.threads.ended():
+                assert seconds > 0
+                calls.append(tickets)
+                self.ended += len(tickets)
+        return calls
+
+
+@pytest.fixture
+def kitchen() -> Iterator[Callable[..., Kitchen]]:
+    made: list[Kitchen] = []
+
+    def make(*args: Any) -> Kitchen:
+        made.append(Kitchen(*args))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.threads.close()
+        assert not any(thread.is_alive() for thread in one.threads._threads)
+        os.close(one.wake)
+
+
+Make = Callable[..., Kitchen]
+
+
+def test_threads_give_what_calls_give(
+    engine: NativeTextEngine, kitchen: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "KEPT_MEMORY", 0)  # of each call
+    work, texts = kitchen(engine), [ids(length) for length in (*range(1, 60), 511, 512)]
+    for text in texts:
+        work.give(text)
+    calls = work.calls()
+    assert sorted(sum(calls, [])) == list(range(len(texts))) and len(calls) < len(texts)
+    assert (work.vectors[: len(texts)] == engine.run(texts)).all()
+    work.give(texts[7], alone=True)
+    work.calls()
+    assert (work.vectors[len(texts)] == work.vectors[7]).all()
+
+
+def one_stream(bundle: Bundle) -> NativeTextEngine:
+    if not native.available():
+        pytest.skip("not on this CPU")
+    return NativeTextEngine(bundle, "int8", streams=1)
+
+
+def test_threads_take_the_smallest_tag_and_then_what_came_first(
+    bundle: Bundle, kitchen: Make
+) -> None:
+    work = kitchen(one_stream(bundle), 1)
+    for tag in (2.0, 1.0, 1.0):
+        work.give(ids(5), tag)
+    assert work.calls() == [[1], [2], [0]]
+
+
+def test_calls_keep_to_their_size_and_their_tokens(bundle: Bundle, kitchen: Make) -> None:
+    engine = one_stream(bundle)
+    few, little = kitchen(engine, 3), kitchen(engine, 64, 100)
+    for length in (10, 10, 10, 10, 90, 5, 200, 5):
+        few.give(ids(length))
+        little.give(ids(length))
+    assert few.calls() == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert little.calls() == [[0, 1, 2, 3], [4, 5], [6], [7]]
+
+
+def test_threads_share_what_there_is(bundle: Bundle, kitchen: Make) -> None:
+    if not native.available():
+        pytest.skip("not on this CPU")
+    work = kitchen(NativeTextEngine(bundle, "int8", streams=2))
+    for _ in range(12):
+        work.give(ids(20))
+    calls = work.calls()  # a third of 240 tokens, and of what is left or running then
+    assert len(calls) >= 3 and max(map(len, calls)) == 4
+
+
+def test_threads_take_little_ahead_and_call_when_they_want_more(
+    bundle: Bundle, kitchen: Make
+) -> None:
+    work = kitchen(one_stream(bundle), 64, 512)
+    takes = work.threads.takes
+    while not takes(512):  # until the thread is there, and idle
+        pass
+    work.give(ids(200))
+    assert takes(256) and not takes(257)
+    work.give(ids(256))
+    assert takes(56) and not takes(57)
+    work.calls()
+    while not takes(512):
+        os.eventfd_read(work.wake)
+
+
+def test_threads_have_room_for_so_many_texts(bundle: Bundle, kitchen: Make) -> None:
+    work = kitchen(one_stream(bundle), 2)
+    while work.threads.takes(1):
+        work.give(ids(1))
+    assert work.given == 6
+    with pytest.raises(RuntimeError, match="full"):
+        work.threads.give(6, ids(1), work.vectors, 6, 0.0, False)
+    work.calls()
+    assert work.threads.takes(1)
+
+
+@pytest.mark.parametrize("wrong", [[30522], [-1], [], [5] * 513])
+def test_threads_are_not_given_what_has_no_embedding(
+    engine: NativeTextEngine, kitchen: Make, wrong: list[int]
+) -> None:
+    work = kitchen(engine)
+    with pytest.raises(ValueError, match="token"):
+        work.give(np.array(wrong, np.int64))
+    work.give(ids(3))
+    work.calls()
+    assert (work.vectors[0] == engine.run([ids(3)])[0]).all()
 
 
 # The choice.

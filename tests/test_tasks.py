@@ -24,11 +24,12 @@ def loop() -> Iterator[Loop]:
 
 def turn(loop: Loop) -> None:
     """A turn of an event loop that has nothing else to do."""
-    with selectors.DefaultSelector() as poller:
-        poller.register(loop, selectors.EVENT_READ)
-        assert poller.select(10)
-    loop.resume()
-    loop.finish()
+    if not (loop._ready or loop._ended):
+        with selectors.DefaultSelector() as poller:
+            poller.register(loop, selectors.EVENT_READ)
+            assert poller.select(10)
+        loop.heard()
+    loop.go_on()
 
 
 def waiting(loop: Loop, results: list[Any], timeout: float = 60) -> Event:
@@ -48,7 +49,7 @@ def test_a_task_that_need_not_wait_ends_at_once_and_its_result_is_used_later(loo
     results: list[str] = []
     loop.run(lambda: "done", results.append)
     assert results == []
-    loop.finish()
+    loop.go_on()
     assert results == ["done"]
 
 
@@ -56,7 +57,7 @@ def test_tasks_step_aside_and_go_on_in_the_order_of_their_events(loop: Loop) -> 
     results: list[Any] = []
     first, second = waiting(loop, results), waiting(loop, results)
     loop.run(lambda: "third", results.append)
-    loop.finish()
+    loop.go_on()
     assert results == ["third"]
     threading.Thread(target=lambda: [event.set() for event in (second, first)]).start()
     while len(results) < 3:
@@ -76,10 +77,10 @@ def test_a_task_that_has_ended_runs_the_next_call_and_keeps_nothing_of_the_last(
     gone = weakref.ref(body)
     loop.run(lambda body=body: id(getcurrent()), results.append)  # type: ignore[misc]
     del body
-    loop.finish()
+    loop.go_on()
     assert gone() is None
     loop.run(lambda: id(getcurrent()), results.append)
-    loop.finish()
+    loop.go_on()
     assert results[0] == results[1]
 
 
@@ -87,7 +88,7 @@ def test_few_tasks_are_kept(loop: Loop) -> None:
     results: list[bool] = []
     for event in [waiting(loop, results) for _ in range(100)]:
         event.set()
-    turn(loop)
+    loop.go_on()
     assert results == [True] * 100 and len(loop.idle) == 64
 
 
@@ -100,7 +101,7 @@ def test_an_event_that_has_happened_is_not_waited_for(loop: Loop) -> None:
         return event.wait(60)
 
     loop.run(call, results.append)
-    loop.finish()
+    loop.go_on()
     assert results == [True]
 
 
@@ -109,11 +110,11 @@ def test_a_task_gives_up_when_its_time_is_over(loop: Loop) -> None:
     late = waiting(loop, results, timeout=0)
     patient = waiting(loop, results, timeout=60)
     loop.give_up()
-    loop.finish()
+    loop.go_on()
     assert results == [False] and list(loop.waiting) == [patient]
     late.set()  # too late, and harmless
     patient.set()
-    turn(loop)
+    loop.go_on()
     assert results == [False, True]
 
 
@@ -137,7 +138,7 @@ def test_a_wake_that_comes_late_does_not_keep_the_loop_awake(loop: Loop) -> None
     served.
     """
     results: list[bool] = []
-    waiting(loop, results).set()
+    threading.Thread(target=waiting(loop, results).set).start()
     turn(loop)
     os.write(loop._write_fd, b"\0")
     turn(loop)
