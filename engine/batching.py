@@ -1,11 +1,10 @@
 """What many requests want at once, turned into few full engine calls, fairly: one queue, two verbs.
 
 Requests `submit` and wait; inference threads loop over `next_batch` and run what it gives them. An
-engine may have threads of its own: these get their texts before they need them, and `collect` takes
-what they have made.
-Nothing sleeps and nothing waits for a batch to fill: a free thread takes what is there. An event
-loop that hands in the requests of one turn brackets it with `hold` and `release`, so that they go
-to the engine together.
+engine may have threads of its own: these get their inputs a little before they need them, and
+`collect` takes what they have made. Nothing sleeps and nothing waits for a batch to fill: a free
+thread takes what is there. An event loop that hands in the requests of one turn brackets it with
+`hold` and `release`, so that they go to the engine together.
 
 Which work goes next. Every request carries a tag, the tokens it has been served so far, counted
 from a clock that runs at the speed of one request's fair share (generalised processor sharing:
@@ -229,7 +228,8 @@ class Batcher:
         self._collector: list[threading.Thread] = []
         self._taken_over = False
         self._closed = self._held = self._refusing = False
-        self._running = self._running_tokens = 0  # engine calls, and tokens in them
+        # Engine calls, or what engines' own threads have, by the input; and the tokens of both.
+        self._running = self._running_tokens = 0
         # Requests being served, and the most of them lately: 1 means that one client calls alone.
         self._in_system, self._lately = 0, 0.0
         # How fast a thread's calls are, and the fastest of them (tokens a second); and all together

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -641,10 +642,12 @@ def test_an_engines_own_threads_get_the_inputs_and_requests_their_vectors(bench:
     assert sorted(engine.has) == [1, 2, 3, 4, 5] and not b.batcher.waiting_tokens
     engine.call(4)
     b.batcher.collect()
-    assert not (first.done() and second.done())
+    assert first.result().tolist() == [[1, 30], [2, 5], [3, 17]]
+    assert engine.has == [4] and [job.done.is_set() for job, *_ in b.batcher._given.values()] == [
+        False
+    ]
     engine.call()
     b.batcher.collect()
-    assert first.result().tolist() == [[1, 30], [2, 5], [3, 17]]
     assert second.result().tolist() == [[4, 18], [5, 31]]
 
 
@@ -744,6 +747,13 @@ def test_one_engines_threads_do_not_wait_for_anothers(bench: Make) -> None:
     assert full.has == [1]
 
 
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize("taken_over", [False, True])
 def test_close_waits_for_their_calls(taken_over: bool) -> None:
     batcher = Batcher(max_batch_size=8, max_batch_tokens=64, max_queue_tokens=100, threads=1)
@@ -753,12 +763,10 @@ def test_close_waits_for_their_calls(taken_over: bool) -> None:
     engine = Own(room=5)
     with ThreadPoolExecutor(3) as pool:
         calls = [pool.submit(batcher.submit, engine, [tokens(n, 5)], [5], NEVER) for n in (1, 2)]
-        while not (engine.given and batcher.waiting_jobs):
-            pass
+        until(lambda: engine.given and batcher.waiting_jobs)
         closing = pool.submit(batcher.close)
         engine.call()
-        while not engine.given:
-            pass
+        until(lambda: engine.given)
         assert not engine.closed
         engine.call()
         closing.result(10)

@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import select
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -263,12 +264,17 @@ class Kitchen:
         self.threads.give(self.given, text, self.vectors, self.given, tag, alone)
         self.given += 1
 
+    def called(self) -> int:
+        """Wait until the threads have called. Returns: how often."""
+        assert select.select([self.wake], [], [], 10)[0]
+        return os.eventfd_read(self.wake)
+
     def calls(self) -> list[list[int]]:
         """Let them go, and wait for everything that was given."""
         self.threads.go()
         calls: list[list[int]] = []
         while self.ended < self.given:
-            os.eventfd_read(self.wake)
+            self.called()
             for tickets, seconds in self.threads.ended():
                 assert seconds > 0
                 calls.append(tickets)
@@ -349,15 +355,20 @@ def test_threads_take_little_ahead_and_call_when_they_want_more(
 ) -> None:
     work = kitchen(one_stream(bundle), 64, 512)
     takes = work.threads.takes
+    refused = False
     while not takes(512):  # until the thread is there, and idle
-        pass
+        refused = True
+    if refused:
+        assert work.called() == 1
     work.give(ids(200))
     assert takes(256) and not takes(257)
     work.give(ids(256))
     assert takes(56) and not takes(57)
-    work.calls()
-    while not takes(512):
-        os.eventfd_read(work.wake)
+    work.threads.go()
+    called = 0
+    while called < 2:  # when the call has ended, and when there is none to begin
+        called += work.called()
+    assert work.threads.ended()[0][0] == [0, 1] and takes(512)
 
 
 def test_threads_have_room_for_so_many_texts(bundle: Bundle, kitchen: Make) -> None:
