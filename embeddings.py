@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import re
+import string
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -109,21 +110,23 @@ class TextEngine(Engine, Protocol):
 class Words:
     """The token ids of words met before and of those in the vocabulary, for tokenizers of BERT's
     kind: they find those of a word without looking at its neighbours, and a look-up takes a tenth
-    of the time, of words that have not been met less than half. Only for texts of printable ASCII,
-    in which it is plain what a word is. Safe to call from any number of threads.
+    of the time, of words that have not been met less than half. Only for texts of printable ASCII
+    and western European letters, in which it is plain what a word is. Safe to call from any number
+    of threads.
     """
 
     _MANY = 16_384  # with their ids some 3 MB
-    _WORD = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9 ]")
+    _LETTERS = "A-Za-zÀ-ÖØ-öø-ÿ"
+    _WORD = re.compile(rf"[{_LETTERS}0-9]+|[!-~]")
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         normalizer = tokenizer.normalizer
         self._lowercase = bool(getattr(normalizer, "lowercase", False))
         # A text with one of these may hold an added token, such as [SEP], which is no word.
         added = tokenizer.get_added_tokens_decoder().values()
-        self._marks = {
-            case(token.content[:1]) for token in added for case in (str.lower, str.upper)
-        }
+        marks = {case(token.content[:1]) for token in added for case in (str.lower, str.upper)}
+        plain = re.escape("".join(sorted({*string.printable[:95]} - marks)))
+        self._plain = re.compile(f"[{plain}{self._LETTERS}]*")
         self._known: dict[str, list[int]] = {}
         self._token = tokenizer.token_to_id
         self._longest = getattr(tokenizer.model, "max_input_chars_per_word", 0)
@@ -131,14 +134,12 @@ class Words:
             isinstance(normalizer, BertNormalizer)
             and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
             and isinstance(tokenizer.model, WordPiece)
-            and not any(mark.isalnum() or mark.isspace() for mark in self._marks)
+            and not any(mark.isalnum() or mark.isspace() for mark in marks)
         )
 
     def split(self, text: str) -> list[str] | None:
         """The words of a text; None where that has to be left to the tokenizer."""
-        if not (self.usable and text.isascii() and text.isprintable()):
-            return None
-        if any(mark in text for mark in self._marks):
+        if not self.usable or not self._plain.fullmatch(text):
             return None
         return self._WORD.findall(text.lower() if self._lowercase else text)
 
@@ -155,7 +156,9 @@ class Words:
         for word in words:
             ids = known.get(word)
             if ids is None:
-                token = self._token(word) if len(word) <= self._longest else None
+                # Of letters with accents the tokenizer may take these off first.
+                whole = word.isascii() and len(word) <= self._longest
+                token = self._token(word) if whole else None
                 if token is None:
                     return None
                 ids = [token]
@@ -230,6 +233,7 @@ class TextEmbedder:
         self._cache = cache
         self._large_text = threading.Lock()
         self._prefix, self._suffix = _special_tokens(tokenizer)
+        self._first, self._last = self._prefix.tolist(), self._suffix.tolist()
         self._words = Words(tokenizer)
         self._prompts = {name: prompt for name, prompt in self.manifest.prompts.items() if prompt}
 
@@ -453,8 +457,8 @@ class TextEmbedder:
             words = self._words.split(prompt + text)
             known = words and self._words.ids(words)
             if known and len(known) <= room:
-                ids = np.array(known, np.int64)
-                return [Chunk(0, len(text), self._with_specials(ids, index))]
+                ids = np.array([*self._first, *known, *self._last], np.int64)
+                return [Chunk(0, len(text), ids)]
         encoding, ids = self._encode(prompt + text)
         if words:
             self._words.learn(words, encoding)
@@ -610,7 +614,8 @@ def _special_tokens(tokenizer: Tokenizer) -> tuple[Int64, Int64]:
 def unit_vectors(vectors: Float32) -> Float32:
     """Scale rows to length 1, as torch.nn.functional.normalize does (zeros stay zeros)."""
     if len(vectors) == 1:  # most requests are one text: half of the calls
-        return vectors / np.float32(max(math.sqrt(np.dot(vectors[0], vectors[0])), 1e-12))
+        vector = vectors[0]
+        return vectors / max(math.sqrt(vector.dot(vector)), 1e-12)
     lengths = np.sqrt(np.vecdot(vectors, vectors))[:, None]
     scaled: Float32 = vectors / np.maximum(lengths, np.float32(1e-12))
     return scaled

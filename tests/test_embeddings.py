@@ -1,5 +1,6 @@
 """embeddings.py: chunks, their offsets and their mean; prompts, cuts, limits. On the real model."""
 
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import Whitespace
 
 from conftest import NAME
@@ -378,6 +380,21 @@ def tokenizer(models_dir: pathlib.Path) -> Tokenizer:
     return load_tokenizer(read(models_dir / NAME))[0]
 
 
+@pytest.fixture(
+    scope="module",
+    params=itertools.product([True, False], [None, True, False]),
+    ids="lowercase={0[0]},strip_accents={0[1]}".format,
+)
+def any_bert(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> Tokenizer:
+    """A tokenizer with one of the normalizers that BERT's family has."""
+    lowercase, strip_accents = request.param
+    changed = Tokenizer.from_str(tokenizer.to_str())
+    changed.normalizer = BertNormalizer(  # type: ignore[assignment]
+        lowercase=lowercase, strip_accents=strip_accents
+    )
+    return changed
+
+
 def learnt(known: Words, tokenizer: Tokenizer, text: str) -> list[int] | None:
     """The ids that `known` gives for a text once the tokenizer has shown them."""
     words = known.split(text)
@@ -388,14 +405,25 @@ def learnt(known: Words, tokenizer: Tokenizer, text: str) -> list[int] | None:
 
 
 @given(
-    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
+    st.text(
+        st.characters(min_codepoint=32, max_codepoint=126)
+        | st.characters(min_codepoint=0xA0, max_codepoint=0xFF),
+        max_size=60,
+    )
     | st.lists(
-        st.sampled_from(["Paris", "don't", "x_y", "3.14", "U.S.", "$5", "e-mail", "antidisestab"])
+        st.sampled_from(
+            ["Paris", "don't", "x_y", "3.14", "U.S.", "$5", "e-mail", "antidisestab"]
+            + ["café", "Übermensch", "naïve", "Straße", "ÆON", "é", "É", "São", "½", "4×4"]
+        )
     ).map(" ".join)
 )
 @example("a" * 101 + " b")  # a word that is too long for the tokenizer
+@example("é" * 101 + " b")
 @example("  spaces   between  ")
-def test_words_met_before_have_the_tokenizers_own_ids(tokenizer: Tokenizer, text: str) -> None:
+@example("".join(map(chr, range(0xC0, 0x100))))
+@example(" ".join(map(chr, range(0xC0, 0x100))))
+def test_words_met_before_have_the_tokenizers_own_ids(any_bert: Tokenizer, text: str) -> None:
+    tokenizer = any_bert
     known = Words(tokenizer)
     for each in (text, "other " + text):  # beside other words they are the same
         ids = learnt(known, tokenizer, each)
@@ -418,22 +446,27 @@ def test_words_of_the_vocabulary_need_not_be_met_before(tokenizer: Tokenizer) ->
     tokenizer = Tokenizer.from_str(tokenizer.to_str().replace('"river":', f'"{long}":'))
     assert Words(tokenizer).ids([long]) is None  # too long a word, even if it were a token
     assert tokenizer.encode(long).tokens[1:-1] == ["[UNK]"]
+    accented = Tokenizer.from_str(tokenizer.to_str().replace('"mountain":', '"é":'))
+    assert Words(accented).ids(["é"]) is None  # the tokenizer takes the accent off first
+    assert accented.encode("é").tokens[1:-1] == ["e"]
 
 
 def test_a_text_of_words_met_before_is_not_tokenised_again(
     models_dir: pathlib.Path, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedder = embedder_for(read(models_dir / NAME), batcher)
-    first = embedder.chunk(["the riverbeds run", "a mountain"])
+    first = embedder.chunk(["the riverbeds run", "a café"])
     monkeypatch.setattr(TextEmbedder, "_encode", None)
-    (again,), (mixed,) = embedder.chunk(["The riverbeds run", "a River, "[:-2]])
+    (again,), (mixed,) = embedder.chunk(["The riverbeds run", "Café River"])
     assert again.token_ids.tolist() == first[0][0].token_ids.tolist()
-    assert (mixed.start, mixed.end, mixed.tokens) == (0, 7, 4)
+    assert (mixed.start, mixed.end, mixed.tokens) == (0, 10, 4)
     with pytest.raises(TypeError):
         embedder.chunk(["the seabeds"])
 
 
-@pytest.mark.parametrize("text", ["[SEP] in a text", "caf\u00e9", "two\nlines", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["[SEP] in a text", "cafe\u0301", "\u00bd", "\u017bywiec", "two\nlines", "\x00"]
+)
 def test_what_is_not_plainly_words_is_left_to_the_tokenizer(
     tokenizer: Tokenizer, text: str
 ) -> None:
