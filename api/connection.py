@@ -28,6 +28,7 @@ from api.errors import RequestError
 GONE_AFTER = 1.0
 _MAX_HEAD = 65_536
 _MAX_CHUNK_LINE, _MAX_TRAILER = 4096, 8192
+_MAX_DIGITS = 18  # of a Content-Length
 # Fields whose values differ from request to request of one client, and where they go in an environ.
 _VARYING = {
     b"content-length": "CONTENT_LENGTH",
@@ -258,6 +259,9 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self._close_later = close_later
         self.held = 0  # bytes that count for HELD_BODIES
         self.received = bytearray()  # what is not yet sorted into head and body
+        # A head up to the value of its Content-Length, from there on, and its `head_key`; empty
+        # until there is one of which nothing else varies.
+        self._usual: tuple[bytes, bytes, tuple[bytes, ...]] = b"", b"", ()
         self.begin()
 
     def begin(self) -> None:
@@ -290,11 +294,6 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         return environ
 
     @property
-    def path(self) -> str:
-        """Of the request whose head has come, without its query."""
-        return (self.head.split(b" ", 2) + [b"", b""])[1].partition(b"?")[0].decode("latin-1")
-
-    @property
     def persistent(self) -> bool:
         """Whether the client may send a further request after this one."""
         return self.head.partition(b"\r\n")[0].endswith(b"HTTP/1.1") and not _CLOSE.search(
@@ -308,7 +307,7 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         `max_body`.
         Raises: RequestError for broken framing; OSError when the client has gone.
         """
-        if not self.head:
+        if not self.head and not self._begin_as_usual():
             end = self.received.find(b"\r\n\r\n", self._searched)
             if end < 0:
                 if len(self.received) > _MAX_HEAD:
@@ -328,6 +327,24 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         del self.received[: self.length]
         return True
 
+    def _begin_as_usual(self) -> bool:
+        """Take a head that says what the usual one did, but for the length of the body.
+
+        Returns: whether it is such a one.
+        """
+        start, rest, key = self._usual
+        if not start or not self.received.startswith(start):
+            return False
+        end = self.received.find(b"\r\n", len(start), len(start) + _MAX_DIGITS + 2)
+        length = self.received[len(start) : end]
+        if end < 0 or not length.isdigit() or not self.received.startswith(rest, end):
+            return False
+        self.head = bytes(self.received[: end + len(rest)])
+        del self.received[: end + len(rest)]
+        self.length = int(length)
+        self.head_key, self.varying = key, {"CONTENT_LENGTH": length.decode()}
+        return True
+
     def _begin_body(self, max_body: int) -> None:
         parts = _FIELDS.split(self.head)
         names = [name.lower() for name in parts[1::3]]
@@ -343,7 +360,7 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
                     )
                 framed = True
                 if name == b"content-length":
-                    if not value.isdigit() or len(value) > 18:
+                    if not value.isdigit() or len(value) > _MAX_DIGITS:
                         raise RequestError(
                             400, "validation", "Content-Length is not a number of bytes"
                         )
@@ -363,6 +380,9 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
             del parts[2::3]
             address = self.client[0] if isinstance(self.client, tuple) else ""  # a Unix socket
             self.head_key = (address.encode(), *parts)
+            if names == [b"content-length"] and self.head.endswith(value + parts[-1]):
+                rest = parts[-1]
+                self._usual = self.head[: -len(value + rest)], rest, self.head_key
         if (
             continues
             and self.head.partition(b"\r\n")[0].endswith(b"HTTP/1.1")

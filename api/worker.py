@@ -44,14 +44,14 @@ CLOSE_TIMEOUT = 2  # seconds a client gets to close its side
 # thread. They are taken before any key is looked at, so something else must bound them.
 HELD_BODIES = 4
 QUEUED_PER_THREAD = 3  # requests that wait for a thread, for each thread there is
-IMAGE_ROUTES = "/embeddings/image"
+_PICTURES = b"POST /embeddings/image"  # how requests begin that hold some
 # Seconds after SIGTERM when what still waits is answered 503. Kept connections are open for 2 s
 # (STOP_KEEPALIVE_LINGER), and what arrives on them has some seconds then; the rest of
 # graceful_timeout is for engine calls that run, and for clients to take their answers.
 STOP_COMPUTING = 6.5
 STOP_WAITING = 8.0  # seconds after SIGTERM when 503 answers even what a thread still works on
 YIELD, YIELD_MEMORY = 0.002, 0.010  # seconds a connection is left for a worker that holds fewer
-LOOK_FOR_OVERDUE = 0.1  # seconds between two looks for what has waited too long
+LOOK_AROUND = 0.1  # seconds between two looks for what is due, in a busy event loop
 LET_GO = 0.1  # seconds between two kept connections that are sent to another worker
 LIMIT_REQUEST_FIELDS, LIMIT_REQUEST_FIELD_SIZE = 64, 8190
 _PIECE = 65_536
@@ -89,17 +89,19 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._waiting: dict[Connection, float] = {}  # when to give up on each; oldest first
         self._kept: dict[Connection, float] = {}  # until when; the first ends first
+        self._keepalive: float = self.cfg.keepalive  # seconds
         self._closing: dict[Socket, float] = {}
         self._queued: dict[Connection, float] = {}  # since when; oldest first
         self._started: set[Connection] = set()  # those with a thread
-        self._free_threads = self.cfg.threads
+        self._threads = self._free_threads = self.cfg.threads
         self._held = 0
         self._heads = Heads()
         self._stopping_since: float | None = None
         self._stopped = False
         # Until when listeners are left to others, and until when they have been for long enough.
         self._yield_until = self._yielded_until = 0.0
-        self._let_go_at = self._notified = 0.0
+        self._let_go_at = self._looked_around = 0.0
+        self._looks = True  # whether this turn of the event loop looks for what is due
 
     def init_process(self) -> None:
         self.cfg.set("sendfile", False)  # it would overtake what is `unsent`
@@ -111,7 +113,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def run(self) -> None:
         self._batcher: Batcher = self.wsgi.extensions["batcher"]
         self._loop = Loop(self.tpool)
-        self._looked_for_overdue = time.monotonic()
         self.poller.register(self._loop, selectors.EVENT_READ, Loop.heard)
         self._batcher.take_over()
         self.poller.register(self._batcher, selectors.EVENT_READ, Batcher.collect)
@@ -164,7 +165,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             listener.close()
 
     def is_parent_alive(self) -> bool:
-        if not super().is_parent_alive():
+        if self._looks and not super().is_parent_alive():
             self.alive = False
         return bool(self.alive)
 
@@ -174,18 +175,19 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if now < self._yield_until:
             timeout = self._yield_until - now
         elif self._stopping_since is not None or self._loop.waiting:
-            timeout = min(timeout, LOOK_FOR_OVERDUE)
+            timeout = min(timeout, LOOK_AROUND)
         events = self.poller.select(timeout)
         # What the requests of one turn want computed goes to the engine together.
         self._batcher.hold()
         for key, _ in events:
             key.data(key.fileobj)
         now = time.monotonic()
-        if now > self._looked_for_overdue + LOOK_FOR_OVERDUE:
-            self._looked_for_overdue = now
+        self._looks = now > self._looked_around + LOOK_AROUND
+        if self._looks:
+            self._looked_around = now
             self._loop.give_up()
         self._loop.go_on()
-        self._batcher.release(self.cfg.threads - self._free_threads)
+        self._batcher.release(self._threads - self._free_threads)
 
     def accept(self, listener: socket.socket) -> None:
         """Take a connection, or leave it to a worker that holds fewer. What nobody has taken after
@@ -214,7 +216,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         conn = Connection(self.cfg, Socket(accepted), client, server, self.close_later)
         # Front ends open connections ahead of need: until its first byte a new one counts as kept
         # alive.
-        self._waiting[conn] = time.monotonic() + self.cfg.keepalive
+        self._waiting[conn] = time.monotonic() + self._keepalive
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._receive, conn))
         return conn
 
@@ -264,17 +266,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """
         if conn.length and (full := self._batcher.full()):
             self._turn_away(conn, str(full), full.retry_after)
-        elif conn.length <= MAX_TASK_BODY and not conn.path.startswith(IMAGE_ROUTES):
+        elif conn.length <= MAX_TASK_BODY and not conn.head.startswith(_PICTURES):
             self._started.add(conn)
             self._loop.run(partial(self.handle, conn), partial(self._ended, conn))
         elif self._free_threads:
             self._free_threads -= 1
             self._start(conn)
-        elif len(self._queued) < QUEUED_PER_THREAD * self.cfg.threads:
+        elif len(self._queued) < QUEUED_PER_THREAD * self._threads:
             self._queued[conn] = time.monotonic()
         else:
             self._turn_away(
-                conn, f"all {self.cfg.threads} threads are busy, and {len(self._queued)} wait"
+                conn, f"all {self._threads} threads are busy, and {len(self._queued)} wait"
             )
 
     def _ended(self, conn: Connection, keep: bool) -> None:
@@ -388,13 +390,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         comes back to a worker that holds fewer.
         """
         full = len(self._kept) >= self.max_keepalived
-        if full or not self.alive or not self.cfg.keepalive:
+        if full or not self.alive or not self._keepalive:
             return True
         now = time.monotonic()
-        if now < self._let_go_at or self.spread.excess(self.age) < 2:
+        if now < self._let_go_at:
             return False
         self._let_go_at = now + LET_GO
-        return True
+        return self.spread.excess(self.age) >= 2
 
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
         return keepalive  # no body is left on the socket
@@ -417,7 +419,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         else:
             if not conn.registered:
                 self._look_for(conn, selectors.EVENT_READ, partial(self._receive, conn))
-            self._kept[conn] = time.monotonic() + self.cfg.keepalive
+            self._kept[conn] = time.monotonic() + self._keepalive
             if conn.received:
                 pipelined = bytes(conn.received)
                 conn.received.clear()
@@ -506,19 +508,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         return watch
 
     def notify(self) -> None:
-        """Called once a turn of the event loop, at least each second, which is as often as the
-        master needs to hear of it.
-        """
-        now = time.monotonic()
-        if now > self._notified + 1:
-            self._notified = now
+        """Tell the master that the worker is alive. Called once a turn of the event loop."""
+        if self._looks:
             super().notify()
-        self._watch.metrics.sample()
+            self._watch.metrics.sample()
 
     def murder_keepalived(self, force: bool = False) -> None:
         """Close kept connections whose time is over; not one whose next request has come while the
         event loop was busy.
         """
+        if not self._looks and not force:
+            return
         now = time.monotonic()
         lingered = (
             self._stopping_since is not None and now >= self._stopping_since + STOP_KEEPALIVE_LINGER
@@ -534,6 +534,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Give up on clients that wait too long, or do not close, or are too many. Called once a
         turn of the event loop.
         """
+        self._make_room()
+        if not self._looks:
+            return
         now = time.monotonic()
         if self.alive:
             self.spread.hold(self.age, self.nr_conns)
@@ -568,7 +571,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         for sock, until in list(self._closing.items()):
             if until <= now:
                 self._close_now(sock)
-        self._make_room()
 
     def _make_room(self) -> None:
         """Let go of the largest half-sent requests when memory is short, and of the oldest
