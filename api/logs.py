@@ -48,7 +48,7 @@ def request_id(environ: dict[str, Any]) -> str:
     known: str | None = environ.get(_REQUEST_ID)
     if known is None:
         sent = environ.get("HTTP_X_REQUEST_ID", "")
-        known = sent if _ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
+        known = sent if sent and _ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
         environ[_REQUEST_ID] = known
     return known
 

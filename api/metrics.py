@@ -214,8 +214,6 @@ class Metrics:
         """An engine call of so many seconds has ended."""
         engine, row = self._engines[batch.engine.name, batch.engine.modality], self._row
         began = time.monotonic() - seconds
-        # Requests for which this was the last call.
-        done = {job for job, _, _ in batch.entries if job.done.is_set() and not job.error}
         with self._lock:
             self._items.observe(row, len(batch.entries))
             self._tokens.observe(row, batch.tokens)
@@ -226,7 +224,7 @@ class Metrics:
                 row[engine.items] += len(batch.entries)
                 row[engine.tokens] += batch.tokens
                 row[engine.padded] += batch.padded_tokens
-            for job in done:
+            for job in batch.served:
                 self._wait.observe(row, max(0.0, began - job.submitted))
 
     def cached(self, hits: int, misses: int) -> None:

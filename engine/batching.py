@@ -25,7 +25,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -158,6 +158,7 @@ class Batch:
     tokens: int  # without padding
     padded_tokens: int  # with it, as much of it as is computed
     alone: bool  # nothing else is computed or waits
+    served: list[Job] = field(default_factory=list)  # requests that it was the last call of
 
     @property
     def inputs(self) -> list[Array]:
@@ -306,8 +307,8 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise _shutting_down()
-            limit = self._queue_limit()
-            if self._waiting_tokens and self._waiting_tokens + total > limit:
+            limit = self._queue_limit() if self._waiting_tokens else math.inf
+            if self._waiting_tokens + total > limit:
                 self._refusing = True
                 raise QueueFull(
                     f"{self._waiting_tokens} tokens are waiting and this request adds {total}; "
@@ -369,7 +370,7 @@ class Batcher:
     def _announce(self) -> None:
         """Wake as many inference threads as there is work for."""
         self._give()
-        if not any(job.threads is None for job in self._jobs):
+        if not any([job.threads is None for job in self._jobs]):
             return
         share = self._jobs[0].engine.share
         for _ in range(min(len(self._idle), max(1, self._waiting_tokens // share))):
@@ -482,7 +483,8 @@ class Batcher:
                     self._end(
                         job, EngineFailed("the engine failed on the batch that held this input")
                     )
-                elif not job.running and not job.costs:
+                elif not (job.running or job.costs or job.error):
+                    batch.served.append(job)
                     job.done.set()
         self.observe(batch, seconds, failed)
 
@@ -501,7 +503,7 @@ class Batcher:
         for engine, threads in list(self._own.items()):
             for tickets, seconds in threads.ended() if threads else ():
                 entries = [self._given.pop(ticket) for ticket in tickets]
-                tokens = sum(len(ids) for _, _, ids in entries)
+                tokens = sum([len(ids) for _, _, ids in entries])
                 batch = Batch(engine, entries, tokens, tokens, alone=False)
                 if seconds < 0:
                     log.error(
@@ -531,11 +533,11 @@ class Batcher:
         """Give the engines' own threads what waits, the smallest tag first, as far as they take it.
         Tokens count as served from here on.
         """
-        if not any(job.threads for job in self._jobs):
+        if not self._jobs or not any([job.threads for job in self._jobs]):
             return
         self._leave_out()
         active, given = len(self._jobs), set()
-        jobs = sorted((job for job in self._jobs if job.threads), key=_tag)
+        jobs = sorted([job for job in self._jobs if job.threads], key=_tag)
         while jobs:
             job, threads = jobs[0], jobs[0].threads
             assert threads
