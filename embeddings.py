@@ -8,7 +8,7 @@ import re
 import string
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -108,45 +108,40 @@ class TextEngine(Engine, Protocol):
 
 
 class Words:
-    """The token ids of words met before and of those in the vocabulary, for tokenizers of BERT's
-    kind: they find those of a word without looking at its neighbours, and a look-up takes a tenth
-    of the time, of words that have not been met less than half. Only for texts of printable ASCII
-    and western European letters, in which it is plain what a word is. Safe to call from any number
-    of threads.
+    """The token ids of words, each looked up or made alone: a tokenizer of BERT's kind finds those
+    of a word without looking at its neighbours. That takes a tenth of the time that it takes the
+    tokenizer. Only for texts of printable ASCII and western European letters, in which it is plain
+    what a word is. Safe to call from any number of threads.
     """
 
-    _MANY = 16_384  # with their ids some 3 MB
+    _MANY, _LONG = 16_384, 64  # words that are kept, and characters of them; some 3 MB, 8 at most
     _LETTERS = "A-Za-zÀ-ÖØ-öø-ÿ"
     _WORD = re.compile(rf"[{_LETTERS}0-9]+|[!-~]")
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        normalizer = tokenizer.normalizer
-        self._lowercase = bool(getattr(normalizer, "lowercase", False))
+        self._normalizer, self._model = tokenizer.normalizer, tokenizer.model
+        self._lowercase = bool(getattr(self._normalizer, "lowercase", False))
         # A text with one of these may hold an added token, such as [SEP], which is no word.
         added = tokenizer.get_added_tokens_decoder().values()
         marks = {case(token.content[:1]) for token in added for case in (str.lower, str.upper)}
         plain = re.escape("".join(sorted({*string.printable[:95]} - marks)))
         self._plain = re.compile(f"[{plain}{self._LETTERS}]*")
         self._known: dict[str, list[int]] = {}
-        self._token = tokenizer.token_to_id
-        self._longest = getattr(tokenizer.model, "max_input_chars_per_word", 0)
-        self.usable = (
-            isinstance(normalizer, BertNormalizer)
+        self._usable = (
+            isinstance(self._normalizer, BertNormalizer)
             and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
-            and isinstance(tokenizer.model, WordPiece)
+            and isinstance(self._model, WordPiece)
             and not any(mark.isalnum() or mark.isspace() for mark in marks)
         )
 
     def split(self, text: str) -> list[str] | None:
         """The words of a text; None where that has to be left to the tokenizer."""
-        if not self.usable or not self._plain.fullmatch(text):
+        if not self._usable or not self._plain.fullmatch(text):
             return None
         return self._WORD.findall(text.lower() if self._lowercase else text)
 
-    def ids(self, words: Sequence[str]) -> list[int] | None:
-        """The token ids of words one after the other; None when one is neither known nor a token of
-        the vocabulary, which WordPiece prefers to any parts of it.
-        """
+    def ids(self, words: Sequence[str]) -> list[int]:
+        """The token ids of words one after the other."""
         known = self._known
         try:
             return [id for word in words for id in known[word]]
@@ -156,29 +151,14 @@ class Words:
         for word in words:
             ids = known.get(word)
             if ids is None:
-                # Of letters with accents the tokenizer may take these off first.
-                whole = word.isascii() and len(word) <= self._longest
-                token = self._token(word) if whole else None
-                if token is None:
-                    return None
-                ids = [token]
-                self._keep([word], [ids])
+                tokens = self._model.tokenize(self._normalizer.normalize_str(word))
+                ids = [token.id for token in tokens]
+                if len(known) >= self._MANY:
+                    known.clear()
+                if len(word) <= self._LONG:
+                    known[word] = ids
             found += ids
         return found
-
-    def learn(self, words: Sequence[str], encoding: Encoding) -> None:
-        """Keep what the tokenizer made of a text's words, where it finds as many."""
-        if not encoding.ids or encoding.word_ids[-1] != len(words) - 1:
-            return
-        ids: list[list[int]] = [[] for _ in words]
-        for word, id in zip(encoding.word_ids, encoding.ids):
-            ids[word or 0].append(id)
-        self._keep(words, ids)
-
-    def _keep(self, words: Sequence[str], ids: Iterable[list[int]]) -> None:
-        if len(self._known) + len(words) > self._MANY:
-            self._known.clear()
-        self._known.update(zip(words, ids))
 
 
 class VectorCache:
@@ -452,16 +432,12 @@ class TextEmbedder:
 
     def _split(self, text: str, prompt: str, truncate: Side | None, index: int) -> list[Chunk]:
         room = self.manifest.max_tokens - len(self._prefix) - len(self._suffix)
-        words = None
-        if len(text) <= room * SHORT_WORD:
-            words = self._words.split(prompt + text)
-            known = words and self._words.ids(words)
-            if known and len(known) <= room:
+        if len(text) <= room * SHORT_WORD and (words := self._words.split(prompt + text)):
+            known = self._words.ids(words)
+            if len(known) <= room:
                 ids = np.array([*self._first, *known, *self._last], np.int64)
                 return [Chunk(0, len(text), ids)]
         encoding, ids = self._encode(prompt + text)
-        if words:
-            self._words.learn(words, encoding)
         if len(ids) <= room:
             return [Chunk(0, len(text), self._with_specials(ids, index))]
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)

@@ -372,7 +372,7 @@ def test_the_left_side_can_be_cut_too(embedder: TextEmbedder) -> None:
     assert (right.chunks[0].start, left.chunks[0].end) == (0, len(text))
 
 
-# -- words met before
+# -- words alone
 
 
 @pytest.fixture(scope="module")
@@ -395,15 +395,6 @@ def any_bert(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> Tokenizer:
     return changed
 
 
-def learnt(known: Words, tokenizer: Tokenizer, text: str) -> list[int] | None:
-    """The ids that `known` gives for a text once the tokenizer has shown them."""
-    words = known.split(text)
-    if not words:
-        return None
-    known.learn(words, tokenizer.encode(text, add_special_tokens=False))
-    return known.ids(words)
-
-
 @given(
     st.text(
         st.characters(min_codepoint=32, max_codepoint=126)
@@ -422,46 +413,26 @@ def learnt(known: Words, tokenizer: Tokenizer, text: str) -> list[int] | None:
 @example("  spaces   between  ")
 @example("".join(map(chr, range(0xC0, 0x100))))
 @example(" ".join(map(chr, range(0xC0, 0x100))))
-def test_words_met_before_have_the_tokenizers_own_ids(any_bert: Tokenizer, text: str) -> None:
-    tokenizer = any_bert
-    known = Words(tokenizer)
-    for each in (text, "other " + text):  # beside other words they are the same
-        ids = learnt(known, tokenizer, each)
-        if ids is not None:
-            assert ids == tokenizer.encode(each, add_special_tokens=False).ids
-    # What needs no teaching is in the vocabulary.
-    words = Words(tokenizer).split(text)
-    ids = Words(tokenizer).ids(words) if words else None
-    if ids is not None:
-        assert ids == tokenizer.encode(text, add_special_tokens=False).ids
+def test_words_have_the_tokenizers_own_ids(any_bert: Tokenizer, text: str) -> None:
+    known = Words(any_bert)
+    for each in (text, "other " + text, text):  # beside other words they are the same, or again
+        if words := known.split(each):
+            assert known.ids(words) == any_bert.encode(each, add_special_tokens=False).ids
 
 
-def test_words_of_the_vocabulary_need_not_be_met_before(tokenizer: Tokenizer) -> None:
-    known = Words(tokenizer)
-    (ends,) = tokenizer.encode("embeddings", add_special_tokens=False).ids[1:2]
-    assert known.ids(["the", "river", "'"]) == tokenizer.encode("the river '").ids[1:-1]
-    assert known.ids(["river", "embeddings"]) is None  # it is several tokens
-    assert known.ids([tokenizer.id_to_token(ends)[2:]]) != [ends]  # what ends a word begins none
-    long = "a" * 101
-    tokenizer = Tokenizer.from_str(tokenizer.to_str().replace('"river":', f'"{long}":'))
-    assert Words(tokenizer).ids([long]) is None  # too long a word, even if it were a token
-    assert tokenizer.encode(long).tokens[1:-1] == ["[UNK]"]
-    accented = Tokenizer.from_str(tokenizer.to_str().replace('"mountain":', '"é":'))
-    assert Words(accented).ids(["é"]) is None  # the tokenizer takes the accent off first
-    assert accented.encode("é").tokens[1:-1] == ["e"]
-
-
-def test_a_text_of_words_met_before_is_not_tokenised_again(
+def test_a_text_of_plain_words_is_not_tokenised_as_a_whole(
     models_dir: pathlib.Path, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedder = embedder_for(read(models_dir / NAME), batcher)
-    first = embedder.chunk(["the riverbeds run", "a café"])
+    text = "The riverbeds run by Café Übermensch."
+    (by_tokenizer,) = embedder.tokenize([text], add_special_tokens=True)
     monkeypatch.setattr(TextEmbedder, "_encode", None)
-    (again,), (mixed,) = embedder.chunk(["The riverbeds run", "Café River"])
-    assert again.token_ids.tolist() == first[0][0].token_ids.tolist()
-    assert (mixed.start, mixed.end, mixed.tokens) == (0, 10, 4)
+    for _ in range(2):
+        ((chunk,),) = embedder.chunk([text])
+        assert chunk.token_ids.tolist() == [token.id for token in by_tokenizer]
+        assert (chunk.start, chunk.end) == (0, len(text))
     with pytest.raises(TypeError):
-        embedder.chunk(["the seabeds"])
+        embedder.chunk(["the riverbeds \u4e00"])
 
 
 @pytest.mark.parametrize(
@@ -485,10 +456,12 @@ def test_other_tokenizers_words_are_left_to_them(tokenizer: Tokenizer) -> None:
 def test_the_words_kept_are_few(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Words, "_MANY", 3)
     known = Words(tokenizer)
-    assert learnt(known, tokenizer, "embeddings riverbeds")
-    assert learnt(known, tokenizer, "quaternion seabeds")
-    assert known.ids(["embeddings"]) is None and known.ids(["quaternion"])
-    assert known.ids(["a", "b"]) and known.ids(["quaternion"]) is None
+    for text in ("a b c d e f a", "a quaternion", "f e d c b a", "a a a"):
+        assert known.ids(text.split()) == tokenizer.encode(text, add_special_tokens=False).ids
+        assert len(known._known) <= 3
+    long = "a" * 65
+    assert known.ids([long]) == tokenizer.encode(long, add_special_tokens=False).ids
+    assert long not in known._known
 
 
 # -- what is not computed twice
