@@ -13,9 +13,9 @@ from gunicorn.arbiter import Arbiter
 
 import settings as configuration
 from api import logs, metrics
-from api.connection import refuse_new
+from api.connection import LIMIT_REQUEST_FIELD_SIZE, LIMIT_REQUEST_FIELDS, refuse_new
 from api.spread import Spread
-from api.worker import LIMIT_REQUEST_FIELD_SIZE, LIMIT_REQUEST_FIELDS, Worker
+from api.worker import Worker
 from engine.bundle import discover
 from engine.errors import BundleError, ModelNotFound
 from engine.models import Models

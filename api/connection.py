@@ -29,20 +29,38 @@ GONE_AFTER = 1.0
 _MAX_HEAD = 65_536
 _MAX_CHUNK_LINE, _MAX_TRAILER = 4096, 8192
 _MAX_DIGITS = 18  # of a Content-Length
-# Fields whose values differ from request to request of one client, and where they go in an environ.
+LIMIT_REQUEST_FIELDS, LIMIT_REQUEST_FIELD_SIZE = 64, 8190
+# The fields that are looked at, and where they go in an environ: those on which depends what a
+# request is (gunicorn looks at some, the application at others), and those that only its log line
+# and its answer's head depend on. There is no need to know any other.
+_TELLING = {
+    b"connection": "HTTP_CONNECTION",
+    b"content-type": "CONTENT_TYPE",
+    b"authorization": "HTTP_AUTHORIZATION",
+    b"x-api-key": "HTTP_X_API_KEY",
+    b"x-forwarded-proto": "HTTP_X_FORWARDED_PROTO",
+    b"x-forwarded-protocol": "HTTP_X_FORWARDED_PROTOCOL",
+    b"x-forwarded-ssl": "HTTP_X_FORWARDED_SSL",
+}
 _VARYING = {
     b"content-length": "CONTENT_LENGTH",
+    b"user-agent": "HTTP_USER_AGENT",
     b"x-request-id": "HTTP_X_REQUEST_ID",
     b"traceparent": "HTTP_TRACEPARENT",
     b"x-cloud-trace-context": "HTTP_X_CLOUD_TRACE_CONTEXT",
     b"x-forwarded-for": "HTTP_X_FORWARDED_FOR",
-    b"forwarded": "HTTP_FORWARDED",
 }
+_READ = {*_TELLING.values(), *_VARYING.values()}
 # gunicorn's own parser sees the head afterwards and refuses whatever of it is not HTTP.
-_FIELDS = re.compile(
-    rb"\r\n(transfer-encoding|expect|" + b"|".join(_VARYING) + rb"):([^\r\n]*)(?=\r\n)",
-    re.IGNORECASE,
+_FRAMING = re.compile(
+    rb"\r\n(content-length|transfer-encoding|expect):([^\r\n]*)(?=\r\n)", re.IGNORECASE
 )
+# A head without anything that needs a second look: each line is what it seems to be.
+_PLAIN = re.compile(
+    rb"[A-Z]+ /[!-~]* HTTP/1\.1\r\n(?:[-!#$%&'*+.^`|~0-9A-Za-z]+:[\t -~]*\r\n)+\r\n"
+)
+_FIELD = re.compile(rb"\r\n([^:\r\n]+):([^\r\n]*)")
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)(?=\r\n)", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection:[^\r\n]*close", re.IGNORECASE)
 _CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[^\r\n]*)?")
 
@@ -178,15 +196,14 @@ def _server_and_date(now: int) -> str:
 
 
 class Heads:
-    """What was made of requests' heads, for clients that send the same head again: to parse it, to
-    write WSGI's environ and to find the route costs more than anything else in receiving a request.
+    """What was made of requests' heads, for those that say the same again: to parse one, to write
+    WSGI's environ and to find the route costs more than anything else in receiving a request.
     """
 
-    _FEW = 256  # of up to 2 KB, with what was made of them 2 MB at most
-    SHORT = 2048
+    _FEW = 256  # of up to 8 KB, with what was made of them 4 MB at most
 
     def __init__(self) -> None:
-        self._known: dict[tuple[bytes, ...], KnownHead] = {}
+        self._known: dict[tuple[bytes | None, ...], KnownHead] = {}
 
     def parser(self, cfg: Any, conn: "Connection") -> Any:
         """What gives the connection's request: gunicorn's parser, or what it gave before, which is
@@ -196,7 +213,7 @@ class Heads:
         return conn.known or get_parser(cfg, [conn.head], conn.client)
 
     def environ(self, cfg: Any, conn: "Connection", request: Any) -> dict[str, Any]:
-        """WSGI's environ for a whole request."""
+        """WSGI's environ for a whole request, with those fields of its head that are looked at."""
         if conn.known:
             return conn.known.environ(conn)
         request.body = io.BytesIO(conn.body)
@@ -208,6 +225,10 @@ class Heads:
         _, made = wsgi.create(request, conn.sock, conn.client, conn.server, cfg)
         made["wsgi.multithread"] = True
         del made["wsgi.early_hints"]
+        for name in [name for name in made if name.startswith("HTTP_") and name not in _READ]:
+            del made[name]
+        if "HTTP_X_API_KEY" in made:  # it decides: see api/auth.py
+            made.pop("HTTP_AUTHORIZATION", None)
         if conn.head_key:
             if len(self._known) >= self._FEW:
                 self._known.clear()
@@ -224,19 +245,45 @@ class KnownHead:
     def __init__(self, request: Any, environ: dict[str, Any]) -> None:
         self._request = copy.copy(request)
         self._request.body = None
-        self._environ = {**environ, "wsgi.input": None, "gunicorn.socket": None}
+        own = {*_VARYING.values(), "REMOTE_ADDR", "REMOTE_PORT", "wsgi.input", "gunicorn.socket"}
+        self._environ = {name: value for name, value in environ.items() if name not in own}
 
     def __next__(self) -> Any:
         return self._request
 
     def environ(self, conn: "Connection") -> dict[str, Any]:
-        """WSGI's environ for a request that has this head but for its `varying` fields."""
-        environ = self._environ | conn.varying
+        """WSGI's environ for a request that says the same in its head."""
+        environ = self._environ | conn.remote | conn.varying
         environ["wsgi.input"] = io.BytesIO(conn.body)
         environ["gunicorn.socket"] = conn.sock
-        if "REMOTE_PORT" in environ:
-            environ["REMOTE_PORT"] = str(conn.client[1])
         return environ
+
+
+def head_key(head: bytes, address: str) -> tuple[tuple[bytes | None, ...], dict[str, str]]:
+    """What a head from `address` is known by: its request line and what its telling fields say.
+
+    Returns: that, and its varying fields, for an environ; nothing for a head that gunicorn's parser
+    has to see each time: it would refuse it, merge fields, or read it otherwise than we do.
+    """
+    found = _FIELD.findall(head)
+    fields = {name.lower(): value.strip(b" \t") for name, value in found}
+    if (
+        len(head) > LIMIT_REQUEST_FIELD_SIZE
+        or not _PLAIN.fullmatch(head)
+        or not len(fields) == len(found) <= LIMIT_REQUEST_FIELDS
+        or b"transfer-encoding" in fields
+        or b"expect" in fields
+    ):
+        return (), {}
+    if b"x-api-key" in fields:
+        fields.pop(b"authorization", None)  # as `Heads.environ` does
+    if fields.get(b"connection", b"").lower() == b"keep-alive":
+        del fields[b"connection"]  # HTTP/1.1 means that anyway
+    telling = [fields.get(name) for name in _TELLING]
+    if any(telling[-3:]):  # of the scheme, on which gunicorn believes some addresses
+        telling.append(address.encode())
+    varying = {_VARYING[name]: value.decode() for name, value in fields.items() if name in _VARYING}
+    return (head.partition(b"\r\n")[0], *telling), varying
 
 
 class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
@@ -259,9 +306,17 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self._close_later = close_later
         self.held = 0  # bytes that count for HELD_BODIES
         self.received = bytearray()  # what is not yet sorted into head and body
-        # A head up to the value of its Content-Length, from there on, and its `head_key`; empty
-        # until there is one of which nothing else varies.
-        self._usual: tuple[bytes, bytes, tuple[bytes, ...]] = b"", b"", ()
+        # The last head with a key: up to the value of its Content-Length, from there on, its key
+        # and its varying fields.
+        self._usual: tuple[bytes, bytes, tuple[bytes | None, ...], dict[str, str]] = (
+            b"",
+            b"",
+            (),
+            {},
+        )
+        self.remote = {"REMOTE_ADDR": ""}  # for an environ; of a Unix socket's client
+        if isinstance(client, tuple):
+            self.remote = {"REMOTE_ADDR": client[0], "REMOTE_PORT": str(client[1])}
         self.begin()
 
     def begin(self) -> None:
@@ -269,9 +324,7 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self.head, self.body = b"", bytearray()
         self.length = 0  # of the body; of a chunked one, what its chunks have announced so far
         self.chunked = False
-        # The head without the values that vary, and those for an environ; empty where it is none
-        # that may be known.
-        self.head_key: tuple[bytes, ...] = ()
+        self.head_key: tuple[bytes | None, ...] = ()
         self.varying: dict[str, str] = {}
         self.known = None
         self.sock.answering = False
@@ -328,11 +381,11 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         return True
 
     def _begin_as_usual(self) -> bool:
-        """Take a head that says what the usual one did, but for the length of the body.
+        """Take a head that is the last one but for the length of the body.
 
         Returns: whether it is such a one.
         """
-        start, rest, key = self._usual
+        start, rest, key, varying = self._usual
         if not start or not self.received.startswith(start):
             return False
         end = self.received.find(b"\r\n", len(start), len(start) + _MAX_DIGITS + 2)
@@ -342,47 +395,33 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self.head = bytes(self.received[: end + len(rest)])
         del self.received[: end + len(rest)]
         self.length = int(length)
-        self.head_key, self.varying = key, {"CONTENT_LENGTH": length.decode()}
+        self.head_key, self.varying = key, {**varying, "CONTENT_LENGTH": length.decode()}
         return True
 
     def _begin_body(self, max_body: int) -> None:
-        parts = _FIELDS.split(self.head)
-        names = [name.lower() for name in parts[1::3]]
         framed, continues = False, False
-        for name, sent in zip(names, parts[2::3]):
-            value = sent.strip(b" \t")
+        for name, sent in _FRAMING.findall(self.head):
+            name, value = name.lower(), sent.strip(b" \t")
             if name == b"expect":
                 continues = continues or value.lower() == b"100-continue"
-            elif name in (b"content-length", b"transfer-encoding"):
-                if framed:
-                    raise RequestError(
-                        400, "validation", "send one Content-Length or Transfer-Encoding"
-                    )
-                framed = True
-                if name == b"content-length":
-                    if not value.isdigit() or len(value) > _MAX_DIGITS:
-                        raise RequestError(
-                            400, "validation", "Content-Length is not a number of bytes"
-                        )
-                    self.length = int(value)
-                elif value.lower() == b"chunked":
-                    self.chunked = True
-                else:
-                    raise RequestError(400, "validation", "Transfer-Encoding may only be chunked")
-            if name in _VARYING:
-                self.varying[_VARYING[name]] = value.decode("latin-1")
-        # What is long, not printable ASCII, or comes twice, gunicorn has to see.
-        if (
-            len(self.head) <= Heads.SHORT
-            and len(self.varying) == len(names)
-            and all(value.isascii() and value.isprintable() for value in self.varying.values())
-        ):
-            del parts[2::3]
-            address = self.client[0] if isinstance(self.client, tuple) else ""  # a Unix socket
-            self.head_key = (address.encode(), *parts)
-            if names == [b"content-length"] and self.head.endswith(value + parts[-1]):
-                rest = parts[-1]
-                self._usual = self.head[: -len(value + rest)], rest, self.head_key
+                continue
+            if framed:
+                raise RequestError(
+                    400, "validation", "send one Content-Length or Transfer-Encoding"
+                )
+            framed = True
+            if name == b"content-length":
+                if not value.isdigit() or len(value) > _MAX_DIGITS:
+                    raise RequestError(400, "validation", "Content-Length is not a number of bytes")
+                self.length = int(value)
+            elif value.lower() == b"chunked":
+                self.chunked = True
+            else:
+                raise RequestError(400, "validation", "Transfer-Encoding may only be chunked")
+        self.head_key, self.varying = head_key(self.head, self.remote["REMOTE_ADDR"])
+        if self.head_key and (found := _LENGTH.search(self.head)):
+            start, rest = self.head[: found.start(1)], self.head[found.end(1) :]
+            self._usual = start, rest, self.head_key, self.varying
         if (
             continues
             and self.head.partition(b"\r\n")[0].endswith(b"HTTP/1.1")

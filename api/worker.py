@@ -53,7 +53,6 @@ STOP_WAITING = 8.0  # seconds after SIGTERM when 503 answers even what a thread 
 YIELD, YIELD_MEMORY = 0.002, 0.010  # seconds a connection is left for a worker that holds fewer
 LOOK_AROUND = 0.1  # seconds between two looks for what is due, in a busy event loop
 LET_GO = 0.1  # seconds between two kept connections that are sent to another worker
-LIMIT_REQUEST_FIELDS, LIMIT_REQUEST_FIELD_SIZE = 64, 8190
 _PIECE = 65_536
 # Requests with bodies up to this size are handled in the event loop's own thread, which a full one
 # takes some 3 ms. Larger ones and pictures get a thread of the pool.
@@ -139,7 +138,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 own.send(request)
                 return
             requests.close()
-            self._heads = Heads()
             self.poller.unregister(own)
             own.close()
 

@@ -121,6 +121,20 @@ def test_a_requests_entry_is_what_cloud_logging_reads(json_service: Server) -> N
     assert found.keys() == {"severity", "message", "time", "httpRequest", "requestId"}
 
 
+def test_requests_whose_heads_say_the_same_have_their_own_entries(json_service: Server) -> None:
+    for number, agent in enumerate([b"User-Agent: a/1", b"User-Agent: b/22", b"X: no agent"] * 2):
+        body = b'{"text": "%s"}' % (b"hi " * (number + 1))
+        sent = (
+            b"POST /embeddings?same HTTP/1.1\r\nX-API-Key: %s\r\n%s\r\nX-Request-Id: same-%d\r\n"
+            b"Content-Length: %d\r\n\r\n%s"
+        ) % (KEYS[0].encode(), agent, number, len(body), body)
+        with Client(json_service, sent) as client:
+            assert client.answer().status == 200
+        found = entry(json_service, f"same-{number}")["httpRequest"]
+        assert found["userAgent"] == agent.decode().partition("User-Agent: ")[2]
+        assert found["remoteIp"] == "127.0.0.1" and found["requestSize"] == str(len(body))
+
+
 @pytest.mark.parametrize(
     ("header", "value", "span", "sampled"),
     [

@@ -348,6 +348,10 @@ def test_a_known_head_opens_no_other_door(cramped: Server) -> None:
     twice = whole(BODY, "X-Request-Id: a", "X-Request-Id: b")
     cases = [
         (good.replace(KEY.encode(), b"wrong"), 401),
+        (whole(BODY, "X-API-Key: wrong"), 401),
+        (good.replace(b"X-API-Key: ", b"Authorization: Bearer wrong-"), 401),
+        (good.replace(b"X-API-Key: ", b"Authorization: Bearer "), 200),
+        (good.replace(b"X-API-Key:", b"X_API_Key:"), 401),
         (good.replace(b"/embeddings", b"/nowhere"), 404),
         (good.replace(b"POST", b"PUT"), 405),
         (whole(BODY, "Content-Type: text/plain"), 415),
