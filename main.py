@@ -133,15 +133,18 @@ def create_app(
 
     def warm_up() -> Generator[bytes]:
         """Requests of our own, which nobody counts or logs: a first one takes three times as long
-        as later ones. Half of them have a head that is new, as a client's first request has.
+        as later ones. Half of them have a head and a word that are new, as a client's first request
+        may have; the longest come first, since memory is taken once for all that are no longer.
         """
         models.warming = True
         try:
             for number in range(WARM_UP_REQUESTS):
-                body = f'{{"text": "a first text, of some ten tokens or twelve: {number}"}}'
+                word, path = (f"word{number}", f"?{number}") if number % 2 else ("text", "")
+                texts = "a first text and " * ((WARM_UP_REQUESTS - number) // 2)
+                body = f'{{"text": "{texts}its last {word}"}}'
                 yield (
-                    "POST /embeddings HTTP/1.1\r\nHost: localhost\r\n"
-                    f"User-Agent: {number // 2}\r\nX-API-Key: {settings.api_keys[0]}\r\n"
+                    f"POST /embeddings{path} HTTP/1.1\r\nHost: localhost\r\n"
+                    f"X-API-Key: {settings.api_keys[0]}\r\n"
                     f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
                 ).encode()
         finally:
