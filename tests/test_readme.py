@@ -20,6 +20,7 @@ CURLS = [
 ]
 
 
+@pytest.mark.usefixtures("shared")  # it says that bundles are needed
 @pytest.mark.parametrize("command", CURLS)
 def test_every_curl_gets_a_good_answer(
     command: str, request: pytest.FixtureRequest, tmp_path: pathlib.Path
