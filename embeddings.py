@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -35,8 +36,7 @@ LARGE_TEXT_BYTES = 65_536
 # A chunk border may move this far from an equal split, as a share of the chunk, to fall between
 # words.
 BORDER_SLACK = 0.25
-# A text of more characters than this for each token of the window is not expected to fit it.
-SHORT_WORD = 8
+_LATIN_1 = "".join(map(chr, range(256)))
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], np.uint32)
 
 
@@ -119,6 +119,8 @@ class Words:
     _WORD = re.compile(rf"[{_LETTERS}0-9]+|[!-~]")
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._joined = np.zeros(256, np.bool_)  # of a character, whether it joins its neighbours
+        self._joined[[ord(each) for each in re.findall(f"[{self._LETTERS}0-9]", _LATIN_1)]] = True
         self._normalizer, self._model = tokenizer.normalizer, tokenizer.model
         self._lowercase = bool(getattr(self._normalizer, "lowercase", False))
         # A text with one of these may hold an added token, such as [SEP], which is no word.
@@ -140,14 +142,24 @@ class Words:
             return None
         return self._WORD.findall(text.lower() if self._lowercase else text)
 
-    def ids(self, words: Sequence[str]) -> list[int]:
-        """The token ids of words one after the other."""
+    def spans(self, text: str) -> tuple[Int64, Int64]:
+        """Where the words begin and where they end that `split` found, each of shape (words,)."""
+        codes = np.frombuffer(text.encode("latin-1"), np.uint8)
+        within, joined = codes != ord(" "), self._joined[codes]
+        borders = ~(joined[1:] & joined[:-1])
+        starts, ends = within.copy(), within
+        starts[1:] &= borders
+        ends[:-1] &= borders
+        return np.flatnonzero(starts), np.flatnonzero(ends) + 1
+
+    def ids(self, words: Sequence[str]) -> list[list[int]]:
+        """The token ids of each word."""
         known = self._known
         try:
-            return [id for word in words for id in known[word]]
+            return [known[word] for word in words]
         except KeyError:
             pass
-        found: list[int] = []
+        found: list[list[int]] = []
         for word in words:
             ids = known.get(word)
             if ids is None:
@@ -157,7 +169,7 @@ class Words:
                     known.clear()
                 if len(word) <= self._LONG:
                     known[word] = ids
-            found += ids
+            found.append(ids)
         return found
 
 
@@ -432,12 +444,15 @@ class TextEmbedder:
 
     def _split(self, text: str, prompt: str, truncate: Side | None, index: int) -> list[Chunk]:
         room = self.manifest.max_tokens - len(self._prefix) - len(self._suffix)
-        if len(text) <= room * SHORT_WORD and (words := self._words.split(prompt + text)):
-            known = self._words.ids(words)
-            if len(known) <= room:
-                ids = np.array([*self._first, *known, *self._last], np.int64)
-                return [Chunk(0, len(text), ids)]
-        encoding, ids = self._encode(prompt + text)
+        whole = prompt + text
+        if len(whole) <= LARGE_TEXT_BYTES and (words := self._words.split(whole)):
+            by_word = self._words.ids(words)
+            flat = [*itertools.chain.from_iterable(by_word)]
+            if len(flat) <= room:
+                return [Chunk(0, len(text), np.array([*self._first, *flat, *self._last], np.int64))]
+            if not truncate and (chunks := self._cut_between_words(text, prompt, by_word, flat)):
+                return chunks
+        encoding, ids = self._encode(whole)
         if len(ids) <= room:
             return [Chunk(0, len(text), self._with_specials(ids, index))]
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -469,6 +484,33 @@ class TextEmbedder:
             chunks.append(Chunk(start, stop, token_ids))
             start = stop
         return chunks
+
+    def _cut_between_words(
+        self, text: str, prompt: str, by_word: Sequence[Sequence[int]], flat: Sequence[int]
+    ) -> list[Chunk] | None:
+        """The chunks of a text of which it is plain what its words are; `flat` has the token ids of
+        the prompt's words and the text's. None where a cut, or the text's beginning, falls into a
+        word: what its tokens stand for has to be asked of the tokenizer.
+        """
+        starts, ends = self._words.spans(prompt + text)
+        starts, ends = starts - len(prompt), ends - len(prompt)
+        ahead = int(np.searchsorted(ends, 0, "right"))  # words of the prompt's own
+        stops = np.cumsum([len(ids) for ids in by_word])  # where each word's tokens end
+        head = int(stops[ahead - 1]) if ahead else 0
+        room = self.manifest.max_tokens - len(self._first) - len(self._last) - head
+        if room < 1 or starts[ahead] < 0 or ahead == len(by_word) - 1:
+            return None
+        starts, ends, words = starts[ahead + 1 :], ends[ahead:-1], stops[ahead:-1] - head
+        cuts = cut(len(flat) - head, room, [words[starts > ends].tolist(), words.tolist()])
+        inner = np.searchsorted(words, cuts[1:-1])
+        if words[np.minimum(inner, len(words) - 1)].tolist() != cuts[1:-1]:
+            return None
+        borders = [_gap(text, int(ends[at]), int(starts[at])) for at in inner]
+        ids, places = np.array(flat, np.int64), [0, *borders, len(text)]
+        return [
+            Chunk(start, end, np.concatenate([self._prefix, ids[:head], part, self._suffix]))
+            for start, end, part in zip(places, places[1:], np.split(ids[head:], cuts[1:-1]))
+        ]
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> tuple[Encoding, Int64]:
         with self._large_text if len(text) > LARGE_TEXT_BYTES else contextlib.nullcontext():

@@ -3,9 +3,10 @@
 import itertools
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -417,7 +418,11 @@ def test_words_have_the_tokenizers_own_ids(any_bert: Tokenizer, text: str) -> No
     known = Words(any_bert)
     for each in (text, "other " + text, text):  # beside other words they are the same, or again
         if words := known.split(each):
-            assert known.ids(words) == any_bert.encode(each, add_special_tokens=False).ids
+            encoding = any_bert.encode(each, add_special_tokens=False)
+            assert sum(known.ids(words), []) == encoding.ids
+            starts, ends = known.spans(each)
+            spelled = [each[start:end] for start, end in zip(starts, ends)]
+            assert [word.lower() for word in spelled] == [word.lower() for word in words]
 
 
 def test_a_text_of_plain_words_is_not_tokenised_as_a_whole(
@@ -433,6 +438,74 @@ def test_a_text_of_plain_words_is_not_tokenised_as_a_whole(
         assert (chunk.start, chunk.end) == (0, len(text))
     with pytest.raises(TypeError):
         embedder.chunk(["the riverbeds \u4e00"])
+
+
+@pytest.fixture(scope="module")
+def narrow(
+    models_dir: pathlib.Path,
+) -> Iterator[Callable[[int], tuple[TextEmbedder, TextEmbedder]]]:
+    """Two embedders with a window of so many tokens: one that looks at words, and one that leaves
+    all to the tokenizer.
+    """
+    bundle = read(models_dir / NAME)
+    batcher = Batcher(max_batch_size=8, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
+    both = embedder_for(bundle, batcher), embedder_for(bundle, batcher)
+    both[1]._words._usable = False
+
+    def make(window: int) -> tuple[TextEmbedder, TextEmbedder]:
+        for each in both:
+            each.manifest = msgspec.structs.replace(bundle.manifest, max_tokens=window)
+            each._prompts = {"short": "query: ", "odd": "in", "long": "to find what answers "}
+            each.manifest = msgspec.structs.replace(each.manifest, prompts=each._prompts)
+        return both
+
+    yield make
+    batcher.close()
+
+
+@given(
+    text=st.lists(
+        st.sampled_from(
+            ["river", "a", "antidisestablishmentarianism", "café", "x_y", "...", "(", "7"]
+        )
+        | st.text("ab .-é", max_size=12),
+        min_size=1,
+        max_size=60,
+    ).map(" ".join),
+    window=st.integers(8, 40),
+    prompt=st.sampled_from([None, "short", "odd", "long"]),
+)
+@example(text="a" * 100, window=8, prompt=None)
+@example(text="a" * 100 + " b", window=8, prompt="short")
+@example(text="river " * 30, window=8, prompt="long")
+def test_long_texts_of_plain_words_have_the_chunks_that_the_tokenizer_gives(
+    narrow: Callable[[int], tuple[TextEmbedder, TextEmbedder]],
+    text: str,
+    window: int,
+    prompt: str | None,
+) -> None:
+    by_word, by_tokenizer = narrow(window)
+    if not text.strip():
+        return
+    chunks = [each.chunk([text], prompt_name=prompt)[0] for each in (by_word, by_tokenizer)]
+    found, expected = [
+        [(chunk.start, chunk.end, chunk.token_ids.tolist()) for chunk in pieces]
+        for pieces in chunks
+    ]
+    assert found == expected
+
+
+def test_long_texts_of_plain_words_are_not_tokenised_as_a_whole(
+    narrow: Callable[[int], tuple[TextEmbedder, TextEmbedder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder, _ = narrow(20)
+    monkeypatch.setattr(TextEmbedder, "_encode", None)
+    for prompt in (None, "short", "long"):
+        (chunks,) = embedder.chunk(["The river, a mountain. " * 20], prompt_name=prompt)
+        assert len(chunks) > 5
+    for text, prompt in (("a" * 100, None), ("river " * 30, "odd")):  # a cut, a border in a word
+        with pytest.raises(TypeError):
+            embedder.chunk([text], prompt_name=prompt)
 
 
 @pytest.mark.parametrize(
@@ -457,10 +530,11 @@ def test_the_words_kept_are_few(tokenizer: Tokenizer, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Words, "_MANY", 3)
     known = Words(tokenizer)
     for text in ("a b c d e f a", "a quaternion", "f e d c b a", "a a a"):
-        assert known.ids(text.split()) == tokenizer.encode(text, add_special_tokens=False).ids
+        found = sum(known.ids(text.split()), [])
+        assert found == tokenizer.encode(text, add_special_tokens=False).ids
         assert len(known._known) <= 3
     long = "a" * 65
-    assert known.ids([long]) == tokenizer.encode(long, add_special_tokens=False).ids
+    assert known.ids([long]) == [tokenizer.encode(long, add_special_tokens=False).ids]
     assert long not in known._known
 
 
