@@ -152,14 +152,17 @@ class Words:
         ends[:-1] &= borders
         return np.flatnonzero(starts), np.flatnonzero(ends) + 1
 
-    def ids(self, words: Sequence[str]) -> list[list[int]]:
-        """The token ids of each word."""
+    def ids(self, words: Sequence[str]) -> list[int]:
+        """The token ids of words one after the other."""
         known = self._known
         try:
-            return [known[word] for word in words]
+            return [id for word in words for id in known[word]]
         except KeyError:
-            pass
-        found: list[list[int]] = []
+            return [*itertools.chain.from_iterable(self.by_word(words))]
+
+    def by_word(self, words: Sequence[str]) -> list[list[int]]:
+        """The token ids of each word."""
+        known, found = self._known, []
         for word in words:
             ids = known.get(word)
             if ids is None:
@@ -446,11 +449,11 @@ class TextEmbedder:
         room = self.manifest.max_tokens - len(self._prefix) - len(self._suffix)
         whole = prompt + text
         if len(whole) <= LARGE_TEXT_BYTES and (words := self._words.split(whole)):
-            by_word = self._words.ids(words)
-            flat = [*itertools.chain.from_iterable(by_word)]
-            if len(flat) <= room:
-                return [Chunk(0, len(text), np.array([*self._first, *flat, *self._last], np.int64))]
-            if not truncate and (chunks := self._cut_between_words(text, prompt, by_word, flat)):
+            known = self._words.ids(words)
+            if len(known) <= room:
+                ids = np.array([*self._first, *known, *self._last], np.int64)
+                return [Chunk(0, len(text), ids)]
+            if not truncate and (chunks := self._cut_between_words(text, prompt, words, known)):
                 return chunks
         encoding, ids = self._encode(whole)
         if len(ids) <= room:
@@ -486,30 +489,30 @@ class TextEmbedder:
         return chunks
 
     def _cut_between_words(
-        self, text: str, prompt: str, by_word: Sequence[Sequence[int]], flat: Sequence[int]
+        self, text: str, prompt: str, words: Sequence[str], ids: Sequence[int]
     ) -> list[Chunk] | None:
-        """The chunks of a text of which it is plain what its words are; `flat` has the token ids of
-        the prompt's words and the text's. None where a cut, or the text's beginning, falls into a
-        word: what its tokens stand for has to be asked of the tokenizer.
+        """The chunks of a text from the words of its prompt and its own, and all their token ids.
+        None where a cut, or the text's beginning, falls into a word: what its tokens stand for has
+        to be asked of the tokenizer.
         """
         starts, ends = self._words.spans(prompt + text)
         starts, ends = starts - len(prompt), ends - len(prompt)
         ahead = int(np.searchsorted(ends, 0, "right"))  # words of the prompt's own
-        stops = np.cumsum([len(ids) for ids in by_word])  # where each word's tokens end
+        stops = np.cumsum([len(each) for each in self._words.by_word(words)])  # of their tokens
         head = int(stops[ahead - 1]) if ahead else 0
         room = self.manifest.max_tokens - len(self._first) - len(self._last) - head
-        if room < 1 or starts[ahead] < 0 or ahead == len(by_word) - 1:
+        if room < 1 or starts[ahead] < 0 or ahead == len(words) - 1:
             return None
-        starts, ends, words = starts[ahead + 1 :], ends[ahead:-1], stops[ahead:-1] - head
-        cuts = cut(len(flat) - head, room, [words[starts > ends].tolist(), words.tolist()])
-        inner = np.searchsorted(words, cuts[1:-1])
-        if words[np.minimum(inner, len(words) - 1)].tolist() != cuts[1:-1]:
+        starts, ends, stops = starts[ahead + 1 :], ends[ahead:-1], stops[ahead:-1] - head
+        cuts = cut(len(ids) - head, room, [stops[starts > ends].tolist(), stops.tolist()])
+        inner = np.searchsorted(stops, cuts[1:-1])
+        if stops[np.minimum(inner, len(stops) - 1)].tolist() != cuts[1:-1]:
             return None
-        borders = [_gap(text, int(ends[at]), int(starts[at])) for at in inner]
-        ids, places = np.array(flat, np.int64), [0, *borders, len(text)]
+        places = [0, *(_gap(text, int(ends[at]), int(starts[at])) for at in inner), len(text)]
+        first, own = np.split(np.array(ids, np.int64), [head])
         return [
-            Chunk(start, end, np.concatenate([self._prefix, ids[:head], part, self._suffix]))
-            for start, end, part in zip(places, places[1:], np.split(ids[head:], cuts[1:-1]))
+            Chunk(start, end, np.concatenate([self._prefix, first, part, self._suffix]))
+            for start, end, part in zip(places, places[1:], np.split(own, cuts[1:-1]))
         ]
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> tuple[Encoding, Int64]:

@@ -253,7 +253,7 @@ class KnownHead:
 
     def environ(self, conn: "Connection") -> dict[str, Any]:
         """WSGI's environ for a request that says the same in its head."""
-        environ = self._environ | conn.remote | conn.varying
+        environ = self._environ | conn.varying
         environ["wsgi.input"] = io.BytesIO(conn.body)
         environ["gunicorn.socket"] = conn.sock
         return environ
@@ -314,9 +314,9 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
             (),
             {},
         )
-        self.remote = {"REMOTE_ADDR": ""}  # for an environ; of a Unix socket's client
+        self._remote = {"REMOTE_ADDR": ""}  # for an environ; of a Unix socket's client
         if isinstance(client, tuple):
-            self.remote = {"REMOTE_ADDR": client[0], "REMOTE_PORT": str(client[1])}
+            self._remote = {"REMOTE_ADDR": client[0], "REMOTE_PORT": str(client[1])}
         self.begin()
 
     def begin(self) -> None:
@@ -418,7 +418,8 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
                 self.chunked = True
             else:
                 raise RequestError(400, "validation", "Transfer-Encoding may only be chunked")
-        self.head_key, self.varying = head_key(self.head, self.remote["REMOTE_ADDR"])
+        self.head_key, varying = head_key(self.head, self._remote["REMOTE_ADDR"])
+        self.varying = self._remote | varying
         if self.head_key and (found := _LENGTH.search(self.head)):
             start, rest = self.head[: found.start(1)], self.head[found.end(1) :]
             self._usual = start, rest, self.head_key, self.varying
