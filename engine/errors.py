@@ -10,13 +10,13 @@ class EmbedderError(Exception):
 class InvalidInput(EmbedderError):
     """The caller sent something that cannot be embedded.
 
-    `index` is the place of the culprit in the list that was sent, None where the request as a whole
-    is meant.
+    `field` is the request's option that is wrong, such as "dimensions". None means the inputs: the
+    one at `index` in the list that was sent, or all of them together where that is None too.
     """
 
-    def __init__(self, message: str, index: int | None = None) -> None:
+    def __init__(self, message: str, index: int | None = None, *, field: str | None = None) -> None:
         super().__init__(message)
-        self.index = index
+        self.index, self.field = index, field
 
 
 class InputTooLarge(InvalidInput):
@@ -24,7 +24,11 @@ class InputTooLarge(InvalidInput):
 
 
 class ModelNotFound(EmbedderError):
-    """No model of this name is served here."""
+    """No model of this name is served here. `field` is the request's option that named it."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ModelNotReady(EmbedderError):

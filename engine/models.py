@@ -50,7 +50,8 @@ class Models(Generic[T]):
             return self._names[name]
         except KeyError:
             raise ModelNotFound(
-                f"no model {name!r} here; there is: {', '.join(sorted(self.bundles))}"
+                f"no model {name!r} here; there is: {', '.join(sorted(self.bundles))}",
+                field="model",
             ) from None
 
     def load(self, load: Callable[[Bundle], T]) -> None:

@@ -26,8 +26,10 @@ def test_names_sources_and_aliases_find_a_model(models_dir: pathlib.Path) -> Non
         "text-embedding-3-small": WIDE,
     }.items():
         assert models.get(asked, time.monotonic()) == found
-    with pytest.raises(ModelNotFound, match=f"no model 'x' here; there is: {NAME}, {WIDE}"):
+    message = f"no model 'x' here; there is: {NAME}, {WIDE}"
+    with pytest.raises(ModelNotFound, match=message) as info:
         models.get("x", time.monotonic())
+    assert info.value.field == "model"
 
 
 def test_a_default_or_alias_that_names_nothing(models_dir: pathlib.Path) -> None:
