@@ -17,7 +17,7 @@ WORKDIR /app
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements.txt requirements-serve.txt ./
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -r requirements.txt
-COPY bake_model.py embeddings.py image_embeddings.py ./
+COPY bake_model.py embeddings.py tokens.py chunks.py image_embeddings.py ./
 COPY engine engine
 RUN python -m engine.build
 ARG EMBEDDING_MODEL=multi-qa-MiniLM-L6-cos-v1
@@ -65,7 +65,8 @@ RUN pip uninstall --yes --root-user-action=ignore wheel setuptools pip \
 COPY --from=packages /opt/venv /opt/venv
 WORKDIR /app
 COPY --from=bake /app/models models
-COPY main.py settings.py gunicorn.conf.py embeddings.py image_embeddings.py benchmark_embeddings.py ./
+COPY main.py settings.py gunicorn.conf.py embeddings.py tokens.py chunks.py image_embeddings.py \
+    benchmark_embeddings.py ./
 COPY engine engine
 COPY --from=bake /app/engine/encoder.so engine/
 COPY api api

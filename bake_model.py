@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from embeddings import TextEmbedder, TextEngine, TextLimits, load_tokenizer
+from embeddings import TextEmbedder, TextEngine, TextLimits
 from engine import bundle as bundles
 from engine import native
 from engine.attention import fold_scales, shrink_masks
@@ -55,6 +55,7 @@ from engine.openvino_backend import (
 )
 from engine.packing import pack
 from image_embeddings import ImageEmbedder, ImageLimits, open_picture, preprocess, probe_picture
+from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
 

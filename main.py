@@ -19,7 +19,7 @@ from api import auth, docs, errors, health, images, logs, metrics, native, opena
 from api.application import Application
 from api.service import Embedders, Service
 from api.watch import Watch
-from embeddings import Float32, TextEmbedder, TextLimits, VectorCache, load_tokenizer
+from embeddings import Float32, TextEmbedder, TextLimits, VectorCache
 from engine.batching import Batcher
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
 from engine.choice import text_engine
@@ -27,6 +27,7 @@ from engine.errors import BundleError, EmbedderError
 from engine.models import Models
 from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
 from settings import Settings
+from tokens import load_tokenizer
 
 log = logging.getLogger(__name__)
 

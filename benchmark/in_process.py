@@ -20,7 +20,7 @@ from benchmark.loads import IMAGES, LOADS, Load, exact_texts, images, texts
 from benchmark.plain import Plain
 from benchmark.report import Progress, Row, row
 from benchmark.traffic import Result, alternate
-from embeddings import Int64, TextEmbedder, TextEngine, TextLimits, load_tokenizer
+from embeddings import TextEmbedder, TextEngine, TextLimits
 from engine.batching import Batch, Batcher
 from engine.bundle import Bundle, Precision, discover
 from engine.models import Models
@@ -28,6 +28,7 @@ from engine.choice import text_engine
 from engine.openvino_backend import available_precisions
 from image_embeddings import ImageEmbedder
 from settings import Settings
+from tokens import Int64, load_tokenizer
 
 DEADLINE = 600.0  # seconds; nothing here should wait that long
 TEXTS = 64  # of one length, sent in turn

@@ -71,6 +71,8 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
         "bundles",
         ROOT / "bake_model.py",
         ROOT / "embeddings.py",
+        ROOT / "tokens.py",
+        ROOT / "chunks.py",
         ROOT / "image_embeddings.py",
         *sorted((ROOT / "engine").glob("*.py")),
         ROOT / "requirements.txt",

@@ -31,13 +31,14 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 import bake_model
 import tiny_models as tiny
 from conftest import NAME, WIDE
-from embeddings import TextEmbedder, TextLimits, load_tokenizer
+from embeddings import TextEmbedder, TextLimits
 from engine import bundle as bundles
 from engine.batching import Batcher
 from engine.bundle import PARITY_FLOOR, Bundle
 from engine.errors import PrecisionUnavailable
 from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
 from servers import ROOT
+from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
 PROMPTS = {"query": "query: ", "passage": "passage: "}

@@ -18,9 +18,9 @@ from benchmark.loads import LOADS, STREAM, Dialect, Load, Target
 from benchmark.service import available, service as own_service
 from benchmark.traffic import Client, Result
 from conftest import NAME
-from embeddings import load_tokenizer
 from engine.openvino_backend import available_precisions
 from servers import KEY, Server, free_port
+from tokens import load_tokenizer
 
 QUICK = ["--seconds", "0.2", "--rounds", "1"]
 SHORT = ["--seconds", "0.05", "--rounds", "1"]  # in this process every caller calls once at least

@@ -1,34 +1,21 @@
-"""embeddings.py: chunks, their offsets and their mean; prompts, cuts, limits. On the real model."""
+"""embeddings.py: vectors of texts and their chunks; options, limits, cache. On the real model."""
 
-import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import Whitespace
 
+from chunks import CHUNK_SLACK
 from conftest import NAME
-from embeddings import (
-    BORDER_SLACK,
-    TextEmbedder,
-    TextLimits,
-    VectorCache,
-    Words,
-    cut,
-    load_tokenizer,
-)
+from embeddings import TextEmbedder, TextLimits, VectorCache
 from engine.batching import Batcher
 from engine.bundle import Bundle, read
-from engine.errors import BundleError, InputTooLarge, InvalidInput
+from engine.errors import InputTooLarge, InvalidInput
 from engine.openvino_backend import OpenVINOTextEngine
+from tokens import load_tokenizer
 
 WINDOW, SPECIALS = 256, 2
 ROOM = WINDOW - SPECIALS
@@ -76,62 +63,7 @@ def words(count: int) -> str:
     return " ".join([WORD] * count)
 
 
-# -- where a text is cut ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tokens", [11, 12, 19, 20, 21, 99, 100, 101, 1234])
-def test_cuts_are_near_equal_fit_and_are_as_few_as_can_be(tokens: int) -> None:
-    every = list(range(1, tokens))
-    cuts = cut(tokens, 10, [every, [], every])
-    sizes = np.diff(cuts)
-    assert cuts[0] == 0 and cuts[-1] == tokens
-    assert len(sizes) == -(-tokens // 10)
-    assert sizes.max() <= 10 and sizes.max() - sizes.min() <= 1
-
-
-def test_one_token_over_the_window_makes_two_halves() -> None:
-    assert cut(11, 10, [list(range(1, 11)), [], []]) in ([0, 5, 11], [0, 6, 11])
-
-
-def test_a_cut_moves_to_the_nearest_word_border_within_the_slack() -> None:
-    assert cut(16, 10, [[3, 7, 12], [8], list(range(1, 16))]) == [0, 7, 16]
-
-
-def test_white_space_is_better_than_another_border_and_that_better_than_none() -> None:
-    everywhere = list(range(1, 16))
-    assert cut(16, 10, [[], [7], everywhere]) == [0, 7, 16]
-    assert cut(16, 10, [[], [], everywhere]) == [0, 8, 16]
-    assert cut(16, 10, [[], [], []]) == [0, 8, 16]
-
-
-def test_a_chunk_more_is_made_where_that_spares_a_word() -> None:
-    # 20 tokens in chunks of 10 could only be cut at 10, inside a word.
-    assert cut(20, 10, [[6, 13], [], list(range(1, 20))]) == [0, 6, 13, 20]
-
-
-def test_random_cuts_always_fit() -> None:
-    random = np.random.default_rng(1)
-    for _ in range(500):
-        tokens, room = int(random.integers(2, 400)), int(random.integers(1, 50))
-        spaces = sorted(set(random.integers(1, tokens, size=tokens // 5).tolist()))
-        cuts = cut(tokens, room, [spaces, [], list(range(1, tokens))])
-        sizes = np.diff(cuts)
-        assert cuts[0] == 0 and cuts[-1] == tokens
-        assert sizes.min() >= 1 and sizes.max() <= room
-        assert len(sizes) <= -(-tokens // room) + 1
-
-
 # -- chunks of real texts -----------------------------------------------------------------------
-
-
-def test_a_text_that_fills_the_window_is_one_chunk(embedder: TextEmbedder) -> None:
-    ((chunk,),) = embedder.chunk([words(ROOM)])
-    assert (chunk.start, chunk.end, chunk.tokens) == (0, len(words(ROOM)), WINDOW)
-
-
-def test_a_text_one_token_over_the_window_becomes_two_halves(embedder: TextEmbedder) -> None:
-    ((first, second),) = embedder.chunk([words(ROOM + 1)])
-    assert {first.tokens, second.tokens} == {ROOM // 2 + SPECIALS, ROOM // 2 + 1 + SPECIALS}
 
 
 TEXTS = {
@@ -161,18 +93,11 @@ def test_chunks_cover_the_text_are_near_equal_and_embed_as_their_own_text(
     sizes = [chunk.tokens - SPECIALS for chunk in chunks]
     mean = sum(sizes) / len(sizes)
     assert max(sizes) <= ROOM
-    assert max(abs(size - mean) for size in sizes) <= 2 * BORDER_SLACK * mean + 1
+    assert max(abs(size - mean) for size in sizes) <= 2 * CHUNK_SLACK * mean + 1
     # What the engine computed for a chunk is what sentence-transformers computes for its text.
     expected = sentence_transformer.encode([text[chunk.start : chunk.end] for chunk in chunks])
     assert ((result.chunk_vectors * unit(expected)).sum(axis=1) >= 0.9999).all()
     assert result.vector @ unit(expected.mean(axis=0)) >= 0.9999
-
-
-def test_words_stay_whole_and_dropped_marks_stay_with_their_word(embedder: TextEmbedder) -> None:
-    for name in ("english", "combining", "emoji", "arabic", "code"):
-        text = TEXTS[name]
-        for chunk in embedder.chunk([text])[0][1:]:
-            assert text[chunk.start].isspace(), (name, text[chunk.start - 3 : chunk.start + 3])
 
 
 def test_a_text_of_5000_tokens_is_the_normalised_mean_of_its_chunks(
@@ -225,10 +150,10 @@ def test_dimensions_cut_and_normalise_again(embedder: TextEmbedder) -> None:
 
 @pytest.mark.parametrize("dimensions", [0, -1, 385])
 def test_dimensions_out_of_range(embedder: TextEmbedder, dimensions: int) -> None:
-    with pytest.raises(
-        InvalidInput, match=f"dimensions is {dimensions}; this model takes 1 to 384"
-    ):
+    message = f"dimensions is {dimensions}; this model takes 1 to 384"
+    with pytest.raises(InvalidInput, match=message) as info:
         embed(embedder, "x", dimensions=dimensions)
+    assert (info.value.field, info.value.index) == ("dimensions", None)
 
 
 def test_truncate_is_the_one_way_to_ask_for_a_cut(
@@ -239,6 +164,19 @@ def test_truncate_is_the_one_way_to_ask_for_a_cut(
     (chunk,) = result.chunks
     assert chunk.tokens == WINDOW and 0 < chunk.end < len(text)
     assert result.vector @ sentence_transformer.encode(text) >= 0.9999  # it cuts there too
+
+
+def test_the_left_side_can_be_cut_too(embedder: TextEmbedder) -> None:
+    text = f"winter {words(400)} summer"
+    (right,) = embed(embedder, text, truncate="right")
+    (left,) = embed(embedder, text, truncate="left")
+    for result, kept in (
+        (right, text[: right.chunks[0].end]),
+        (left, text[left.chunks[0].start :]),
+    ):
+        assert len(kept.split()) == ROOM == result.tokens - SPECIALS
+        assert result.vector @ embed(embedder, kept)[0].vector >= 0.9999
+    assert (right.chunks[0].start, left.chunks[0].end) == (0, len(text))
 
 
 def test_a_prompt_goes_before_every_chunk_and_counts_in_no_offset(
@@ -266,12 +204,14 @@ def test_the_default_prompt_applies_unless_another_is_named(
 def test_unknown_and_oversized_prompts_are_refused(
     embedder: TextEmbedder, prompted: TextEmbedder
 ) -> None:
-    with pytest.raises(
-        InvalidInput, match="prompt_name is 'nope'; this model has: long, plain, query"
-    ):
+    message = "prompt_name is 'nope'; this model has: long, plain, query"
+    with pytest.raises(InvalidInput, match=message) as info:
         embed(prompted, "x", prompt_name="nope")
-    with pytest.raises(InvalidInput, match="the prompt alone fills the model's window of 256"):
-        embed(prompted, "x", prompt_name="long")
+    assert (info.value.field, info.value.index) == ("prompt_name", None)
+    message = "the prompt alone fills the model's window of 256"
+    with pytest.raises(InvalidInput, match=message) as info:
+        embed(prompted, "x", "一 y", prompt_name="long")
+    assert (info.value.field, info.value.index) == (None, 0)
 
 
 # -- limits -------------------------------------------------------------------------------------
@@ -281,7 +221,7 @@ def test_blank_texts_are_refused_by_index(embedder: TextEmbedder) -> None:
     for blank in ("", " ", "\t\n", "\u00a0\u2003\u3000"):
         with pytest.raises(InvalidInput, match="empty or only white space") as info:
             embed(embedder, "fine", blank)
-        assert info.value.index == 1
+        assert (info.value.field, info.value.index) == (None, 1)
 
 
 def test_no_texts_and_too_many(models_dir: pathlib.Path, batcher: Batcher) -> None:
@@ -320,13 +260,6 @@ def test_a_text_the_tokenizer_drops_whole_still_has_a_vector(
     assert result.vector @ sentence_transformer.encode("\u0000\u200b") >= 0.9999
 
 
-def test_a_damaged_tokenizer_is_named(models_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    manifest = read(models_dir / NAME).manifest
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BundleError, match="tokenizer.json cannot be read"):
-        load_tokenizer(Bundle(tmp_path, manifest))
-
-
 # -- what the dialects ask beside vectors --------------------------------------------------------
 
 
@@ -339,7 +272,7 @@ def test_similarities_are_cosines_in_order(embedder: TextEmbedder) -> None:
     assert info.value.index == 1
     with pytest.raises(InputTooLarge, match="source_sentence: text has") as info:
         embedder.similarities(["a", "b"], "x" * (1 << 21), deadline=0)
-    assert info.value.index is None
+    assert (info.value.field, info.value.index) == ("source_sentence", None)
 
 
 def test_tokens_stand_for_the_text_as_sent(prompted: TextEmbedder) -> None:
@@ -358,183 +291,6 @@ def test_tokens_have_the_same_limits(embedder: TextEmbedder) -> None:
     with pytest.raises(InputTooLarge, match="MAX_REQUEST_TOKENS") as info:
         embedder.tokenize([words(19_990), words(20)], add_special_tokens=False)
     assert info.value.index == 1
-
-
-def test_the_left_side_can_be_cut_too(embedder: TextEmbedder) -> None:
-    text = f"winter {words(400)} summer"
-    (right,) = embed(embedder, text, truncate="right")
-    (left,) = embed(embedder, text, truncate="left")
-    for result, kept in (
-        (right, text[: right.chunks[0].end]),
-        (left, text[left.chunks[0].start :]),
-    ):
-        assert len(kept.split()) == ROOM == result.tokens - SPECIALS
-        assert result.vector @ embed(embedder, kept)[0].vector >= 0.9999
-    assert (right.chunks[0].start, left.chunks[0].end) == (0, len(text))
-
-
-# -- words alone
-
-
-@pytest.fixture(scope="module")
-def tokenizer(models_dir: pathlib.Path) -> Tokenizer:
-    return load_tokenizer(read(models_dir / NAME))[0]
-
-
-@pytest.fixture(
-    scope="module",
-    params=itertools.product([True, False], [None, True, False]),
-    ids="lowercase={0[0]},strip_accents={0[1]}".format,
-)
-def any_bert(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> Tokenizer:
-    """A tokenizer with one of the normalizers that BERT's family has."""
-    lowercase, strip_accents = request.param
-    changed = Tokenizer.from_str(tokenizer.to_str())
-    changed.normalizer = BertNormalizer(  # type: ignore[assignment]
-        lowercase=lowercase, strip_accents=strip_accents
-    )
-    return changed
-
-
-@given(
-    st.text(
-        st.characters(min_codepoint=32, max_codepoint=126)
-        | st.characters(min_codepoint=0xA0, max_codepoint=0xFF),
-        max_size=60,
-    )
-    | st.lists(
-        st.sampled_from(
-            ["Paris", "don't", "x_y", "3.14", "U.S.", "$5", "e-mail", "antidisestab"]
-            + ["café", "Übermensch", "naïve", "Straße", "ÆON", "é", "É", "São", "½", "4×4"]
-        )
-    ).map(" ".join)
-)
-@example("a" * 101 + " b")  # a word that is too long for the tokenizer
-@example("é" * 101 + " b")
-@example("  spaces   between  ")
-@example("".join(map(chr, range(0xC0, 0x100))))
-@example(" ".join(map(chr, range(0xC0, 0x100))))
-def test_words_have_the_tokenizers_own_ids(any_bert: Tokenizer, text: str) -> None:
-    known = Words(any_bert)
-    for each in (text, "other " + text, text):  # beside other words they are the same, or again
-        if words := known.split(each):
-            encoding = any_bert.encode(each, add_special_tokens=False)
-            assert sum(known.by_word(words), []) == known.ids(words) == encoding.ids
-            starts, ends = known.spans(each)
-            spelled = [each[start:end] for start, end in zip(starts, ends)]
-            assert [word.lower() for word in spelled] == [word.lower() for word in words]
-
-
-def test_a_text_of_plain_words_is_not_tokenised_as_a_whole(
-    models_dir: pathlib.Path, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embedder = embedder_for(read(models_dir / NAME), batcher)
-    text = "The riverbeds run by Café Übermensch."
-    (by_tokenizer,) = embedder.tokenize([text], add_special_tokens=True)
-    monkeypatch.setattr(TextEmbedder, "_encode", None)
-    for _ in range(2):
-        ((chunk,),) = embedder.chunk([text])
-        assert chunk.token_ids.tolist() == [token.id for token in by_tokenizer]
-        assert (chunk.start, chunk.end) == (0, len(text))
-    with pytest.raises(TypeError):
-        embedder.chunk(["the riverbeds \u4e00"])
-
-
-@pytest.fixture(scope="module")
-def narrow(
-    models_dir: pathlib.Path,
-) -> Iterator[Callable[[int], tuple[TextEmbedder, TextEmbedder]]]:
-    """Two embedders with a window of so many tokens: one that looks at words, and one that leaves
-    all to the tokenizer.
-    """
-    bundle = read(models_dir / NAME)
-    batcher = Batcher(max_batch_size=8, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
-    both = embedder_for(bundle, batcher), embedder_for(bundle, batcher)
-    both[1]._words._usable = False
-
-    def make(window: int) -> tuple[TextEmbedder, TextEmbedder]:
-        for each in both:
-            each.manifest = msgspec.structs.replace(bundle.manifest, max_tokens=window)
-            each._prompts = {"short": "query: ", "odd": "in", "long": "to find what answers "}
-            each.manifest = msgspec.structs.replace(each.manifest, prompts=each._prompts)
-        return both
-
-    yield make
-    batcher.close()
-
-
-@given(
-    text=st.lists(
-        st.sampled_from(
-            ["river", "a", "antidisestablishmentarianism", "café", "x_y", "...", "(", "7"]
-        )
-        | st.text("ab .-é", max_size=12),
-        min_size=1,
-        max_size=60,
-    ).map(" ".join),
-    window=st.integers(8, 40),
-    prompt=st.sampled_from([None, "short", "odd", "long"]),
-)
-@example(text="a" * 100, window=8, prompt=None)
-@example(text="a" * 100 + " b", window=8, prompt="short")
-@example(text="river " * 30, window=8, prompt="long")
-def test_long_texts_of_plain_words_have_the_chunks_that_the_tokenizer_gives(
-    narrow: Callable[[int], tuple[TextEmbedder, TextEmbedder]],
-    text: str,
-    window: int,
-    prompt: str | None,
-) -> None:
-    by_word, by_tokenizer = narrow(window)
-    if not text.strip():
-        return
-    chunks = [each.chunk([text], prompt_name=prompt)[0] for each in (by_word, by_tokenizer)]
-    found, expected = [
-        [(chunk.start, chunk.end, chunk.token_ids.tolist()) for chunk in pieces]
-        for pieces in chunks
-    ]
-    assert found == expected
-
-
-def test_long_texts_of_plain_words_are_not_tokenised_as_a_whole(
-    narrow: Callable[[int], tuple[TextEmbedder, TextEmbedder]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embedder, _ = narrow(20)
-    monkeypatch.setattr(TextEmbedder, "_encode", None)
-    for prompt in (None, "short", "long"):
-        (chunks,) = embedder.chunk(["The river, a mountain. " * 20], prompt_name=prompt)
-        assert len(chunks) > 5
-    for text, prompt in (("a" * 100, None), ("river " * 30, "odd")):  # a cut, a border in a word
-        with pytest.raises(TypeError):
-            embedder.chunk([text], prompt_name=prompt)
-
-
-@pytest.mark.parametrize(
-    "text", ["[SEP] in a text", "cafe\u0301", "\u00bd", "\u017bywiec", "two\nlines", "\x00"]
-)
-def test_what_is_not_plainly_words_is_left_to_the_tokenizer(
-    tokenizer: Tokenizer, text: str
-) -> None:
-    assert Words(tokenizer).split(text) is None
-
-
-def test_other_tokenizers_words_are_left_to_them(tokenizer: Tokenizer) -> None:
-    other = Tokenizer.from_str(tokenizer.to_str())
-    other.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    assert Words(other).split("the river") is None
-    added = Tokenizer.from_str(tokenizer.to_str())
-    added.add_tokens(["river"])
-    assert Words(added).split("the river") is None
-
-
-def test_the_words_kept_are_few(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Words, "_MANY", 3)
-    known = Words(tokenizer)
-    for text in ("a b c d e f a", "a quaternion", "f e d c b a", "a a a"):
-        assert known.ids(text.split()) == tokenizer.encode(text, add_special_tokens=False).ids
-        assert len(known._known) <= 3
-    long = "a" * 65
-    assert known.ids([long]) == tokenizer.encode(long, add_special_tokens=False).ids
-    assert long not in known._known
 
 
 # -- what is not computed twice

@@ -19,13 +19,13 @@ from sentence_transformers import SentenceTransformer
 import bake_model
 import tiny_models as tiny
 from conftest import NAME, WIDE
-from embeddings import load_tokenizer
 from engine import native
 from engine.build import build
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, read
 from engine.choice import text_engine
 from engine.native import NativeTextEngine, NativeThreads
 from engine.openvino_backend import OpenVINOTextEngine
+from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
