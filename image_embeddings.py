@@ -1,6 +1,4 @@
-"""What a picture's embedding is: bytes -> verified picture -> pixels -> vector. Pillow and NumPy
-only; knows no HTTP.
-"""
+"""What a picture's embedding is: bytes -> picture -> pixels -> vector. Knows no HTTP."""
 
 import contextlib
 import io
@@ -18,27 +16,28 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin  # noqa: 
 from PIL import MpoImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 from PIL import UnidentifiedImageError
 
-from embeddings import unit_vectors
+from embeddings import Float32, check_count, check_dimensions, shorten_and_scale
 from engine.batching import Batcher, Engine
 from engine.bundle import Bundle, Preprocessing
 from engine.errors import DeadlineExceeded, EmbedderError, InputTooLarge, InvalidInput
 
-Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # as Pillow calls them
 FORMATS_SENTENCE = "a picture may be JPEG, PNG, WebP, GIF, BMP or TIFF"
-# A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that leaves it at least this many times as
-# large as the model looks at it. Measured on ten photographs and a trained CLIP at scales 1/2 and
-# 1/4: cosine to the full decode at least 0.99987, 0.9996 with the mean vector taken off, and pixels
-# 0.75 of 255 off on average. At 1.5 they are 0.9997, 0.9988 and 1.2; at 1.0 0.9991, 0.9974 and 2.4.
+# A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that leaves its sides at least this many
+# times as long as the model's input. Ten photographs on a trained CLIP at scales 1/2 and 1/4:
+#   margin  smallest cosine to the full decode  with the mean vector subtracted  mean pixel error
+#   2.0     0.99987                             0.9996                           0.75 of 255
+#   1.5     0.9997                              0.9988                           1.2
+#   1.0     0.9991                              0.9974                           2.4
 DRAFT_MARGIN = 2.0
-# Pictures of more pixels than this, as decoded, are decoded one at a time in a process: Pillow
-# needs up to 11 bytes a pixel on the way (RGBA, its ground and RGB), 550 MB at 50 million pixels.
+# Pictures of more decoded pixels than this are decoded one at a time in a process. Pillow takes up
+# to 11 bytes a pixel (RGBA, white background and RGB): 550 MB at 50 million pixels.
 LARGE_PICTURE_PIXELS = 2_000_000
-# Smaller ones: more at a time than there are cores would only take memory.
+# Smaller pictures decoded at a time. More than the machine has cores would only take memory.
 DECODERS = 4
-# What begins a file of a kind that people take for a picture this service could read.
+# First bytes of other kinds of files, to name what was sent in the error message.
 _OTHERS = (
     (b"%PDF", "a PDF"),
     (b"<svg", "an SVG"),
@@ -53,17 +52,16 @@ _OTHERS = (
     (b"PK\3\4", "a ZIP archive"),
 )
 
-# Every picture's size is checked against MAX_IMAGE_PIXELS below, before it is decoded. Pillow's own
-# check at a size of its own would come first, as a warning or with another message.
+# Turn off Pillow's own limit, which warns. `open_picture` checks MAX_IMAGE_PIXELS instead.
 Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    max_images: int  # a request
-    max_image_bytes: int  # one picture, as a file
-    max_image_pixels: int  # one picture, width times height
-    max_request_tokens: int  # what a request's pictures may cost together
+    max_images: int  # pictures of a request
+    max_image_bytes: int  # bytes of a picture's file
+    max_image_pixels: int  # width times height of a picture
+    max_request_tokens: int  # cost of a request's pictures together
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +69,13 @@ class ImageEmbedding:
     """A picture's vector and what it cost."""
 
     vector: Float32  # shape (dimensions,)
-    tokens: int  # in the batcher's unit; see Preprocessing.tokens
+    tokens: int  # what the engine's work for it counts as, see Preprocessing.tokens
 
 
 class ImageEmbedder:
     """Embeds pictures with one model. Safe to call from any number of threads."""
 
-    # Shared by all models of a process, as its memory is.
+    # Shared by all models of the process, since they share its memory.
     _large = threading.Semaphore(1)
     _small = threading.Semaphore(DECODERS)
 
@@ -102,32 +100,34 @@ class ImageEmbedder:
         dimensions: int | None = None,
         normalize: bool | None = None,
     ) -> list[ImageEmbedding]:
-        """Embed pictures, each a file's bytes. They are decoded in the thread that calls.
+        """Embed pictures, each a file's bytes. They are decoded in the caller's thread.
 
         Args:
             deadline: when to give up, on the clock of `time.monotonic`.
-            gone: whether nobody waits for the vectors any more, as `Batcher.submit` takes it.
-            dimensions: keep this many leading values, and normalise what is left.
-            normalize: overrides whether vectors have length 1; None does as the model does.
+            gone: whether the caller has gone, as `Batcher.submit` takes it.
+            dimensions: keep this many leading values, and normalise again where the vector was
+                normalised.
+            normalize: whether vectors have length 1; None does as the model does.
 
         Returns: one ImageEmbedding a picture, in order.
         Raises: InvalidInput (not a picture, broken, too many), InputTooLarge, and what
         `Batcher.submit` raises.
         """
-        limits, tokens = self.limits, self.preprocessing.tokens
-        if dimensions is not None and not 1 <= dimensions <= self.manifest.dimensions:
-            raise InvalidInput(
-                f"dimensions is {dimensions}; this model takes 1 to {self.manifest.dimensions}"
-            )
-        if not images:
-            raise InvalidInput("no picture; send at least one")
-        if len(images) > limits.max_images:
-            raise InvalidInput(
-                f"{len(images)} pictures; the limit is {limits.max_images} (MAX_IMAGES_PER_BATCH)"
-            )
-        if len(images) * tokens > limits.max_request_tokens:
+        check_dimensions(dimensions, self.manifest)
+        cost = self.preprocessing.tokens
+        self._check(images, cost)
+        pixels = [self._prepare(data, index, deadline) for index, data in enumerate(images)]
+        costs = [cost] * len(pixels)
+        vectors = self._batcher.submit(self._engine, pixels, costs, deadline, gone)
+        unit = self.manifest.normalized if normalize is None else normalize
+        return [ImageEmbedding(row, cost) for row in shorten_and_scale(vectors, dimensions, unit)]
+
+    def _check(self, images: Sequence[bytes], cost: int) -> None:
+        limits, total = self.limits, len(images) * cost
+        check_count(len(images), "picture", limits.max_images, "MAX_IMAGES_PER_BATCH")
+        if total > limits.max_request_tokens:
             raise InputTooLarge(
-                f"{len(images)} pictures cost {len(images) * tokens} tokens; a request may have "
+                f"{len(images)} pictures cost {total} tokens; a request may have "
                 f"{limits.max_request_tokens} (MAX_REQUEST_TOKENS)"
             )
         for index, data in enumerate(images):
@@ -137,15 +137,6 @@ class ImageEmbedder:
                     "(MAX_IMAGE_SIZE)",
                     index,
                 )
-        pixels = [self._prepare(data, index, deadline) for index, data in enumerate(images)]
-        costs = [tokens] * len(pixels)
-        vectors = self._batcher.submit(self._engine, pixels, costs, deadline, gone)
-        unit = self.manifest.normalized if normalize is None else normalize
-        if dimensions is not None:
-            vectors = vectors[:, :dimensions]
-        if unit:
-            vectors = unit_vectors(vectors)
-        return [ImageEmbedding(vector, tokens) for vector in np.ascontiguousarray(vectors)]
 
     def _prepare(self, data: bytes, index: int, deadline: float) -> UInt8:
         with _decoding(index):
@@ -163,7 +154,7 @@ class ImageEmbedder:
 
 @contextlib.contextmanager
 def _decoding(index: int) -> Iterator[None]:
-    """Whatever Pillow raises on a file is the file's fault, and is said of picture `index`."""
+    """Turn whatever Pillow raises on a file into InvalidInput for the picture at `index`."""
     try:
         yield
     except InvalidInput as error:
@@ -177,13 +168,12 @@ def _decoding(index: int) -> Iterator[None]:
 
 
 def open_picture(data: bytes, max_pixels: int) -> Image.Image:
-    """A picture of an accepted format, known by its content, with its header read and checked. Its
-    pixels are not decoded yet.
+    """Recognise a picture by its content and check its header. Its pixels are decoded later.
 
     Args:
         max_pixels: most width times height.
 
-    Raises: InvalidInput for anything else, by name where it is known; InputTooLarge; what Pillow
+    Raises: InvalidInput for other formats, named where they are known; InputTooLarge; what Pillow
     raises on a broken file.
     """
     if not data:
@@ -199,12 +189,12 @@ def open_picture(data: bytes, max_pixels: int) -> Image.Image:
             "(MAX_IMAGE_PIXELS)"
         )
     if picture.format == "PNG":
-        picture.verify()  # decoding alone does not look at the checksums of the pixels
+        picture.verify()  # decoding alone does not verify the checksums of the pixels
         picture = Image.open(io.BytesIO(data), formats=("PNG",))
     if picture.mode in ("I", "F"):
         raise InvalidInput(
-            f"picture has pixels of 32-bit numbers (mode {picture.mode}), which say not how bright "
-            "they are; convert it to 8 or 16 bits"
+            f"32-bit images (mode {picture.mode}) have no defined brightness range; convert to 8 "
+            "or 16 bits"
         )
     return picture
 
@@ -223,8 +213,8 @@ def _not_a_picture(data: bytes) -> str:
 
 
 def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height to which the model's processor resizes a picture of (width, height), before
-    it crops. Rounds as transformers.image_transforms.get_resize_output_image_size does.
+    """Width and height to which the model's processor resizes a picture of (width, height) before
+    it crops, rounded as transformers.image_transforms.get_resize_output_image_size rounds.
     """
     width, height = size
     if isinstance(preprocessing.resize, tuple):
@@ -236,8 +226,8 @@ def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[i
 
 
 def drafted_size(picture: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height at which a picture will be decoded; a JPEG's DCT can give it at 1/2, 1/4 and
-    1/8 (Pillow's draft mode) for a fraction of the time and memory.
+    """Width and height at which a picture is decoded. A JPEG can be decoded at 1/2, 1/4 and 1/8 of
+    its size (Pillow's draft mode) in a fraction of the time and memory.
     """
     if not isinstance(picture, JpegImagePlugin.JpegImageFile):
         return picture.size
@@ -252,24 +242,23 @@ def _draft_scale(size: tuple[int, int], preprocessing: Preprocessing) -> int:
 
 
 def preprocess(picture: Image.Image, preprocessing: Preprocessing) -> UInt8:
-    """Decode a picture and prepare it as the model's processor does, up to the crop;
-    `Preprocessing.normalize` does the rest. Of an animation the first frame is taken.
+    """Decode a picture, resize and crop it as the model's processor does. `Preprocessing.normalize`
+    does the rest. An animation is embedded by its first frame.
 
-    EXIF orientation: pixels are taken as they are stored, not turned. So does
-    `SentenceTransformer.encode(PIL.Image.open(path))`, on which models of this family were trained
-    and measured. (Pillow itself turns TIFFs when it decodes them, here and there.)
+    EXIF orientation is ignored, as `SentenceTransformer.encode(PIL.Image.open(path))` does. (For
+    TIFF files Pillow applies it while decoding, for both.)
 
-    Transparent pixels are laid on white, as transformers 5 does. 16-bit greyscale is scaled to
-    8 bits; there the model's own pipeline would clip, and see nearly all of it white.
+    Transparent pixels are put on white, as transformers 5 does. 16-bit greyscale is scaled to 8
+    bits; the model's own pipeline would clip it to white.
 
-    Only what the crop keeps is resized, so that a picture of 1 x 20 000 pixels costs no more than
-    another (the processor makes 4.5 million rows of it first).
+    Only the part that the crop keeps is resized, so that a picture of 1 x 20,000 pixels costs no
+    more than another. The processor resizes it to 4.5 million rows first.
 
     Returns: uint8 of shape (height, width, 3).
     """
     size = picture.size
     width, height = resized_size(size, preprocessing)
-    extent: tuple[float, float] = size  # of the whole picture, in pixels as they are decoded
+    extent: tuple[float, float] = size  # of the whole picture, in decoded pixels
     if isinstance(picture, JpegImagePlugin.JpegImageFile):
         scale = _draft_scale(size, preprocessing)
         if drafted := scale > 1 and picture.draft(None, (size[0] // scale, size[1] // scale)):
@@ -277,7 +266,7 @@ def preprocess(picture: Image.Image, preprocessing: Preprocessing) -> UInt8:
     rgb = to_rgb(picture)
     crop_height, crop_width = preprocessing.crop or (height, width)
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    # Where the crop is larger than the picture, what lies outside is black.
+    # A crop larger than the picture is black outside of it.
     x0, y0 = max(0, left), max(0, top)
     x1, y1 = min(width, left + crop_width), min(height, top + crop_height)
     across, down = extent[0] / width, extent[1] / height
@@ -292,23 +281,21 @@ def preprocess(picture: Image.Image, preprocessing: Preprocessing) -> UInt8:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Decode to RGB, as transformers.image_transforms.convert_to_rgb does, but for 16-bit greyscale
-    (see `preprocess`).
+    """Decode to RGB as transformers.image_transforms.convert_to_rgb does, except for 16-bit
+    greyscale (see `preprocess`).
     """
     if picture.mode.startswith("I;16"):
         values = np.asarray(picture)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
         transparent = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, transparent).convert("RGB")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, transparent).convert("RGB")
     return picture.convert("RGB")
 
 
 def probe_picture() -> bytes:
-    """A picture that every bundle has its vector of: whoever loads the bundle can see that it still
-    answers so.
-    """
+    """A PNG whose vector is in every image bundle, to check the engine when a bundle is loaded."""
     y, x = np.mgrid[0:96, 0:128]
     waves = [np.sin(x / 9 + y / 17), np.sin(y / 7), np.cos((x + y) / 23)]
     pixels = np.stack([127 + 120 * wave for wave in waves], axis=-1).astype(np.uint8)

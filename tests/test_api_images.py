@@ -276,7 +276,7 @@ PNG = shape("red")
         (text(b"\0\0\0\x1cftypheic" + bytes(99)), ["this is HEIC"]),
         (text(b"\0\0\1\0\1\0" + bytes(99)), ["ICO"]),
         (text(b"8BPS" + bytes(99)), ["Photoshop"]),
-        (text(encoded(Image.new("F", (9, 9)), "TIFF")), ["32-bit numbers"]),
+        (text(encoded(Image.new("F", (9, 9)), "TIFF")), ["32-bit images"]),
         (text(b"\xff\xd8\xff\xe0" + bytes(999)), ["picture"]),
         (text(b"RIFF\x10\0\0\0WEBPVP8X" + bytes(99)), ["picture"]),
         (text(b"GIF89a" + bytes(99)), ["picture"]),

@@ -212,6 +212,13 @@ def test_order_dimensions_and_length(embedder: ImageEmbedder) -> None:
     assert np.allclose(unit, cut, atol=1e-4)
 
 
+@pytest.mark.parametrize("dimensions", [0, 33])
+def test_dimensions_out_of_range(embedder: ImageEmbedder, dimensions: int) -> None:
+    with pytest.raises(InvalidInput, match=f"is {dimensions}; this model takes 1 to 32") as info:
+        vectors(embedder, [probe_picture()], dimensions=dimensions)
+    assert (info.value.field, info.value.index) == ("dimensions", None)
+
+
 def test_limits_and_what_they_say(embedder: ImageEmbedder) -> None:
     good = probe_picture()
     for images, kind, index, says in (
@@ -220,10 +227,11 @@ def test_limits_and_what_they_say(embedder: ImageEmbedder) -> None:
         ([good, bytes(1_000_001)], InputTooLarge, 1, r"1000001 .* 1000000 \(MAX_IMAGE_SIZE\)"),
         ([good, encoded(Image.new("1", (1001, 1000)))], InputTooLarge, 1, "1001 x 1000 .*PIXELS"),
         ([good, good, b""], InvalidInput, 2, "empty"),
+        ([encoded(Image.new("F", (9, 9)), "TIFF")], InvalidInput, 0, "no defined brightness range"),
     ):
         with pytest.raises(kind, match=says) as info:
             vectors(embedder, images)
-        assert info.value.index == index
+        assert (info.value.field, info.value.index) == (None, index)
     few = ImageEmbedder.__new__(ImageEmbedder)
     few.__dict__ = {**embedder.__dict__, "limits": ImageLimits(30, ALL, ALL, 100)}
     with pytest.raises(InputTooLarge, match=r"cost \d+ tokens.* 100 \(MAX_REQUEST_TOKENS\)"):
