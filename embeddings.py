@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from engine.batching import Batcher, Engine
+from engine.protocol import Engine
+from engine.queue import Queue
 from engine.bundle import TOKENIZER, Bundle
 from engine.errors import BundleError, InputTooLarge, InvalidInput
 
@@ -99,12 +100,6 @@ def load_tokenizer(bundle: Bundle) -> tuple[Tokenizer, int, bool]:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer, padding["pad_id"], padding["direction"] == "left"
-
-
-class TextEngine(Engine, Protocol):
-    """An engine that can prepare for calls that have all cores to themselves."""
-
-    def widen(self) -> None: ...
 
 
 class Words:
@@ -217,8 +212,8 @@ class TextEmbedder:
         self,
         bundle: Bundle,
         tokenizer: Tokenizer,
-        engine: TextEngine,
-        batcher: Batcher,
+        engine: Engine,
+        batcher: Queue,
         limits: TextLimits,
         cache: VectorCache | None = None,
     ) -> None:
@@ -259,7 +254,7 @@ class TextEmbedder:
 
         Args:
             deadline: when to give up, on the clock of `time.monotonic`.
-            gone: whether nobody waits for the vectors any more, as `Batcher.submit` takes it.
+            gone: whether nobody waits for the vectors any more, as `Queue.submit` takes it.
             prompt_name: one of the model's prompts, put before every chunk; None means the model's
                 default.
             dimensions: keep this many leading values (Matryoshka models), and normalise what is
@@ -268,7 +263,7 @@ class TextEmbedder:
             truncate: drop what passes the window on this side instead of splitting the text.
 
         Returns: one TextEmbedding a text, in order.
-        Raises: InvalidInput, InputTooLarge, and what `Batcher.submit` raises.
+        Raises: InvalidInput, InputTooLarge, and what `Queue.submit` raises.
         """
         if dimensions is not None and not 1 <= dimensions <= self.manifest.dimensions:
             raise InvalidInput(

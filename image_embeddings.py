@@ -19,7 +19,8 @@ from PIL import MpoImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL import UnidentifiedImageError
 
 from embeddings import unit_vectors
-from engine.batching import Batcher, Engine
+from engine.protocol import Engine
+from engine.queue import Queue
 from engine.bundle import Bundle, Preprocessing
 from engine.errors import DeadlineExceeded, EmbedderError, InputTooLarge, InvalidInput
 
@@ -86,7 +87,7 @@ class ImageEmbedder:
         bundle: Bundle,
         preprocessing: Preprocessing,
         engine: Engine,
-        batcher: Batcher,
+        batcher: Queue,
         limits: ImageLimits,
     ) -> None:
         self.manifest = bundle.manifest
@@ -106,13 +107,13 @@ class ImageEmbedder:
 
         Args:
             deadline: when to give up, on the clock of `time.monotonic`.
-            gone: whether nobody waits for the vectors any more, as `Batcher.submit` takes it.
+            gone: whether nobody waits for the vectors any more, as `Queue.submit` takes it.
             dimensions: keep this many leading values, and normalise what is left.
             normalize: overrides whether vectors have length 1; None does as the model does.
 
         Returns: one ImageEmbedding a picture, in order.
         Raises: InvalidInput (not a picture, broken, too many), InputTooLarge, and what
-        `Batcher.submit` raises.
+        `Queue.submit` raises.
         """
         limits, tokens = self.limits, self.preprocessing.tokens
         if dimensions is not None and not 1 <= dimensions <= self.manifest.dimensions:

@@ -96,7 +96,7 @@ class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 
 
 class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A text model of BERT's architecture, for engine/native.py: its sizes, and where its weights
+    """A text model of BERT's architecture, for engine/encoder: its sizes, and where its weights
     are in the text graph's file.
     """
 

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from engine.batching import Event
 from engine.bundle import Bundle
 from engine.errors import ModelNotFound, ModelNotReady
+from engine.protocol import Event
 
 T = TypeVar("T")
 
