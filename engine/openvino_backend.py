@@ -152,22 +152,13 @@ class _Graph:
         return np.array(request.get_output_tensor(0).data, np.float32)
 
 
-class _OpenVINOEngine(Engine):
-    """What both engines share: `streams` calls run at a time, on one core each. Safe to call from
-    any number of threads.
+class OpenVINOTextEngine(Engine):
+    """A bundle's text graph; `streams` calls run at a time, on one core each. Safe to call from any
+    number of threads.
     """
 
-    backend = "OpenVINO"
+    backend, modality = "OpenVINO", "text"
     min_batch_tokens = 64
-
-    def start_threads(self, count: int, wake: int) -> None:
-        """The queue's threads call `run`."""
-
-
-class OpenVINOTextEngine(_OpenVINOEngine):
-    """A bundle's text graph."""
-
-    modality = "text"
 
     def __init__(
         self,
@@ -229,10 +220,11 @@ class OpenVINOTextEngine(_OpenVINOEngine):
         return named
 
 
-class OpenVINOImageEngine(_OpenVINOEngine):
-    """A bundle's image graph."""
+class OpenVINOImageEngine(Engine):
+    """A bundle's image graph, as OpenVINOTextEngine has the text graph."""
 
-    modality = "image"
+    backend, modality = "OpenVINO", "image"
+    min_batch_tokens = 64
     padding_cost = 1.0  # of no effect: all pictures have one size
 
     def __init__(self, bundle: Bundle, precision: Precision, *, streams: int) -> None:
@@ -252,6 +244,3 @@ class OpenVINOImageEngine(_OpenVINOEngine):
         a trailing Normalize.
         """
         return self._graph.infer({"pixel_values": self.preprocessing.normalize(np.stack(inputs))})
-
-    def widen(self) -> None:
-        """A picture is not computed faster on all cores than on one."""

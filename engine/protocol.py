@@ -71,11 +71,13 @@ class Engine(Protocol):
 
     def widen(self) -> None:
         """Prepare for batches that are alone. Called once, after the service is ready."""
+        return None
 
     def start_threads(self, count: int, wake: int) -> Threads | None:
         """Start threads for all engines of this backend. They write to the eventfd `wake` when a
         batch has ended. None: the queue's own threads call `run`.
         """
+        return None
 
 
 @dataclass(eq=False, slots=True)
@@ -83,7 +85,6 @@ class Job:
     """The inputs of one request, in ascending order of cost, and where their vectors go."""
 
     engine: Engine
-    threads: Threads | None  # the engine's own
     inputs: list[Array]
     costs: list[int]
     rows: list[int]  # inputs[i] belongs to vectors[rows[i]]
@@ -92,6 +93,7 @@ class Job:
     done: Event
     submitted: float  # on the queue's clock, as `deadline`
     gone: Callable[[], bool] | None = None
+    threads: Threads | None = None  # the engine's own
     began: float = 0.0  # on the clock of shares
     free: int = 0  # tokens that may be served before they count
     served: int = 0  # tokens that a batch has taken

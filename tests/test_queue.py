@@ -464,7 +464,7 @@ def test_after_a_failed_call_the_rest_of_its_request_is_not_computed(bench: Make
         failing.result()
     b.submit((3, 10))
     assert b.run() == [3]
-    assert b.queue._waiting_tokens == 0
+    assert b.queue.waiting_tokens == 0
 
 
 def test_the_threads_survive_an_engine_that_raises() -> None:
@@ -550,14 +550,14 @@ def test_a_request_past_its_deadline_is_dropped_before_the_engine_sees_it(bench:
     assert b.run() == [2]
     with pytest.raises(DeadlineExceeded):
         late.result()
-    assert b.queue._waiting_tokens == 0
+    assert b.queue.waiting_tokens == 0
 
 
 def test_a_request_that_gives_up_leaves_the_queue() -> None:
     queue = Queue(max_batch_size=8, max_batch_tokens=64, max_queue_tokens=100, threads=1)
     with pytest.raises(DeadlineExceeded):
         queue.submit(ECHO, [tokens(1, 90)], [90], 0.0)
-    assert not queue._jobs and queue._waiting_tokens == 0
+    assert not queue._jobs and queue.waiting_tokens == 0
 
 
 def test_what_nobody_waits_for_any_more_is_not_computed(bench: Make) -> None:
@@ -575,7 +575,7 @@ def test_what_nobody_waits_for_any_more_is_not_computed(bench: Make) -> None:
         with pytest.raises(CallerGone):
             future.result()
     assert other.result().tolist() == [[5, 10]]
-    assert b.queue.callers_gone == 2 and b.queue._waiting_tokens == 0
+    assert b.queue.callers_gone == 2 and b.queue.waiting_tokens == 0
 
 
 def test_stop_fails_what_waits_and_finishes_what_runs(bench: Make) -> None:
@@ -619,7 +619,7 @@ def test_many_threads_get_their_own_answers() -> None:
     started = [thread for thread in threading.enumerate() if thread.name.startswith("inference-")]
     assert len(started) >= 3
     queue.close()
-    assert queue._waiting_tokens == 0
+    assert queue.waiting_tokens == 0
     assert sum(thread.is_alive() for thread in started) == len(started) - 3
 
 

@@ -29,6 +29,7 @@ static int take(Crew *crew, char *memory) {
     return 1;
 }
 
+// Run `tasks` tasks, on all cores of the crew, or here if there is none.
 static void spread(Crew *crew, Task *task, void *argument, int tasks, char *memory) {
     if (!crew) {
         for (int i = 0; i < tasks; i++) task(argument, i, memory);

@@ -93,9 +93,6 @@ typedef struct Crew {
     void *argument;
 } Crew;
 
-// Run `tasks` tasks, on all cores of the crew, or here if there is none.
-static void spread(Crew *crew, Task *task, void *argument, int tasks, char *memory);
-
 // -- products.c
 
 enum { TO_BF16, GELU_TO_BF16, ADD_TO_FLOAT, SCORES, WEIGHTED };  // what becomes of the sums
@@ -136,9 +133,3 @@ typedef struct {
     Quantised q;        // out, for int8
     float epsilon;
 } Rows;
-
-// -- model.c
-
-// Bytes of working memory for a batch of so many tokens, the longest text so long.
-long encoder_memory(const Shape *shape, int tokens, int longest);
-void encoder_run(const Batch *batch, char *memory);

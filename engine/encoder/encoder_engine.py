@@ -93,10 +93,7 @@ class EncoderEngine(Engine):
             epsilon=encoder.epsilon,
         )
         self._laid_out = LaidOut(bundle, encoder, self._library, int8=precision == "int8")
-        self._addresses = (
-            ctypes.addressof(self._shape),
-            ctypes.addressof(self._laid_out.weights),
-        )
+        self._addresses = [*map(ctypes.addressof, (self._shape, self._laid_out.weights))]
         self._local = threading.local()
         self._crew = self._start_helpers()
         self._crew_address = None if self._crew is None else self._crew.ctypes.data
@@ -156,9 +153,6 @@ class EncoderEngine(Engine):
         batch = Batch(*self._addresses, *data, crew, number, len(inputs), self.streams - 1)
         return batch, (ids, starts, out)
 
-    def widen(self) -> None:
-        """Its helpers are there from the start."""
-
     def start_threads(self, count: int, wake: int) -> "EncoderThreads":
         """Threads for every engine of this kind."""
         return EncoderThreads(count, wake)
@@ -172,14 +166,10 @@ class EncoderThreads:
     def __init__(self, count: int, wake: int) -> None:
         self._capacity = count + 1
         slow, quick = library.load()
+        self._quick = quick
         self._fifo = fifo = aligned(quick.encoder_fifo_size(self._capacity))
         self._at = at = pointer(fifo)
         quick.encoder_fifo_begin(at, self._capacity, wake)
-        self._put, self._collect, self._stop = (
-            quick.encoder_put,
-            quick.encoder_collect,
-            quick.encoder_stop,
-        )
         self._ended = (Ended * self._capacity)()
         self._in_use: dict[int, object] = {}  # by number: the engine and the arrays
 
@@ -200,7 +190,7 @@ class EncoderThreads:
         if len(self._in_use) == self._capacity:
             raise RuntimeError(f"{self._capacity} batches are here already")
         batch, arrays = engine.batch(number, inputs, alone)
-        refused = self._put(self._at, ctypes.byref(batch))
+        refused = self._quick.encoder_put(self._at, ctypes.byref(batch))
         if refused >= 0:
             raise _refusal(inputs, refused)
         self._in_use[number] = engine, arrays
@@ -208,7 +198,7 @@ class EncoderThreads:
 
     def ended(self) -> list[tuple[int, float | None]]:
         """See protocol.Threads."""
-        count = self._collect(self._at, self._ended)
+        count = self._quick.encoder_collect(self._at, self._ended)
         ended = [(batch.number, batch.nanoseconds) for batch in self._ended[:count]]
         for number, _ in ended:
             del self._in_use[number]
@@ -216,7 +206,7 @@ class EncoderThreads:
 
     def close(self) -> None:
         """End the threads, once each has computed the batch it is at."""
-        self._stop(self._at)
+        self._quick.encoder_stop(self._at)
         for thread in self._threads:
             thread.join()
 

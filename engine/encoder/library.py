@@ -13,63 +13,41 @@ _CACHE_LINE = 64
 Pointer = ctypes.c_void_p
 
 
+_SIZES = ("hidden", "heads", "inner", "layers", "first_position", "pad", "first_token", "int8")
+
+
 class Shape(ctypes.Structure):
     _fields_ = [
-        ("hidden", ctypes.c_int32),
-        ("heads", ctypes.c_int32),
-        ("inner", ctypes.c_int32),
-        ("layers", ctypes.c_int32),
-        ("first_position", ctypes.c_int32),
-        ("pad", ctypes.c_int32),
-        ("first_token", ctypes.c_int32),
-        ("int8", ctypes.c_int32),
-        ("vocabulary", ctypes.c_int32),
-        ("window", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in (*_SIZES, "vocabulary", "window")),
         ("epsilon", ctypes.c_float),
     ]
 
 
 class Linear(ctypes.Structure):
-    _fields_ = [("weights", Pointer), ("bias", Pointer), ("scale", Pointer)]
+    _fields_ = [(name, Pointer) for name in ("weights", "bias", "scale")]
 
 
 class Layer(ctypes.Structure):
     _fields_ = [
-        ("qkv", Linear),
-        ("out", Linear),
-        ("up", Linear),
-        ("down", Linear),
-        ("norm1", Pointer),
-        ("norm2", Pointer),
+        *((name, Linear) for name in ("qkv", "out", "up", "down")),
+        *((name, Pointer) for name in ("norm1", "norm2")),
     ]
 
 
 class Weights(ctypes.Structure):
-    _fields_ = [
-        ("words", Pointer),
-        ("positions", Pointer),
-        ("types", Pointer),
-        ("norm", Pointer),
-        ("layers", Pointer),
-    ]
+    _fields_ = [(name, Pointer) for name in ("words", "positions", "types", "norm", "layers")]
 
 
 class Batch(ctypes.Structure):
     _fields_ = [
-        ("shape", Pointer),
-        ("weights", Pointer),
-        ("ids", Pointer),
-        ("starts", Pointer),
-        ("out", Pointer),
-        ("crew", Pointer),
+        *((name, Pointer) for name in ("shape", "weights", "ids", "starts", "out", "crew")),
         ("number", ctypes.c_int64),
-        ("texts", ctypes.c_int32),
-        ("helpers", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("texts", "helpers")),
     ]
 
 
 class Ended(ctypes.Structure):
-    _fields_ = [("number", ctypes.c_int64), ("nanoseconds", ctypes.c_int64)]
+    _fields_ = [(name, ctypes.c_int64) for name in ("number", "nanoseconds")]
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (Shape, Linear, Layer, Weights, Batch, Ended)

@@ -30,6 +30,7 @@ static uintptr_t divide(Memory *m, uintptr_t at, const Shape *shape, long tokens
     return at;
 }
 
+// Bytes of working memory for a batch of so many tokens, the longest text so long.
 long encoder_memory(const Shape *shape, int tokens, int longest) {
     Memory none;
     return (long)divide(&none, 0, shape, tokens, longest);
