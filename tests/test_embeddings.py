@@ -25,6 +25,7 @@ from embeddings import (
     cut,
     load_tokenizer,
 )
+from engine.protocol import Engine
 from engine.queue import Queue
 from engine.bundle import Bundle, read
 from engine.errors import BundleError, InputTooLarge, InvalidInput
@@ -540,15 +541,15 @@ def test_the_words_kept_are_few(tokenizer: Tokenizer, monkeypatch: pytest.Monkey
 # -- what is not computed twice
 
 
-class Counting:
+class Counting(Engine):
     """An engine that counts what it is given."""
 
     def __init__(self, engine: OpenVINOTextEngine) -> None:
         self.engine, self.computed = engine, 0
         self.name, self.dimensions = engine.name, engine.dimensions
         self.precision, self.padding_cost = engine.precision, engine.padding_cost
-        self.share = engine.share
-        self.modality = engine.modality
+        self.min_batch_tokens = engine.min_batch_tokens
+        self.backend, self.modality = engine.backend, engine.modality
 
     def run(self, inputs: Any, *, alone: bool = False) -> Any:
         self.computed += len(inputs)

@@ -80,7 +80,6 @@ class EncoderEngine(Engine):
         assert encoder
         self.name, self.dimensions, self.precision = manifest.name, manifest.dimensions, precision
         self.streams = streams
-        self._max_tokens = manifest.max_tokens
         self._library, self._quick = library.load()
         self._shape = Shape(
             **{name: getattr(encoder, name) for name in ("hidden", "heads", "inner", "layers")},
@@ -190,10 +189,11 @@ class EncoderThreads:
         if len(self._in_use) == self._capacity:
             raise RuntimeError(f"{self._capacity} batches are here already")
         batch, arrays = engine.batch(number, inputs, alone)
+        self._in_use[number] = engine, arrays  # first: the batch may end before this returns
         refused = self._quick.encoder_put(self._at, ctypes.byref(batch))
         if refused >= 0:
+            del self._in_use[number]
             raise _refusal(inputs, refused)
-        self._in_use[number] = engine, arrays
         return arrays[-1]
 
     def ended(self) -> list[tuple[int, float | None]]:
