@@ -19,7 +19,7 @@ COPY requirements.txt requirements-serve.txt ./
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -r requirements.txt
 COPY bake_model.py embeddings.py tokens.py chunks.py image_embeddings.py ./
 COPY engine engine
-RUN python -m engine.build
+RUN python -m engine.encoder.build
 ARG EMBEDDING_MODEL=multi-qa-MiniLM-L6-cos-v1
 ARG MODEL_REVISION
 ARG MODEL_NAME
@@ -68,7 +68,7 @@ COPY --from=bake /app/models models
 COPY main.py settings.py gunicorn.conf.py embeddings.py tokens.py chunks.py image_embeddings.py \
     benchmark_embeddings.py ./
 COPY engine engine
-COPY --from=bake /app/engine/encoder.so engine/
+COPY --from=bake /app/engine/encoder/encoder.so engine/encoder/
 COPY api api
 COPY benchmark benchmark
 RUN python -m compileall -q --invalidation-mode unchecked-hash .

@@ -11,14 +11,14 @@ sources = *.py api benchmark engine stress tests
 
 .PHONY: run bake test lint format clean
 
-run: $(MODELS_DIR)/$(NAME)/manifest.json engine/encoder.so
+run: $(MODELS_DIR)/$(NAME)/manifest.json engine/encoder/encoder.so
 	MODELS_DIR="$(MODELS_DIR)" EMBEDDING_MODEL="$(NAME)" exec $(bin)/gunicorn main:app
 
 # Bakes again whatever is there; `make run` bakes only what is missing.
-bake: engine/encoder.so
+bake: engine/encoder/encoder.so
 	$(call bake_command)
 
-$(MODELS_DIR)/$(NAME)/manifest.json: | engine/encoder.so
+$(MODELS_DIR)/$(NAME)/manifest.json: | engine/encoder/encoder.so
 	$(call bake_command)
 
 define bake_command
@@ -30,7 +30,7 @@ validators = $(VENV)/validators/bin
 find = find . -not -path './.*/*' -not -path './models/*' -type f
 yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}, comments: {min-spaces-from-content: 1}}}
 
-test: lint engine/encoder.so
+test: lint engine/encoder/encoder.so
 	$(bin)/python -m pytest --cov
 
 lint: $(VENV)/.test $(VENV)/.validators
@@ -60,8 +60,8 @@ $(VENV)/.test: requirements-dev.txt $(VENV)/.run
 	$(bin)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-engine/encoder.so: engine/encoder.c engine/build.py | $(VENV)/.run
-	$(bin)/python -m engine.build
+engine/encoder/encoder.so: $(wildcard engine/encoder/*.[ch]) engine/encoder/build.py | $(VENV)/.run
+	$(bin)/python -m engine.encoder.build
 
 $(VENV)/.validators: requirements-lint.txt
 	$(PYTHON) -m venv $(VENV)/validators
@@ -69,4 +69,4 @@ $(VENV)/.validators: requirements-lint.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) models engine/encoder.so .pytest_cache .mypy_cache .coverage* htmlcov
+	rm -rf $(VENV) models engine/encoder/encoder.so .pytest_cache .mypy_cache .coverage* htmlcov

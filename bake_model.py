@@ -29,11 +29,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from embeddings import TextEmbedder, TextEngine, TextLimits
+from embeddings import TextEmbedder, TextLimits
 from engine import bundle as bundles
-from engine import native
+from engine.encoder import encoder_engine
 from engine.attention import fold_scales, shrink_masks
-from engine.batching import Batcher
+from engine.protocol import Engine
+from engine.queue import Queue
 from engine.bundle import (
     PARITY_FLOOR,
     PRECISIONS,
@@ -283,7 +284,7 @@ def bake(options: argparse.Namespace) -> Bundle:
                         manifest.image_parity[precision] = measure_images(
                             bundle, precision, pictures, expected_images
                         )
-        _measure_native(Bundle(folder, manifest), texts, expected)
+        _measure_encoder(Bundle(folder, manifest), texts, expected)
         return manifest
 
     return bundles.write(options.output, name, fill)
@@ -661,7 +662,7 @@ def _int8(path: pathlib.Path) -> Any:
 
 
 def _encoder(model: Any, tokenizer: Any, window: int, graph: pathlib.Path) -> Encoder | None:
-    """What engine/native.py needs to know, None for a model that it cannot run."""
+    """What engine/encoder needs to know, None for a model that it cannot run."""
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
@@ -679,16 +680,16 @@ def _encoder(model: Any, tokenizer: Any, window: int, graph: pathlib.Path) -> En
     return describe(modules[0].model, str(modules[1].pooling_mode), window, tokens, graph)
 
 
-def _measure_native(bundle: Bundle, texts: Sequence[str], expected: Float32) -> None:
-    """Lower the manifest's parity to what engine/native.py has; leave a model to OpenVINO whose
+def _measure_encoder(bundle: Bundle, texts: Sequence[str], expected: Float32) -> None:
+    """Lower the manifest's parity to what engine/encoder has; leave a model to OpenVINO whose
     vectors it does not give.
     """
     manifest, parities = bundle.manifest, dict(bundle.manifest.parity)
     try:
         for precision, parity in parities.items():
-            if precision == native.choose(precision, bundle):
+            if precision == encoder_engine.choose(precision, bundle):
                 with stage(f"checking vectors at {precision}, of our own engine"):
-                    engine = native.NativeTextEngine(bundle, precision, streams=1)
+                    engine = encoder_engine.EncoderEngine(bundle, precision, streams=1)
                     own = measure(bundle, precision, engine, texts, expected)
                 parities[precision] = min(own, parity, key=lambda each: each.minimum)
     except BakeError as error:
@@ -706,7 +707,7 @@ def _openvino(bundle: Bundle, precision: Precision) -> OpenVINOTextEngine:
 def measure(
     bundle: Bundle,
     precision: Precision,
-    engine: TextEngine,
+    engine: Engine,
     texts: Sequence[str],
     expected: Float32,
 ) -> Parity:
@@ -719,7 +720,7 @@ def measure(
         vectors at that floor can be apart.
     """
     tokenizer, _, _ = load_tokenizer(bundle)
-    batcher = Batcher(
+    batcher = Queue(
         max_batch_size=8, max_batch_tokens=PARITY_BATCH_TOKENS, max_queue_tokens=1 << 40, threads=1
     )
     batcher.start()
@@ -978,9 +979,7 @@ def measure_images(
 ) -> Parity:
     """Embed the pictures as serving does, in batches, and compare; see `measure`."""
     engine = OpenVINOImageEngine(bundle, precision, streams=1)
-    batcher = Batcher(
-        max_batch_size=8, max_batch_tokens=1 << 40, max_queue_tokens=1 << 40, threads=1
-    )
+    batcher = Queue(max_batch_size=8, max_batch_tokens=1 << 40, max_queue_tokens=1 << 40, threads=1)
     batcher.start()
     limits = ImageLimits(len(pictures), 1 << 30, 1 << 30, 1 << 40)
     embedder = ImageEmbedder(bundle, engine.preprocessing, engine, batcher, limits)

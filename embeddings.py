@@ -5,14 +5,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from chunks import Chunk, Chunker, Side
-from engine.batching import Batcher, Engine
+from engine.protocol import Engine
+from engine.queue import Queue
 from engine.bundle import Bundle, Manifest
 from engine.errors import InputTooLarge, InvalidInput
 from tokens import Int64, TextTokenizer, Token, tokens_of
@@ -39,12 +39,6 @@ class TextEmbedding:
     def tokens(self) -> int:
         """Tokens the engine computed for this text."""
         return sum(chunk.tokens for chunk in self.chunks)
-
-
-class TextEngine(Engine, Protocol):
-    """An engine that can prepare for calls that have all cores to themselves."""
-
-    def widen(self) -> None: ...
 
 
 class VectorCache:
@@ -87,13 +81,13 @@ class TextEmbedder:
         self,
         bundle: Bundle,
         tokenizer: Tokenizer,
-        engine: TextEngine,
-        batcher: Batcher,
+        engine: Engine,
+        queue: Queue,
         limits: TextLimits,
         cache: VectorCache | None = None,
     ) -> None:
         self.manifest, self.limits = bundle.manifest, limits
-        self._engine, self._batcher, self._cache = engine, batcher, cache
+        self._engine, self._queue, self._cache = engine, queue, cache
         self._tokenizer = TextTokenizer(tokenizer)
         self._chunker = Chunker(self._tokenizer, self.manifest.max_tokens)
 
@@ -124,7 +118,7 @@ class TextEmbedder:
 
         Args:
             deadline: when to give up, on the clock of `time.monotonic`.
-            gone: whether the caller has gone, as `Batcher.submit` takes it.
+            gone: whether the caller has gone, as `Queue.submit` takes it.
             prompt_name: one of the model's prompts, put before every chunk; None means its default.
             dimensions: keep this many leading values (Matryoshka models; of the layer norm, if the
                 manifest says so), and normalise again where the vector was normalised.
@@ -132,7 +126,7 @@ class TextEmbedder:
             truncate: drop what exceeds the window on this side instead of splitting the text.
 
         Returns: one TextEmbedding a text, in order.
-        Raises: InvalidInput, InputTooLarge, and what `Batcher.submit` raises.
+        Raises: InvalidInput, InputTooLarge, and what `Queue.submit` raises.
         """
         manifest = self.manifest
         check_dimensions(dimensions, manifest)
@@ -162,13 +156,13 @@ class TextEmbedder:
         """
         engine, cache = self._engine, self._cache
         if len(chunks) == 1 and cache is None:
-            return self._batcher.submit(engine, chunks, [len(chunks[0])], deadline, gone)
+            return self._queue.submit(engine, chunks, [len(chunks[0])], deadline, gone)
         keys = [ids.tobytes() for ids in chunks]
         inputs = dict(zip(keys, chunks))
         vectors = cache.get(engine.name, inputs) if cache else {}
         missing = {key: ids for key, ids in inputs.items() if key not in vectors}
         costs = [len(ids) for ids in missing.values()]
-        computed = self._batcher.submit(engine, [*missing.values()], costs, deadline, gone)
+        computed = self._queue.submit(engine, [*missing.values()], costs, deadline, gone)
         new = dict(zip(missing, computed))
         if cache:
             cache.put(engine.name, new)

@@ -17,7 +17,8 @@ from PIL import MpoImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL import UnidentifiedImageError
 
 from embeddings import Float32, check_count, check_dimensions, shorten_and_scale
-from engine.batching import Batcher, Engine
+from engine.protocol import Engine
+from engine.queue import Queue
 from engine.bundle import Bundle, Preprocessing
 from engine.errors import DeadlineExceeded, EmbedderError, InputTooLarge, InvalidInput
 
@@ -84,12 +85,12 @@ class ImageEmbedder:
         bundle: Bundle,
         preprocessing: Preprocessing,
         engine: Engine,
-        batcher: Batcher,
+        queue: Queue,
         limits: ImageLimits,
     ) -> None:
         self.manifest = bundle.manifest
         self.preprocessing, self.limits = preprocessing, limits
-        self._engine, self._batcher = engine, batcher
+        self._engine, self._queue = engine, queue
 
     def embed(
         self,
@@ -104,21 +105,21 @@ class ImageEmbedder:
 
         Args:
             deadline: when to give up, on the clock of `time.monotonic`.
-            gone: whether the caller has gone, as `Batcher.submit` takes it.
+            gone: whether the caller has gone, as `Queue.submit` takes it.
             dimensions: keep this many leading values, and normalise again where the vector was
                 normalised.
             normalize: whether vectors have length 1; None does as the model does.
 
         Returns: one ImageEmbedding a picture, in order.
         Raises: InvalidInput (not a picture, broken, too many), InputTooLarge, and what
-        `Batcher.submit` raises.
+        `Queue.submit` raises.
         """
         check_dimensions(dimensions, self.manifest)
         cost = self.preprocessing.tokens
         self._check(images, cost)
         pixels = [self._prepare(data, index, deadline) for index, data in enumerate(images)]
         costs = [cost] * len(pixels)
-        vectors = self._batcher.submit(self._engine, pixels, costs, deadline, gone)
+        vectors = self._queue.submit(self._engine, pixels, costs, deadline, gone)
         unit = self.manifest.normalized if normalize is None else normalize
         return [ImageEmbedding(row, cost) for row in shorten_and_scale(vectors, dimensions, unit)]
 

@@ -20,7 +20,7 @@ from api.application import Application
 from api.service import Embedders, Service
 from api.watch import Watch
 from embeddings import Float32, TextEmbedder, TextLimits, VectorCache
-from engine.batching import Batcher
+from engine.queue import Queue
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
 from engine.choice import text_engine
 from engine.errors import BundleError, EmbedderError
@@ -63,7 +63,7 @@ def create_app(
         settings.aliases,
         tasks.event,
     )
-    batcher = Batcher(
+    batcher = Queue(
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
         max_queue_tokens=settings.max_queue_tokens,
@@ -177,7 +177,7 @@ def _describe(settings: Settings, models: Models[Embedders]) -> str:
 
 
 def load_embedder(
-    bundle: Bundle, settings: Settings, batcher: Batcher, cache: VectorCache | None = None
+    bundle: Bundle, settings: Settings, batcher: Queue, cache: VectorCache | None = None
 ) -> TextEmbedder:
     """Load one model and see that it still gives its probe's vector.
 
@@ -214,7 +214,7 @@ def load_embedder(
     return embedder
 
 
-def load_image_embedder(bundle: Bundle, settings: Settings, batcher: Batcher) -> ImageEmbedder:
+def load_image_embedder(bundle: Bundle, settings: Settings, batcher: Queue) -> ImageEmbedder:
     """Load a model's image tower and see that it still gives its probe's vector.
 
     Raises: BundleError, PrecisionUnavailable.

@@ -27,7 +27,8 @@ from werkzeug.routing import Map
 
 from api.service import Embedders, endpoint
 from api.tasks import in_thread
-from engine.batching import Batch, Batcher
+from engine.protocol import Batch
+from engine.queue import Queue
 from engine.errors import ModelNotReady
 from engine.models import Models
 
@@ -132,7 +133,7 @@ class _Engine:
 class Metrics:
     """What this process counts. Safe to call from any number of threads."""
 
-    def __init__(self, models: Models[Embedders], batcher: Batcher) -> None:
+    def __init__(self, models: Models[Embedders], batcher: Queue) -> None:
         """Watch `batcher`. Call `add_routes` before the first request."""
         self.models, self._batcher = models, batcher
         self._table = table

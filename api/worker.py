@@ -35,7 +35,7 @@ from api.logs import request_id
 from api.spread import Spread
 from api.tasks import Loop
 from api.watch import OWN, Watch
-from engine.batching import Batcher
+from engine.queue import Queue
 
 RECEIVE_TIMEOUT = 3  # seconds without a byte after which a half-sent request is given up
 SEND_TIMEOUT = 5  # seconds after which a client that takes no more of its answer is given up
@@ -95,6 +95,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._threads = self._free_threads = self.cfg.threads
         self._held = 0
         self._heads = Heads()
+        self._soon: list[Callable[[], None]] = []  # what this turn of the loop ends with
         self._stopping_since: float | None = None
         self._stopped = False
         # Until when listeners are left to others, and until when they have been for long enough.
@@ -110,11 +111,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().init_process()
 
     def run(self) -> None:
-        self._batcher: Batcher = self.wsgi.extensions["batcher"]
+        self._batcher: Queue = self.wsgi.extensions["batcher"]
         self._loop = Loop(self.tpool)
         self.poller.register(self._loop, selectors.EVENT_READ, Loop.heard)
-        self._batcher.take_over()
-        self.poller.register(self._batcher, selectors.EVENT_READ, Batcher.collect)
+        self._batcher.others = lambda: self._threads - self._free_threads
+        self._batcher.attach(self._soon.append)
+        self.poller.register(self._batcher, selectors.EVENT_READ, Queue.collect)
         self._warm_up(self.wsgi.extensions["warm_up"]())
         super().run()
         self.wsgi.extensions["leaving"].set()
@@ -168,15 +170,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         return bool(self.alive)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        self._loop.go_on()  # with what the last turn has computed
+        self._go_on()  # with what the last turn has computed
         now = time.monotonic()
         if now < self._yield_until:
             timeout = self._yield_until - now
         elif self._stopping_since is not None or self._loop.waiting:
             timeout = min(timeout, LOOK_AROUND)
         events = self.poller.select(timeout)
-        # What the requests of one turn want computed goes to the engine together.
-        self._batcher.hold()
         for key, _ in events:
             key.data(key.fileobj)
         now = time.monotonic()
@@ -184,8 +184,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if self._looks:
             self._looked_around = now
             self._loop.give_up()
+        self._go_on()
+
+    def _go_on(self) -> None:
         self._loop.go_on()
-        self._batcher.release(self._threads - self._free_threads)
+        while self._soon:
+            self._soon.pop()()
 
     def accept(self, listener: socket.socket) -> None:
         """Take a connection, or leave it to a worker that holds fewer. What nobody has taken after

@@ -1,4 +1,4 @@
-"""The engine in this process: what it can do at best, and what it does behind embedder and Batcher
+"""The engine in this process: what it can do at best, and what it does behind embedder and Queue
 as `main` builds them.
 """
 
@@ -20,8 +20,9 @@ from benchmark.loads import IMAGES, LOADS, Load, exact_texts, images, texts
 from benchmark.plain import Plain
 from benchmark.report import Progress, Row, row
 from benchmark.traffic import Result, alternate
-from embeddings import TextEmbedder, TextEngine, TextLimits
-from engine.batching import Batch, Batcher
+from embeddings import TextEmbedder, TextLimits
+from engine.protocol import Batch, Engine
+from engine.queue import Queue
 from engine.bundle import Bundle, Precision, discover
 from engine.models import Models
 from engine.choice import text_engine
@@ -47,8 +48,8 @@ def default_bundle(options: Settings) -> Bundle:
     return Models[object](bundles, options.embedding_model or None, options.aliases).bundle()
 
 
-class CountingBatcher(Batcher):
-    """The service's Batcher; it also sums up what engines have computed."""
+class CountingQueue(Queue):
+    """The service's Queue; it also sums up what engines have computed."""
 
     def __init__(self, **limits: Any) -> None:
         super().__init__(**limits)
@@ -61,9 +62,9 @@ class CountingBatcher(Batcher):
             self.padded_tokens += batch.padded_tokens
 
 
-def batcher(options: Settings) -> CountingBatcher:
+def batcher(options: Settings) -> CountingQueue:
     """As `main.create_app` makes it, not started."""
-    return CountingBatcher(
+    return CountingQueue(
         max_batch_size=options.max_batch_size,
         max_batch_tokens=options.max_batch_tokens,
         max_queue_tokens=options.max_queue_tokens,
@@ -118,7 +119,7 @@ class Ceiling:
     batches.
     """
 
-    def __init__(self, engine: TextEngine, options: Settings, chunks: list[list[Int64]]):
+    def __init__(self, engine: Engine, options: Settings, chunks: list[list[Int64]]):
         """`chunks` are each text's, as the embedder splits it."""
         self.engine, self.threads = engine, options.inference_threads
         self.texts_a_chunk = len(chunks) / sum(map(len, chunks))
@@ -128,7 +129,7 @@ class Ceiling:
 
     def batches(self, most: int) -> list[list[Int64]]:
         """The chunks in batches of at most so many, each of near-equal lengths, in random order.
-        As the Batcher has it, one of several chunks keeps MAX_BATCH_TOKENS.
+        As the Queue has it, one of several chunks keeps MAX_BATCH_TOKENS.
         """
         batches: list[list[Int64]] = [[]]
         for chunk in self.chunks:
@@ -169,8 +170,8 @@ def precisions(bundle: Bundle) -> list[Precision]:
     return [precision for precision in available_precisions() if bundle.offers(precision)]
 
 
-def embedders(options: Settings, bundle: Bundle, queue: Batcher) -> dict[str, Embedders]:
-    """The bundle at each precision, all behind one Batcher as `main` has it.
+def embedders(options: Settings, bundle: Bundle, queue: Queue) -> dict[str, Embedders]:
+    """The bundle at each precision, all behind one Queue as `main` has it.
 
     Raises: BundleError.
     """
@@ -189,7 +190,7 @@ def padding(
     options: Settings, bundle: Bundle, pairs: Sequence[tuple[str, int]], seconds: float
 ) -> list[Row]:
     """Of the tokens that the engine computes under a load, how many are padding: counted in the
-    Batcher's own batches, while so many threads embed.
+    Queue's own batches, while so many threads embed.
     """
     progress, rows = Progress(len(pairs)), []
     for name, company in pairs:

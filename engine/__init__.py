@@ -1,3 +1,1 @@
-"""How vectors are made, fast: bundles, loaded models, batching and the backends. Knows neither HTTP
-nor text.
-"""
+"""Models, the queue, and the engines that compute. Knows neither HTTP nor text."""

@@ -41,9 +41,7 @@ class File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Probe(msgspec.Struct, forbid_unknown_fields=True):
-    """A text and sentence-transformers' vector of it: whoever loads the bundle can see that it
-    still answers so.
-    """
+    """A text and sentence-transformers' vector of it, which the loaded bundle has to give again."""
 
     text: str
     vector: list[float]
@@ -58,8 +56,8 @@ class Parity(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """How a picture becomes the image graph's input, as the model's own processor has it: RGB,
-    resized, cropped around the middle (on black where it is smaller), rescaled, normalised.
+    """How a picture becomes the image graph's input, as in the model's own processor: to RGB,
+    resized, cropped at the centre (padded with black where it is smaller), rescaled, normalised.
     """
 
     resize: int | tuple[int, int]  # the shorter side, keeping the shape; or (height, width)
@@ -68,13 +66,13 @@ class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     scale: float  # of a pixel's 0 to 255
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    # What a picture costs in the engine, in tokens of the text tower: its positions (patches and
-    # class token), each weighed by how much larger a layer stack it passes.
+    # The cost of a picture in tokens of the text tower: its positions (patches and class token),
+    # times the ratio of the towers' cost for one position.
     tokens: int
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of what the image graph takes."""
+        """Height and width of the image graph's input."""
         if self.crop is not None:
             return self.crop
         return self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
@@ -83,7 +81,7 @@ class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
         """Args:
             pixels: shape (pictures, height, width, 3).
 
-        Returns: what the image graph takes, shape (pictures, 3, height, width).
+        Returns: the image graph's input, shape (pictures, 3, height, width).
         """
         std = np.array(self.std, np.float64)
         factor = (self.scale / std).astype(np.float32)
@@ -96,7 +94,7 @@ class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 
 
 class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A text model of BERT's architecture, for engine/native.py: its sizes, and where its weights
+    """A text model of BERT's architecture, for engine/encoder: its sizes, and where its weights
     are in the text graph's file.
     """
 
@@ -107,18 +105,16 @@ class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     epsilon: float  # of layer norms
     vocabulary: int
     first_position: int  # of a text's first token
-    # RoBERTa: the padding token, wherever it is in a text, takes the position of its own id and is
+    # RoBERTa: the padding token has the position of its own id, wherever it is in a text, and is
     # not counted.
     pad: int | None
     pooling: Literal["mean", "cls"]
-    query_factor: float  # by which queries are still to be multiplied
-    tensors: dict[str, int]  # transformers' names, without the model's: byte offsets, of float16
+    query_factor: float  # queries have to be multiplied by this
+    tensors: dict[str, int]  # byte offsets of float16 tensors, by transformers' names
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What a bundle says of itself; written by the bake, believed by serving once the files' hashes
-    agree.
-    """
+    """A bundle's description of itself: written by the bake, read by serving."""
 
     format: int = FORMAT
     name: str
@@ -129,7 +125,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     dimensions: int
     max_tokens: int
     normalized: bool  # the model's pipeline ends in Normalize; the graph ends before it
-    # Matryoshka models such as nomic-embed-text-v1.5 want a layer norm before `dimensions` cuts.
+    # Matryoshka models such as nomic-embed-text-v1.5 need a layer norm before `dimensions` cuts.
     layer_norm: bool = False
     similarity: str | None
     prompts: dict[str, str]
@@ -137,10 +133,10 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     files: dict[str, File]
     versions: dict[str, str]
     probe: Probe
-    # What it may be served at; `parity` has fewer where the CPU that baked it could not run one.
+    # Those that may be served; `parity` has fewer if the CPU of the bake could not run one.
     precisions: list[Precision] = msgspec.field(default_factory=lambda: list(PRECISIONS))
     parity: dict[Precision, Parity]
-    # Of a model that takes pictures: as `parity`, over pictures; and its vector of
+    # Of a model that takes pictures: `parity` over pictures, and the vector of
     # `image_embeddings.probe_picture()`.
     image_parity: dict[Precision, Parity] = {}
     image_probe: list[float] | None = None
@@ -155,7 +151,7 @@ class Bundle(msgspec.Struct, frozen=True):
         return self.path / name
 
     def offers(self, precision: Precision) -> bool:
-        """Whether the bundle was baked for `precision` and holds the graphs that it runs."""
+        """Whether the bundle was baked for `precision` and contains its graphs."""
         manifest = self.manifest
         graphs = {"text": TEXT_GRAPH[precision], "image": IMAGE_GRAPH[precision]}
         return precision in manifest.precisions and all(
@@ -233,8 +229,8 @@ def read(path: pathlib.Path) -> Bundle:
 
 
 def discover(models_dir: pathlib.Path) -> list[Bundle]:
-    """All bundles in a folder, the one baked first in front. Hidden folders (half-made bundles) do
-    not count.
+    """All bundles in a folder, in the order of their baking. Hidden folders (unfinished bundles)
+    are left out.
 
     Raises: BundleError when there is none, or one of them cannot be read.
     """
@@ -261,7 +257,7 @@ def discover(models_dir: pathlib.Path) -> list[Bundle]:
 
 
 def valid_name(name: str) -> bool:
-    """Whether `name` may name a bundle: letters, digits, dot, dash and underscore, starting with a
+    """Whether a bundle may have this name: letters, digits, dot, dash and underscore, the first a
     letter or digit.
     """
     return _NAME.fullmatch(name) is not None
@@ -273,10 +269,10 @@ def fingerprint(folder: pathlib.Path, names: Iterable[str]) -> dict[str, File]:
 
 
 def write(models_dir: pathlib.Path, name: str, fill: Callable[[pathlib.Path], Manifest]) -> Bundle:
-    """Let `fill` make the bundle in a hidden folder beside its final place, then rename it in.
+    """Let `fill` make the bundle in a hidden folder beside its final place, then rename it.
 
-    Whatever exception ends it early leaves nothing behind but an earlier bundle of this name; what
-    a killed process leaves, `clear` removes, at the latest before the next write of this name.
+    After an exception, only an earlier bundle of this name is left. The next `write` of this name
+    removes what a killed process left behind.
     """
     models_dir.mkdir(parents=True, exist_ok=True)
     clear(models_dir, name)
@@ -297,8 +293,8 @@ def write(models_dir: pathlib.Path, name: str, fill: Callable[[pathlib.Path], Ma
 
 
 def clear(models_dir: pathlib.Path, name: str) -> None:
-    """Remove what an unfinished `write` of this name left. An earlier bundle that it had already
-    moved aside goes back to its place.
+    """Remove the files of an unfinished `write` of this name. An earlier bundle that it had moved
+    aside is moved back.
     """
     target, prefix = models_dir / name, f".{name}."
     replaced = models_dir / f"{prefix}{REPLACED}"

@@ -1,10 +1,8 @@
-"""What can go wrong below HTTP. `api/errors.py` alone knows which status each of these becomes."""
+"""Errors in the domain's terms. Only `api/errors.py` knows the HTTP status of each."""
 
 
 class EmbedderError(Exception):
-    """Base of everything the service raises on purpose; `str(error)` is meant for the caller's
-    eyes.
-    """
+    """Base class of what the service raises on purpose; `str(error)` is written for the caller."""
 
 
 class InvalidInput(EmbedderError):
@@ -20,7 +18,7 @@ class InvalidInput(EmbedderError):
 
 
 class InputTooLarge(InvalidInput):
-    """An input, or all of them together, passes a limit on bytes or tokens."""
+    """An input, or the request, is over a limit on bytes or tokens."""
 
 
 class ModelNotFound(EmbedderError):
@@ -32,17 +30,15 @@ class ModelNotFound(EmbedderError):
 
 
 class ModelNotReady(EmbedderError):
-    """The model was still loading when the request's time ran out."""
+    """The model was still loading at the request's deadline."""
 
 
 class ModalityNotSupported(EmbedderError):
-    """The model does not take what was sent: a picture, for a model of texts."""
+    """The model does not take this kind of input, such as a picture for a text model."""
 
 
 class QueueFull(EmbedderError):
-    """More work waits than MAX_QUEUE_TOKENS allows; `retry_after` says in how many seconds to come
-    back.
-    """
+    """The queue is over its limit. `retry_after`: seconds after which to send the request again."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -54,15 +50,15 @@ class DeadlineExceeded(EmbedderError):
 
 
 class CallerGone(EmbedderError):
-    """Nobody waits for this request's answer any more; what of it was not computed is left out."""
+    """The client has closed its connection; the rest of its request is not computed."""
 
 
 class ShuttingDown(EmbedderError):
-    """The service ends before this request's turn would have come."""
+    """The service shuts down before the request was computed."""
 
 
 class EngineFailed(EmbedderError):
-    """The engine raised while it computed a batch that held this request's input."""
+    """The engine failed on a batch with an input of this request."""
 
 
 class BundleError(EmbedderError):

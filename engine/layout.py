@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.bundle import Encoder
-from engine.native import TABLES
+from engine.encoder.weights import TABLES
 
 # transformers' models that compute what engine/encoder.c does, and whether they count positions as
 # RoBERTa does.

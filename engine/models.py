@@ -5,17 +5,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from engine.batching import Event
 from engine.bundle import Bundle
 from engine.errors import ModelNotFound, ModelNotReady
+from engine.protocol import Event
 
 T = TypeVar("T")
 
 
 class Models(Generic[T]):
-    """Bundles, and what `load` makes of each. `T` is whatever answers for a loaded model (an
-    embedder).
-    """
+    """Bundles, and the object of type `T` (an embedder) that `load` makes from each."""
 
     def __init__(
         self,
@@ -25,9 +23,8 @@ class Models(Generic[T]):
         event: Callable[[], Event] = threading.Event,
     ) -> None:
         """Args:
-            default: name of the model that answers requests that name none; None means the first
-                bundle.
-            aliases: further names, each with the model it stands for.
+            default: name of the model for requests that name none; None means the first bundle.
+            aliases: further names of models.
             event: makes what a caller waits for.
 
         Raises: ModelNotFound when `default` or an alias names no bundle.
@@ -43,7 +40,7 @@ class Models(Generic[T]):
         self._lock = threading.Lock()
         self._waiting: list[Event] = []  # set at every change
         self._stopped = False
-        self.warming = False  # whether `ready` has to wait for a first request of our own
+        self.warming = False  # warm-up requests are running, so `ready` is false
 
     def _resolve(self, name: str) -> str:
         try:
@@ -62,12 +59,12 @@ class Models(Generic[T]):
             self._tell()
 
     def stop(self) -> None:
-        """Let nobody wait for a model any longer."""
+        """End all waiting for a model: `get` raises ModelNotReady from now on."""
         self._stopped = True
         self._tell()
 
     def _tell(self) -> None:
-        """Wake whoever waits, to look again."""
+        """Wake all callers that wait, to look again."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
         for event in waiting:
@@ -75,7 +72,7 @@ class Models(Generic[T]):
 
     @property
     def ready(self) -> bool:
-        """Whether every model is loaded, and warm."""
+        """Whether every model is loaded and warm."""
         return len(self._loaded) == len(self.bundles) and not self.warming
 
     def loaded(self, name: str | None) -> bool:
@@ -109,7 +106,7 @@ class Models(Generic[T]):
             event = self._event()
             with self._lock:
                 self._waiting.append(event)
-            # Only now: what is loaded from here on sets the event.
+            # Looked up after the event is registered, so that no load is missed.
             loaded = self._loaded.get(name)
             if loaded is not None:
                 return loaded

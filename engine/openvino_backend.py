@@ -8,17 +8,17 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-# At its import OpenVINO would tell Google Analytics of it, from a process that it forks: no network
-# at run time, and such a child was seen to hang and to hold up a shutdown. Without this module
-# OpenVINO uses its own stub.
+# When it is imported, OpenVINO reports to Google Analytics from a process that it forks. There is
+# no network at run time, and the child was seen to hang and to delay a shutdown. Without this
+# module OpenVINO uses its own stub.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 import openvino as ov  # type: ignore[import-untyped]  # noqa: E402
 
 from engine.bundle import IMAGE_GRAPH, TEXT_GRAPH, Bundle, Precision  # noqa: E402
 from engine.errors import PrecisionUnavailable  # noqa: E402
+from engine.protocol import Engine, Float32  # noqa: E402
 
-Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
@@ -28,18 +28,19 @@ UInt8 = npt.NDArray[np.uint8]
 # 128 is no faster and falls to 0.991.
 DYNAMIC_QUANTIZATION_GROUP_SIZE = 64
 
-# What a padded token costs in a packed graph, where attention alone computes it, as a share of a
-# real one: eight texts of 8 to 250 tokens, 941 in all and padded to 1777, take 1.2 times as long as
-# 941 without padding (MiniLM, Zen 4, bf16).
+# The cost of a padded token as a share of a real one, in a packed graph, where only attention
+# computes it: eight texts of 8 to 250 tokens, 941 in all and padded to 1777, take 1.2 times as long
+# as 941 without padding (MiniLM, Zen 4, bf16).
 PACKED_PADDING_COST = 0.2
 
-# Bytes of a graph's weights up to which a second copy is worth its memory (twice as much at fp32):
-# MiniLM has 45 MB, a model of BERT's base size 220.
+# A second copy is made of weights up to this many bytes (at fp32 it takes twice as many in memory).
+# MiniLM has 45 MB, a model of BERT-base's size 220 MB.
 WIDE_WEIGHTS = 100_000_000
 
-# A packed graph's tokens, and the length that attention sees, are rounded up to multiples of these.
-# OpenVINO keeps what it prepares for each size that it meets, so fewer are faster (2-7 %) and take
-# less memory. At lengths of multiples of 16 it is 1-5 % faster than at those of 8 or 32.
+# The number of tokens in a packed graph, and the length that attention sees, are rounded up to
+# multiples of these. OpenVINO prepares and keeps something for each size it meets, so fewer sizes
+# are faster (2-7 %) and take less memory. Lengths in steps of 16 are 1-5 % faster than in steps of
+# 8 or 32.
 TOKENS_STEP, LENGTH_STEP = 8, 16
 
 _HINTS: dict[Precision, dict[str, object]] = {
@@ -57,16 +58,16 @@ def has_bf16() -> bool:
 
 
 def available_precisions() -> list[Precision]:
-    """What this CPU can run."""
+    """The precisions that this CPU can run."""
     return ["fp32", "bf16", "int8"] if has_bf16() else ["fp32", "int8"]
 
 
 def choose_precision(wanted: str, bundle: Bundle | None = None) -> Precision:
-    """Turn PRECISION into what this CPU runs: `auto` is bf16 where the CPU has it and the bundle
-    was baked for it, else fp32.
+    """Turn PRECISION into one that this CPU runs: `auto` is bf16 where the CPU has it and the
+    bundle was baked for it, else fp32.
 
-    Raises: PrecisionUnavailable when bf16 is asked of a CPU without it: better no start than a
-    silent fallback.
+    Raises: PrecisionUnavailable for bf16 on a CPU without it: a service that does not start is
+    better than a silent fallback.
     """
     if wanted == "auto":
         offered = bundle is None or bundle.offers("bf16")
@@ -79,15 +80,16 @@ def choose_precision(wanted: str, bundle: Bundle | None = None) -> Precision:
 
 
 def packing(mask: Int64) -> dict[str, Int32]:
-    """The further inputs of a packed graph (engine/packing.py), from the mask of shape (batch,
-    length).
+    """The two additional inputs of a packed graph, from the mask of shape (batch, length): `rows`,
+    where the real tokens are in the flattened mask, and `places`, which of them stands at each
+    place of it.
     """
     flat = mask.ravel()
     real = np.flatnonzero(flat)
-    # What is added to the real tokens is a token that no place refers to.
+    # The rows beyond the real tokens are computed, but no place refers to them.
     rows = np.zeros(_round_up(len(real), TOKENS_STEP), np.int32)
     rows[: len(real)] = real
-    # Padding stands for the real token before it, or for the first.
+    # Padding refers to the real token before it, or to the first.
     places = np.maximum(flat.cumsum() - 1, 0).astype(np.int32)
     return {"rows": rows, "places": places.reshape(mask.shape)}
 
@@ -130,34 +132,33 @@ class _Graph:
             },
         )
         self._requests = threading.local()
-        self.packed = len(self._compiled.inputs) > 2  # see engine/packing.py
+        self.packed = len(self._compiled.inputs) > 2  # see `packing`
 
     def infer(self, inputs: Mapping[str, Int64 | Int32 | Float32]) -> Float32:
-        """The graph's one output for named inputs. An engine makes its first call while it is
-        built.
+        """The graph's one output for named inputs.
 
-        That call sets up statics in OpenVINO's binding, under a C++ guard that lets go of the GIL:
-        two first calls at once were seen to wait for each other for ever, the GIL held.
+        An engine makes its first call while it is built. That call sets up statics in OpenVINO's
+        binding under a C++ guard that releases the GIL: two first calls at once were seen to
+        deadlock.
         """
         request: ov.InferRequest | None = getattr(self._requests, "request", None)
         if request is None:
             request = self._requests.request = self._compiled.create_infer_request()
-        # Not as an argument of infer: it would copy them, and takes twice as long about it.
+        # As an argument of infer they would be copied, which takes twice as long.
         for name, array in inputs.items():
             request.set_tensor(name, ov.Tensor(array, shared_memory=True))
         request.infer(share_outputs=True)
-        return np.array(
-            request.get_output_tensor(0).data, np.float32
-        )  # a copy: the tensor is reused by the next call
+        # A copy, since the next call reuses the tensor.
+        return np.array(request.get_output_tensor(0).data, np.float32)
 
 
-class OpenVINOTextEngine:
-    """A bundle's text graph, as a batching.Engine; `streams` calls run at a time, on one core each.
-    Safe to call from any number of threads.
+class OpenVINOTextEngine(Engine):
+    """A bundle's text graph; `streams` calls run at a time, on one core each. Safe to call from any
+    number of threads.
     """
 
-    backend = "OpenVINO"
-    share = 64
+    backend, modality = "OpenVINO", "text"
+    min_batch_tokens = 64
 
     def __init__(
         self,
@@ -171,9 +172,8 @@ class OpenVINOTextEngine:
         """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
         runs.
         """
-        self.name, self.modality = bundle.manifest.name, "text"
+        self.name, self.dimensions = bundle.manifest.name, bundle.manifest.dimensions
         self.precision = precision
-        self.dimensions = bundle.manifest.dimensions
         self.streams = streams
         self._pad_id, self._pad_left = pad_id, pad_left
         self._max_tokens = bundle.manifest.max_tokens
@@ -186,8 +186,9 @@ class OpenVINOTextEngine:
         self._weights = weights.stat().st_size
 
     def widen(self) -> None:
-        """Make calls that are alone run on all cores, which takes a short text about half the time
-        and a second copy of the weights: for models up to WIDE_WEIGHTS. Not part of the start.
+        """Compile the graph once more, for batches that are alone: they run on all cores, in about
+        half the time for a short text. It costs a second copy of the weights, so larger models than
+        WIDE_WEIGHTS do without.
         """
         if self.streams > 1 and self._weights <= WIDE_WEIGHTS:
             wide = self._widen()
@@ -195,11 +196,11 @@ class OpenVINOTextEngine:
             self._wide = wide
 
     def run(self, inputs: Sequence[Int64], *, alone: bool = False) -> Float32:
-        """Embed a batch of token id arrays, each of shape (length,), special tokens included.
+        """Embed token id arrays, each of shape (length,), special tokens included. They are padded
+        on the tokenizer's side with its padding id, and masked.
 
         Returns: float32 of shape (len(inputs), dimensions): what the model's pipeline gives before
-        a trailing Normalize. Padding goes to the tokenizer's own side with its own id, and is
-        masked.
+        a trailing Normalize.
         """
         return (self._wide if alone else self._graph).infer(self._inputs(inputs))
 
@@ -219,27 +220,25 @@ class OpenVINOTextEngine:
         return named
 
 
-class OpenVINOImageEngine:
-    """A bundle's image graph, as a batching.Engine; `streams` calls run at a time, on one core
-    each. Safe to call from any number of threads.
-    """
+class OpenVINOImageEngine(Engine):
+    """A bundle's image graph, as OpenVINOTextEngine has the text graph."""
+
+    backend, modality = "OpenVINO", "image"
+    min_batch_tokens = 64
+    padding_cost = 1.0  # of no effect: all pictures have one size
 
     def __init__(self, bundle: Bundle, precision: Precision, *, streams: int) -> None:
         """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
         runs; BundleError.
         """
-        self.name, self.modality = bundle.manifest.name, "image"
+        self.name, self.dimensions = bundle.manifest.name, bundle.manifest.dimensions
         self.precision = precision
-        self.dimensions = bundle.manifest.dimensions
         self.preprocessing = bundle.preprocessing()
-        self.padding_cost = 1.0  # pictures are of one size
-        self.share = 64
         self._graph = _Graph(bundle, IMAGE_GRAPH[precision], precision, streams, streams)
 
     def run(self, inputs: Sequence[UInt8], *, alone: bool = False) -> Float32:
-        """Embed a batch of pictures, each of shape (height, width, 3), prepared up to the crop.
-
-        They wait in the queue as bytes: as float32 they would take four times the memory.
+        """Embed pictures, each of shape (height, width, 3), prepared up to the crop. They wait in
+        the queue as bytes: as float32 they would take four times the memory.
 
         Returns: float32 of shape (len(inputs), dimensions): what the model's pipeline gives before
         a trailing Normalize.

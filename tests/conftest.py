@@ -74,7 +74,7 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
         ROOT / "tokens.py",
         ROOT / "chunks.py",
         ROOT / "image_embeddings.py",
-        *sorted((ROOT / "engine").glob("*.py")),
+        *sorted((ROOT / "engine").rglob("*.py")),
         ROOT / "requirements.txt",
         ROOT / "requirements-serve.txt",
     )

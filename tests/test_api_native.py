@@ -15,7 +15,7 @@ import pytest
 import main
 import settings
 from conftest import NAME, WIDE
-from engine.batching import Batcher
+from engine.queue import Queue
 from engine.bundle import discover
 from servers import Server, letters, serve
 
@@ -71,7 +71,7 @@ def test_one_text_gives_one_vector_of_float32(service: Server, models_dir: pathl
     assert len(vector) == 384
 
     configuration = settings.load({"MODELS_DIR": str(models_dir), "PRECISION": "fp32"})
-    batcher = Batcher(max_batch_size=1, max_batch_tokens=512, max_queue_tokens=512, threads=1)
+    batcher = Queue(max_batch_size=1, max_batch_tokens=512, max_queue_tokens=512, threads=1)
     batcher.start()
     bundle = next(bundle for bundle in discover(models_dir) if bundle.manifest.name == NAME)
     embedder = main.load_embedder(bundle, configuration, batcher)

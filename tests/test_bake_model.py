@@ -33,7 +33,7 @@ import tiny_models as tiny
 from conftest import NAME, WIDE
 from embeddings import TextEmbedder, TextLimits
 from engine import bundle as bundles
-from engine.batching import Batcher
+from engine.queue import Queue
 from engine.bundle import PARITY_FLOOR, Bundle
 from engine.errors import PrecisionUnavailable
 from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
@@ -84,7 +84,7 @@ def serving(
     """An embedder and its engine, put together as main.py does."""
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
     engine = OpenVINOTextEngine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=1)
-    batcher = Batcher(max_batch_size=64, max_batch_tokens=4096, max_queue_tokens=1 << 30, threads=1)
+    batcher = Queue(max_batch_size=64, max_batch_tokens=4096, max_queue_tokens=1 << 30, threads=1)
     batcher.start()
     limits = TextLimits(1000, 1 << 20, 1 << 30)
     try:
@@ -161,7 +161,7 @@ def test_a_bundle_gives_the_models_own_vectors(name: str, tmp_path: pathlib.Path
     with serving(bundle) as (embedder, engine):
         served = embed(embedder, tiny.TEXTS)
         lone = np.concatenate([embed(embedder, [text]) for text in tiny.TEXTS])
-        # One engine call for all, as unequal as they are: the Batcher alone would not pad so much.
+        # One engine call for all, as unequal as they are: the Queue alone would not pad so much.
         inputs = [chunk.token_ids for (chunk,) in embedder.chunk(tiny.TEXTS)]
         assert len({len(ids) for ids in inputs}) > 3
         padded = engine.run(inputs)

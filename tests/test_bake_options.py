@@ -13,7 +13,7 @@ from sentence_transformers.base.modules import Dense
 import bake_model
 import tiny_models
 from embeddings import TextEmbedder
-from engine.batching import Batcher
+from engine.queue import Queue
 from engine.bundle import Bundle, read
 from test_embeddings import embedder_for
 
@@ -48,7 +48,7 @@ def bundle(source: pathlib.Path) -> Bundle:
 
 
 def embed(bundle: Bundle, *texts: str, **options: Any) -> list[Any]:
-    batcher = Batcher(max_batch_size=4, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
+    batcher = Queue(max_batch_size=4, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
     batcher.start()
     try:
         embedder: TextEmbedder = embedder_for(bundle, batcher)

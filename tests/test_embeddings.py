@@ -11,7 +11,7 @@ import pytest
 from chunks import CHUNK_SLACK
 from conftest import NAME
 from embeddings import TextEmbedder, TextLimits, VectorCache
-from engine.batching import Batcher
+from engine.queue import Queue
 from engine.bundle import Bundle, read
 from engine.errors import InputTooLarge, InvalidInput
 from engine.openvino_backend import OpenVINOTextEngine
@@ -23,27 +23,27 @@ LIMITS = TextLimits(max_texts=1000, max_text_bytes=1 << 20, max_request_tokens=2
 WORD = "river"  # one token
 
 
-def embedder_for(bundle: Bundle, batcher: Batcher, limits: TextLimits = LIMITS) -> TextEmbedder:
+def embedder_for(bundle: Bundle, batcher: Queue, limits: TextLimits = LIMITS) -> TextEmbedder:
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
     engine = OpenVINOTextEngine(bundle, "fp32", pad_id=pad_id, pad_left=pad_left, streams=1)
     return TextEmbedder(bundle, tokenizer, engine, batcher, limits)
 
 
 @pytest.fixture(scope="module")
-def batcher() -> Iterator[Batcher]:
-    made = Batcher(max_batch_size=16, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
+def batcher() -> Iterator[Queue]:
+    made = Queue(max_batch_size=16, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
     made.start()
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
-def embedder(models_dir: pathlib.Path, batcher: Batcher) -> TextEmbedder:
+def embedder(models_dir: pathlib.Path, batcher: Queue) -> TextEmbedder:
     return embedder_for(read(models_dir / NAME), batcher)
 
 
 @pytest.fixture(scope="module")
-def prompted(models_dir: pathlib.Path, batcher: Batcher) -> TextEmbedder:
+def prompted(models_dir: pathlib.Path, batcher: Queue) -> TextEmbedder:
     """The same model with prompts in its manifest."""
     bundle = read(models_dir / NAME)
     bundle.manifest.prompts = {"query": "search for this: ", "plain": "", "long": "word " * 300}
@@ -224,7 +224,7 @@ def test_blank_texts_are_refused_by_index(embedder: TextEmbedder) -> None:
         assert (info.value.field, info.value.index) == (None, 1)
 
 
-def test_no_texts_and_too_many(models_dir: pathlib.Path, batcher: Batcher) -> None:
+def test_no_texts_and_too_many(models_dir: pathlib.Path, batcher: Queue) -> None:
     embedder = embedder_for(read(models_dir / NAME), batcher, TextLimits(2, 100, 100))
     with pytest.raises(InvalidInput, match="no text"):
         embed(embedder)
@@ -232,7 +232,7 @@ def test_no_texts_and_too_many(models_dir: pathlib.Path, batcher: Batcher) -> No
         embed(embedder, "a", "b", "c")
 
 
-def test_text_size_is_counted_in_bytes(models_dir: pathlib.Path, batcher: Batcher) -> None:
+def test_text_size_is_counted_in_bytes(models_dir: pathlib.Path, batcher: Queue) -> None:
     embedder = embedder_for(read(models_dir / NAME), batcher, TextLimits(2, 8, 100))
     embed(embedder, "12345678", "éééé")
     for text in ("123456789", "ééééé"):
@@ -241,7 +241,7 @@ def test_text_size_is_counted_in_bytes(models_dir: pathlib.Path, batcher: Batche
 
 
 def test_request_tokens_are_bounded_over_all_texts(
-    models_dir: pathlib.Path, batcher: Batcher
+    models_dir: pathlib.Path, batcher: Queue
 ) -> None:
     embedder = embedder_for(read(models_dir / NAME), batcher, TextLimits(10, 10_000, 600))
     embed(embedder, words(296), words(296))  # two chunks each: 296 and 4 special tokens
@@ -322,7 +322,7 @@ def counting(models_dir: pathlib.Path) -> Counting:
 
 
 def counted(
-    models_dir: pathlib.Path, batcher: Batcher, engine: Counting, cache: VectorCache | None = None
+    models_dir: pathlib.Path, batcher: Queue, engine: Counting, cache: VectorCache | None = None
 ) -> TextEmbedder:
     bundle = read(models_dir / NAME)
     engine.computed = 0
@@ -330,7 +330,7 @@ def counted(
 
 
 def test_equal_texts_of_a_request_are_computed_once(
-    models_dir: pathlib.Path, batcher: Batcher, counting: Counting, embedder: TextEmbedder
+    models_dir: pathlib.Path, batcher: Queue, counting: Counting, embedder: TextEmbedder
 ) -> None:
     texts = ["one", "two", "one", "three", "two", "one", words(ROOM * 2), words(ROOM * 2)]
     once = embed(counted(models_dir, batcher, counting), *texts)
@@ -342,7 +342,7 @@ def test_equal_texts_of_a_request_are_computed_once(
 
 
 def test_the_cache_answers_what_was_asked_before(
-    models_dir: pathlib.Path, batcher: Batcher, counting: Counting
+    models_dir: pathlib.Path, batcher: Queue, counting: Counting
 ) -> None:
     seen: list[tuple[int, int]] = []
     cache = VectorCache(2, lambda hits, misses: seen.append((hits, misses)))
@@ -362,7 +362,7 @@ def test_the_cache_answers_what_was_asked_before(
 
 
 def test_a_cached_vector_is_nobodys_to_change(
-    models_dir: pathlib.Path, batcher: Batcher, counting: Counting
+    models_dir: pathlib.Path, batcher: Queue, counting: Counting
 ) -> None:
     embedder = counted(models_dir, batcher, counting, VectorCache(10))
     expected = embed(embedder, "one")[0].vector.copy()

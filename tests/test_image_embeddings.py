@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 import image_embeddings
 from bake_model import sample_pictures
-from engine.batching import Batcher
+from engine.queue import Queue
 from engine.bundle import Preprocessing, read
 from engine.errors import DeadlineExceeded, InputTooLarge, InvalidInput
 from engine.openvino_backend import OpenVINOImageEngine
@@ -185,7 +185,7 @@ LIMITS = ImageLimits(30, 1_000_000, 1_000_000, 1000)
 def embedder(clip_models_dir: pathlib.Path) -> Iterator[ImageEmbedder]:
     bundle = read(clip_models_dir / "tiny-clip")
     engine = OpenVINOImageEngine(bundle, "fp32", streams=1)
-    batcher = Batcher(max_batch_size=8, max_batch_tokens=512, max_queue_tokens=9999, threads=1)
+    batcher = Queue(max_batch_size=8, max_batch_tokens=512, max_queue_tokens=9999, threads=1)
     batcher.start()
     yield ImageEmbedder(bundle, engine.preprocessing, engine, batcher, LIMITS)
     batcher.close()

@@ -17,7 +17,7 @@ import torch
 
 from bake_model import sample
 from conftest import NAME, WIDE
-from engine import native
+from engine.encoder import encoder_engine
 from engine.bundle import PARITY_FLOOR, Precision
 from engine.openvino_backend import has_bf16
 from image_embeddings import probe_picture
@@ -139,7 +139,7 @@ def test_serving_imports_no_torch_transformers_or_sentence_transformers(
     heavy = {"torch", "transformers", "sentence_transformers", "nncf", "scipy", "sklearn", "pandas"}
     assert not (heavy | {"torchvision"}) & set(modules)
     # Half of the start, where it is not needed.
-    assert ("openvino" in modules) == (pictures or not native.available())
+    assert ("openvino" in modules) == (pictures or not encoder_engine.available())
 
 
 def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) -> tuple[int, str]:

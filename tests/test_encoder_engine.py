@@ -1,10 +1,12 @@
-"""engine/native.py: the models' own vectors, and who gets them from OpenVINO."""
+"""engine/encoder: the models' own vectors, and who gets them from OpenVINO."""
 
+import ctypes
 import gc
 import os
 import pathlib
 import select
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,19 +21,20 @@ from sentence_transformers import SentenceTransformer
 import bake_model
 import tiny_models as tiny
 from conftest import NAME, WIDE
-from engine import native
-from engine.build import build
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, read
 from engine.choice import text_engine
-from engine.native import NativeTextEngine, NativeThreads
+from engine.encoder import encoder_engine, library
+from engine.encoder.build import build
+from engine.encoder.encoder_engine import EncoderEngine, EncoderThreads
 from engine.openvino_backend import OpenVINOTextEngine
+from engine.protocol import InputRefused
 from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 needs_the_cpu = pytest.mark.skipif(
-    not native.available(), reason="this CPU has no AVX512-BF16, or has AMX as well"
+    not encoder_engine.runnable(), reason="this CPU has no AVX512-BF16 or no AVX512-VNNI"
 )
 PRECISIONS: tuple[Precision, ...] = ("bf16", "int8")
 
@@ -51,7 +54,7 @@ def ids(count: int, seed: int = 0) -> Int64:
 
 
 def sizes(tokenizer: Any, positions: int, heads: int = 2, **options: Any) -> dict[str, Any]:
-    """Heads of 32, and the smallest that encoder.c takes; weights that make attention sharp."""
+    """Heads of 32, and the smallest that it takes; weights that make attention sharp."""
     wide = {"hidden_size": 64, "num_attention_heads": heads, "intermediate_size": 128}
     return tiny.sizes(tokenizer, positions, **{**wide, "initializer_range": 0.2, **options})
 
@@ -94,7 +97,14 @@ def bake(folder: pathlib.Path, *options: str) -> Bundle:
     return read(folder.parent / "models" / folder.name)
 
 
+@pytest.fixture
+def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This engine is chosen wherever the CPU has its instructions."""
+    monkeypatch.setattr(encoder_engine, "LEFT_TO_OPENVINO", set())
+
+
 @needs_the_cpu
+@pytest.mark.usefixtures("preferred")
 @pytest.mark.parametrize(
     ("make", "pooling", "width"),
     [
@@ -120,7 +130,7 @@ def test_vectors_of_every_architecture(
     assert cosines(expected[1:], expected[:-1]).max() < 0.99, "too alike to tell right from wrong"
     for precision in PRECISIONS:
         engine = text_engine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=1)
-        assert isinstance(engine, NativeTextEngine) and engine.precision == precision
+        assert isinstance(engine, EncoderEngine) and engine.precision == precision
         assert cosines(engine.run(inputs), expected).min() >= PARITY_FLOOR[precision]
 
 
@@ -142,22 +152,21 @@ def test_what_is_computed_otherwise_is_left_to_openvino(name: str, tmp_path: pat
 
 
 @needs_the_cpu
+@pytest.mark.usefixtures("preferred")
 def test_a_model_whose_vectors_it_does_not_give_is_left_to_openvino(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny.save(tmp_path / "model", bert(), width=64)
-    right, kept = NativeThreads.give, []
+    right = EncoderThreads.put
 
-    def wrong(self: NativeThreads, ticket: int, ids: Int64, *rest: Any) -> None:
-        kept.append(ids[::-1].copy())
-        right(self, ticket, kept[-1], *rest)
+    def wrong(
+        self: EncoderThreads, number: int, engine: EncoderEngine, inputs: list[Int64], alone: bool
+    ) -> Float32:
+        if engine.precision == "int8":
+            inputs = [each[::-1] for each in inputs]
+        return right(self, number, engine, inputs, alone)
 
-    def start(self: NativeTextEngine, *args: Any, **options: Any) -> NativeThreads:
-        if self.precision == "int8":
-            monkeypatch.setattr(NativeThreads, "give", wrong)
-        return NativeThreads(self, *args, *options.values())
-
-    monkeypatch.setattr(NativeTextEngine, "start", start)
+    monkeypatch.setattr(EncoderThreads, "put", wrong)
     bundle = bake(folder)
     assert bundle.manifest.encoder is None
     assert set(bundle.manifest.parity) == {"fp32", "bf16", "int8"}
@@ -178,15 +187,19 @@ def exact(bundle: Bundle) -> OpenVINOTextEngine:
     return OpenVINOTextEngine(bundle, "fp32", pad_id=0, pad_left=False, streams=2)
 
 
+def made(bundle: Bundle, precision: Precision, *, streams: int) -> EncoderEngine:
+    if not encoder_engine.runnable():
+        pytest.skip("this CPU has no AVX512-BF16 or no AVX512-VNNI")
+    return EncoderEngine(bundle, precision, streams=streams)
+
+
 @pytest.fixture(scope="module", params=PRECISIONS)
-def engine(request: Any, bundle: Bundle) -> NativeTextEngine:
-    if not native.available():
-        pytest.skip("not on this CPU")
-    return NativeTextEngine(bundle, request.param, streams=3)
+def engine(request: Any, bundle: Bundle) -> EncoderEngine:
+    return made(bundle, request.param, streams=3)
 
 
 def test_texts_of_every_length_alone_and_in_company(
-    engine: NativeTextEngine, exact: OpenVINOTextEngine
+    engine: EncoderEngine, exact: OpenVINOTextEngine
 ) -> None:
     inputs = [ids(length) for length in [*range(1, 50), 63, 64, 65, 127, 129, 511, 512]]
     expected = np.concatenate([exact.run([one]) for one in inputs])
@@ -198,10 +211,8 @@ def test_texts_of_every_length_alone_and_in_company(
 
 
 def test_a_call_on_all_cores_gives_the_same_and_its_helpers_end(bundle: Bundle) -> None:
-    if not native.available():
-        pytest.skip("not on this CPU")
     before = set(threading.enumerate())  # other engines may have some
-    engine = NativeTextEngine(bundle, "int8", streams=3)
+    engine = made(bundle, "int8", streams=3)
     engine.widen()
     inputs = [ids(length) for length in (1, 12, 100, 512)]
     expected = [engine.run([one]) for one in inputs]
@@ -219,7 +230,7 @@ def test_a_call_on_all_cores_gives_the_same_and_its_helpers_end(bundle: Bundle) 
         assert not thread.is_alive()
 
 
-def test_calls_from_many_threads_do_not_mix(engine: NativeTextEngine) -> None:
+def test_calls_from_many_threads_do_not_mix(engine: EncoderEngine) -> None:
     inputs = [[ids(length), ids(7)] for length in range(1, 60)]
     expected = [engine.run(each) for each in inputs]
     with ThreadPoolExecutor(6) as pool:
@@ -229,65 +240,53 @@ def test_calls_from_many_threads_do_not_mix(engine: NativeTextEngine) -> None:
 
 
 def test_memory_of_a_large_call_is_given_back(
-    engine: NativeTextEngine, monkeypatch: pytest.MonkeyPatch
+    engine: EncoderEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = engine.run([ids(9)])
     kept = engine._local.memory
-    monkeypatch.setattr(native, "KEPT_MEMORY", len(kept))
+    monkeypatch.setattr(encoder_engine, "KEPT_MEMORY", len(kept))
     vectors = engine.run([ids(500)] * 3)
     assert engine._local.memory is kept
     assert (vectors == vectors[0]).all() and (engine.run([ids(9)]) == first).all()
 
 
 @pytest.mark.parametrize("wrong", [[30522], [-1], [], [5] * 513])
-def test_what_the_model_has_no_embedding_of(engine: NativeTextEngine, wrong: list[int]) -> None:
-    with pytest.raises(ValueError, match="token"):
-        engine.run([ids(3), np.array(wrong, np.int64)])
+def test_what_the_model_has_no_embedding_of(engine: EncoderEngine, wrong: list[int]) -> None:
+    with pytest.raises(InputRefused, match="token") as refused:
+        engine.run([ids(3), np.array(wrong, np.int64), ids(4)])
+    assert refused.value.index == 1
     assert np.isfinite(engine.run([ids(3)])).all()
 
 
 # Its threads.
 
 
-class Kitchen:
-    """An engine's threads, and what a Batcher does with them."""
+class Line:
+    """An engine's threads, and what the queue does with them."""
 
-    def __init__(self, engine: NativeTextEngine, size: int = 64, tokens: int = 512) -> None:
+    def __init__(self, count: int) -> None:
         self.wake = os.eventfd(0)
-        self.threads = engine.start(self.wake, max_batch_size=size, max_batch_tokens=tokens)
-        self.vectors = np.zeros((200, engine.dimensions), np.float32)
-        self.given = self.ended = 0
-        self.kept: list[Int64] = []  # arrays are in use until their calls have ended
+        self.threads = EncoderThreads(count, self.wake)
+        self.order: list[int] = []  # of the batches that have ended
 
-    def give(self, text: Int64, tag: float = 0.0, alone: bool = False) -> None:
-        self.kept.append(text)
-        self.threads.give(self.given, text, self.vectors, self.given, tag, alone)
-        self.given += 1
+    def put(self, number: int, engine: EncoderEngine, *texts: Int64, alone: bool = False) -> Any:
+        return self.threads.put(number, engine, texts, alone)
 
-    def called(self) -> int:
-        """Wait until the threads have called. Returns: how often."""
-        assert select.select([self.wake], [], [], 10)[0]
-        return os.eventfd_read(self.wake)
-
-    def calls(self) -> list[list[int]]:
-        """Let them go, and wait for everything that was given."""
-        self.threads.go()
-        calls: list[list[int]] = []
-        while self.ended < self.given:
-            self.called()
-            for tickets, seconds in self.threads.ended():
-                assert seconds > 0
-                calls.append(tickets)
-                self.ended += len(tickets)
-        return calls
+    def wait(self, batches: int) -> None:
+        while len(self.order) < batches:
+            assert select.select([self.wake], [], [], 30)[0]
+            os.eventfd_read(self.wake)
+            for number, seconds in self.threads.ended():
+                assert seconds and seconds > 0
+                self.order.append(number)
 
 
 @pytest.fixture
-def kitchen() -> Iterator[Callable[..., Kitchen]]:
-    made: list[Kitchen] = []
+def line() -> Iterator[Callable[[int], Line]]:
+    made: list[Line] = []
 
-    def make(*args: Any) -> Kitchen:
-        made.append(Kitchen(*args))
+    def make(count: int) -> Line:
+        made.append(Line(count))
         return made[-1]
 
     yield make
@@ -297,129 +296,123 @@ def kitchen() -> Iterator[Callable[..., Kitchen]]:
         os.close(one.wake)
 
 
-Make = Callable[..., Kitchen]
+Make = Callable[[int], Line]
 
 
-def test_threads_give_what_calls_give(
-    engine: NativeTextEngine, kitchen: Make, monkeypatch: pytest.MonkeyPatch
+def test_threads_give_what_run_gives(
+    engine: EncoderEngine, line: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "KEPT_MEMORY", 0)  # of each call
-    work, texts = kitchen(engine), [ids(length) for length in (*range(1, 60), 511, 512)]
-    for text in texts:
-        work.give(text)
-    calls = work.calls()
-    assert sorted(sum(calls, [])) == list(range(len(texts))) and len(calls) < len(texts)
-    assert (work.vectors[: len(texts)] == engine.run(texts)).all()
-    work.give(texts[7], alone=True)
-    work.calls()
-    assert (work.vectors[len(texts)] == work.vectors[7]).all()
+    monkeypatch.setattr(encoder_engine, "KEPT_MEMORY", 0)  # of each batch
+    work = line(2)
+    batches = [[ids(length) for length in lengths] for lengths in (range(1, 60), [511, 512], [9])]
+    vectors = [work.put(number, engine, *batch) for number, batch in enumerate(batches)]
+    work.wait(3)
+    alone = work.put(3, engine, ids(20), alone=True)
+    work.wait(4)
+    for got, batch in zip([*vectors, alone], [*batches, [ids(20)]]):
+        assert (got == engine.run(batch)).all()
 
 
-def one_stream(bundle: Bundle) -> NativeTextEngine:
-    if not native.available():
-        pytest.skip("not on this CPU")
-    return NativeTextEngine(bundle, "int8", streams=1)
+def test_a_thread_computes_batches_in_order(bundle: Bundle, line: Make) -> None:
+    engine, work = made(bundle, "int8", streams=1), line(1)
+    for number in range(20):
+        work.put(number, engine, *[ids(3 + number % 5)] * 3)
+        work.wait(number)  # so that two are there
+    work.wait(20)
+    assert work.order == [*range(20)]
 
 
-def test_threads_take_the_smallest_tag_and_then_what_came_first(
-    bundle: Bundle, kitchen: Make
-) -> None:
-    work = kitchen(one_stream(bundle), 1)
-    for tag in (2.0, 1.0, 1.0):
-        work.give(ids(5), tag)
-    assert work.calls() == [[1], [2], [0]]
+def test_engines_share_threads(bundle: Bundle, line: Make) -> None:
+    engines, work = [made(bundle, precision, streams=1) for precision in PRECISIONS], line(1)
+    vectors = [work.put(number, engine, ids(40)) for number, engine in enumerate(engines)]
+    work.wait(2)
+    for got, engine in zip(vectors, engines):
+        assert (got == engine.run([ids(40)])).all()
 
 
-def test_calls_keep_to_their_size_and_their_tokens(bundle: Bundle, kitchen: Make) -> None:
-    engine = one_stream(bundle)
-    few, little = kitchen(engine, 3), kitchen(engine, 64, 100)
-    for length in (10, 10, 10, 10, 90, 5, 200, 5):
-        few.give(ids(length))
-        little.give(ids(length))
-    assert few.calls() == [[0, 1, 2], [3, 4, 5], [6, 7]]
-    assert little.calls() == [[0, 1, 2, 3], [4, 5], [6], [7]]
+def test_threads_keep_what_they_use_and_no_more(bundle: Bundle, line: Make) -> None:
+    engine, work = made(bundle, "int8", streams=1), line(1)
+    texts = [ids(50)]
+    expected, gone = engine.run(texts), weakref.ref(engine)
+    vectors = work.put(0, engine, *texts)
+    del engine, texts
+    work.wait(1)
+    assert (vectors == expected).all()
+    gc.collect()
+    assert gone() is None and not work.threads._in_use
 
 
-def test_threads_share_what_there_is(bundle: Bundle, kitchen: Make) -> None:
-    if not native.available():
-        pytest.skip("not on this CPU")
-    work = kitchen(NativeTextEngine(bundle, "int8", streams=2))
-    for _ in range(12):
-        work.give(ids(20))
-    calls = work.calls()  # a third of 240 tokens, and of what is left or running then
-    assert len(calls) >= 3 and max(map(len, calls)) == 4
+def test_threads_have_room_for_one_batch_more_than_they_are(bundle: Bundle, line: Make) -> None:
+    engine, work = made(bundle, "int8", streams=1), line(2)
+    for number in range(3):
+        work.put(number, engine, ids(5))
+    with pytest.raises(RuntimeError, match="3 batches are here already"):
+        work.put(3, engine, ids(5))
+    work.wait(3)
+    work.put(4, engine, ids(5))
+    work.wait(4)
 
 
-def test_threads_take_little_ahead_and_call_when_they_want_more(
-    bundle: Bundle, kitchen: Make
-) -> None:
-    work = kitchen(one_stream(bundle), 64, 512)
-    takes = work.threads.takes
-    refused = False
-    while not takes(512):  # until the thread is there, and idle
-        refused = True
-    if refused:
-        assert work.called() == 1
-    work.give(ids(200))
-    assert takes(256) and not takes(257)
-    work.give(ids(256))
-    assert takes(56) and not takes(57)
-    work.threads.go()
-    called = 0
-    while called < 2:  # when the call has ended, and when there is none to begin
-        called += work.called()
-    assert work.threads.ended()[0][0] == [0, 1] and takes(512)
-
-
-def test_threads_have_room_for_so_many_texts(bundle: Bundle, kitchen: Make) -> None:
-    work = kitchen(one_stream(bundle), 2)
-    while work.threads.takes(1):
-        work.give(ids(1))
-    assert work.given == 6
-    with pytest.raises(RuntimeError, match="full"):
-        work.threads.give(6, ids(1), work.vectors, 6, 0.0, False)
-    work.calls()
-    assert work.threads.takes(1)
-
-
-@pytest.mark.parametrize("wrong", [[30522], [-1], [], [5] * 513])
+@pytest.mark.parametrize("wrong", [[30522], [-1], [1 << 32], [], [5] * 513])
 def test_threads_are_not_given_what_has_no_embedding(
-    engine: NativeTextEngine, kitchen: Make, wrong: list[int]
+    engine: EncoderEngine, line: Make, wrong: list[int]
 ) -> None:
-    work = kitchen(engine)
-    with pytest.raises(ValueError, match="token"):
-        work.give(np.array(wrong, np.int64))
-    work.give(ids(3))
-    work.calls()
-    assert (work.vectors[0] == engine.run([ids(3)])[0]).all()
+    work = line(1)
+    with pytest.raises(InputRefused, match="token") as refused:
+        work.put(0, engine, ids(3), np.array(wrong, np.int64))
+    assert refused.value.index == 1 and not work.threads._in_use
+    vectors = work.put(1, engine, ids(3))
+    work.wait(1)
+    assert (vectors == engine.run([ids(3)])).all()
+
+
+@needs_the_cpu
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Batch(ctypes.Structure):
+        _fields_ = [*library.Batch._fields_[1:], library.Batch._fields_[0]]
+
+    library.load()
+    monkeypatch.setattr(library, "STRUCTURES", (*library.STRUCTURES[:-2], Batch, library.Ended))
+    with pytest.raises(RuntimeError, match="another version: run python -m engine.encoder.build"):
+        library.load()
+    monkeypatch.setattr(library, "STRUCTURES", library.STRUCTURES[:-1])
+    with pytest.raises(RuntimeError, match="another version"):
+        library.load()
 
 
 # The choice.
 
 
 def test_which_engine_serves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = native._NEEDED | {"avx2"}
-    monkeypatch.setattr(native, "_cpu_flags", lambda: flags)
-    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
-    chosen = {wanted: native.choose(wanted, bundle) for wanted in ("auto", "bf16", "int8", "fp32")}
+    flags = encoder_engine.NEEDED | {"avx2"}
+    monkeypatch.setattr(encoder_engine, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(encoder_engine.platform, "machine", lambda: "x86_64")
+    chosen = {
+        wanted: encoder_engine.choose(wanted, bundle) for wanted in ("auto", "bf16", "int8", "fp32")
+    }
     assert chosen == {"auto": "bf16", "bf16": "bf16", "int8": "int8", "fp32": None}
     without = Bundle(bundle.path, bake_model.Manifest(**manifest(bundle, precisions=["int8"])))
-    assert native.choose("auto", without) is None and native.choose("int8", without) == "int8"
+    assert (
+        encoder_engine.choose("auto", without) is None
+        and encoder_engine.choose("int8", without) == "int8"
+    )
     other = Bundle(bundle.path, bake_model.Manifest(**manifest(bundle, encoder=None)))
-    assert native.choose("auto", other) is None
-    for flag in native._NEEDED:
-        flags = native._NEEDED - {flag}
-        assert native.choose("auto", bundle) is None
-    flags = native._NEEDED | {"amx_bf16"}
-    assert native.choose("auto", bundle) is None
-    flags = set(native._NEEDED)
-    monkeypatch.setattr(native.platform, "machine", lambda: "aarch64")
-    assert native.choose("auto", bundle) is None
+    assert encoder_engine.choose("auto", other) is None
+    for flag in encoder_engine.NEEDED:
+        flags = encoder_engine.NEEDED - {flag}
+        assert encoder_engine.choose("auto", bundle) is None
+    flags = encoder_engine.NEEDED | {"amx_bf16"}
+    assert encoder_engine.choose("auto", bundle) is None
+    flags = set(encoder_engine.NEEDED)
+    monkeypatch.setattr(encoder_engine.platform, "machine", lambda: "aarch64")
+    assert encoder_engine.choose("auto", bundle) is None
     monkeypatch.undo()
-    monkeypatch.setattr(native, "LIBRARY", pathlib.Path("/absent/encoder.so"))
-    assert native.choose("auto", bundle) is None
+    monkeypatch.setattr(library, "LIBRARY", pathlib.Path("/absent/encoder.so"))
+    assert encoder_engine.choose("auto", bundle) is None
     monkeypatch.undo()
-    assert bool(native._cpu_flags() & {"fpu", "sse2"}) == (native.platform.machine() == "x86_64")
+    assert bool(encoder_engine._cpu_flags() & {"fpu", "sse2"}) == (
+        encoder_engine.platform.machine() == "x86_64"
+    )
 
 
 def manifest(bundle: Bundle, **changes: Any) -> dict[str, Any]:
@@ -437,8 +430,9 @@ def test_without_the_library_openvino_serves_the_same(
         engine = text_engine(bundle, "int8", pad_id=0, pad_left=False, streams=1)
         return engine.backend, engine.run(inputs)
 
-    (ours, vectors), could = run(), native.available()
-    monkeypatch.setattr(native, "LIBRARY", pathlib.Path("/absent/encoder.so"))
+    monkeypatch.setattr(encoder_engine, "LEFT_TO_OPENVINO", set())
+    (ours, vectors), could = run(), encoder_engine.available()
+    monkeypatch.setattr(library, "LIBRARY", pathlib.Path("/absent/encoder.so"))
     other, same = run()
     assert other == "OpenVINO" and (ours != other) == could
     assert cosines(vectors, same).min() >= 0.99

@@ -1,0 +1,31 @@
+// The one file that build.py compiles.
+
+#include "encoder.h"
+
+#include "crew.c"
+#include "arithmetic.c"
+#include "products.c"
+#include "attention.c"
+#include "rows.c"
+#include "model.c"
+#include "batches.c"
+#include "weights.c"
+
+// Sizes and offsets that library.py has to agree with; the first number says how many follow.
+#define AT(type, field) (int32_t)offsetof(type, field)
+const int32_t encoder_layout[] = {
+    42,
+    sizeof(Shape), AT(Shape, hidden), AT(Shape, heads), AT(Shape, inner), AT(Shape, layers),
+    AT(Shape, first_position), AT(Shape, pad), AT(Shape, first_token), AT(Shape, int8),
+    AT(Shape, vocabulary), AT(Shape, window), AT(Shape, epsilon),
+    sizeof(Linear), AT(Linear, weights), AT(Linear, bias), AT(Linear, scale),
+    sizeof(Layer), AT(Layer, qkv), AT(Layer, out), AT(Layer, up), AT(Layer, down),
+    AT(Layer, norm1), AT(Layer, norm2),
+    sizeof(Weights), AT(Weights, words), AT(Weights, positions), AT(Weights, types),
+    AT(Weights, norm), AT(Weights, layers),
+    sizeof(Batch), AT(Batch, shape), AT(Batch, weights), AT(Batch, ids), AT(Batch, starts),
+    AT(Batch, out), AT(Batch, crew), AT(Batch, number), AT(Batch, texts), AT(Batch, helpers),
+    sizeof(Ended), AT(Ended, number), AT(Ended, nanoseconds),
+};
+_Static_assert(sizeof encoder_layout == 43 * sizeof(int32_t), "the first number is wrong");
+const int32_t encoder_crew_size = sizeof(Crew);

@@ -1,0 +1,92 @@
+"""The binding of encoder.so: the structures of encoder.h, and memory for C."""
+
+import ctypes
+import pathlib
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+LIBRARY = pathlib.Path(__file__).with_name("encoder.so")
+_CACHE_LINE = 64
+Pointer = ctypes.c_void_p
+
+
+_SIZES = ("hidden", "heads", "inner", "layers", "first_position", "pad", "first_token", "int8")
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in (*_SIZES, "vocabulary", "window")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [(name, Pointer) for name in ("weights", "bias", "scale")]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Linear) for name in ("qkv", "out", "up", "down")),
+        *((name, Pointer) for name in ("norm1", "norm2")),
+    ]
+
+
+class Weights(ctypes.Structure):
+    _fields_ = [(name, Pointer) for name in ("words", "positions", "types", "norm", "layers")]
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointer) for name in ("shape", "weights", "ids", "starts", "out", "crew")),
+        ("number", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("texts", "helpers")),
+    ]
+
+
+class Ended(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("number", "nanoseconds")]
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Shape, Linear, Layer, Weights, Batch, Ended)
+
+
+def load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
+    """The library twice: its functions release the interpreter's lock, or keep it because they take
+    less time than that would.
+
+    Raises: RuntimeError when it was compiled from other structures than these.
+    """
+    library, quick = ctypes.CDLL(str(LIBRARY)), ctypes.PyDLL(str(LIBRARY))
+    for name in ("encoder_memory", "encoder_helper_memory", "encoder_fifo_size"):
+        getattr(quick, name).restype = ctypes.c_long
+    layout = []
+    for structure in STRUCTURES:
+        layout.append(ctypes.sizeof(structure))
+        layout += [getattr(structure, name).offset for name, *_ in structure._fields_]
+    try:
+        compiled = (ctypes.c_int32 * (1 + len(layout))).in_dll(quick, "encoder_layout")
+        same = list(compiled) == [len(layout), *layout]
+    except ValueError:  # no such symbol
+        same = False
+    if not same:
+        raise RuntimeError(f"{LIBRARY} is of another version: run python -m engine.encoder.build")
+    return library, quick
+
+
+def crew_memory(library: ctypes.CDLL) -> Bytes:
+    """Memory for a crew, see encoder.h."""
+    return aligned(ctypes.c_int32.in_dll(library, "encoder_crew_size").value)
+
+
+def pointer(array: npt.NDArray[np.generic]) -> ctypes.c_void_p:
+    return Pointer(array.ctypes.data)
+
+
+def aligned(size: int) -> Bytes:
+    """`size` zero bytes that begin at a cache line."""
+    memory = np.zeros(size + _CACHE_LINE - 1, np.uint8)
+    offset = -memory.ctypes.data % _CACHE_LINE
+    return memory[offset : offset + size]

@@ -1,0 +1,84 @@
+"""Reads a bundle's weights and lays them out for the C code."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.bundle import TEXT_GRAPH, Bundle, Encoder
+from engine.encoder.library import Layer, Linear, Pointer, Weights, aligned
+
+# A token's embedding is the sum of its rows in these.
+TABLES = ("word", "position", "token_type")
+
+
+class LaidOut:
+    """The weights of a model. `weights` is valid as long as this object lives."""
+
+    def __init__(
+        self, bundle: Bundle, encoder: Encoder, library: ctypes.CDLL, *, int8: bool
+    ) -> None:
+        self._encoder, self._library, self._int8 = encoder, library, int8
+        self._file = np.memmap(bundle.file(TEXT_GRAPH["bf16"]).with_suffix(".bin"), np.uint8, "r")
+        self._kept: list[object] = []  # C holds pointers to these
+        width, inner = encoder.hidden, encoder.inner
+        values = encoder.layers * (4 * width + 2 * inner) * width
+        # One array for all panels: numpy asks for huge pages, where the system has them.
+        self._panels = aligned(values * (1 if int8 else 2))
+        self._free = int(self._panels.ctypes.data)
+        layers = (Layer * encoder.layers)()
+        self._kept.append(layers)
+        # Softmax takes powers of 2, so queries are scaled by log2(e).
+        factor = encoder.query_factor * float(np.log2(np.e))
+        for number, layer in enumerate(layers):
+            own = f"encoder.layer.{number}"
+            parts = [f"{own}.attention.self.{name}" for name in ("query", "key", "value")]
+            layer.qkv = self._linear(width, width, parts, factor)
+            layer.out = self._linear(width, width, [f"{own}.attention.output.dense"])
+            layer.up = self._linear(inner, width, [f"{own}.intermediate.dense"])
+            layer.down = self._linear(width, inner, [f"{own}.output.dense"])
+            layer.norm1 = self._norm(f"{own}.attention.output")
+            layer.norm2 = self._norm(f"{own}.output")
+        tables = [self._address(f"embeddings.{name}_embeddings.weight") for name in TABLES]
+        self.weights = Weights(*tables, self._norm("embeddings"), ctypes.addressof(layers))
+
+    def _address(self, tensor: str) -> int:
+        return int(self._file.ctypes.data) + self._encoder.tensors[tensor]
+
+    def _floats(self, length: int, tensors: Sequence[str], factor: float = 1.0) -> int:
+        """Join float16 tensors of `length` values as float32; the first is multiplied by `factor`.
+
+        Returns: their address.
+        """
+        starts = [self._encoder.tensors[name] for name in tensors]
+        halves = [self._file[start : start + 2 * length].tobytes() for start in starts]
+        joined = np.frombuffer(b"".join(halves), np.float16).astype(np.float32)
+        joined[:length] *= np.float32(factor)
+        return self._keep(joined)
+
+    def _keep(self, array: npt.NDArray[np.float32]) -> int:
+        self._kept.append(array)
+        return int(array.ctypes.data)
+
+    def _linear(self, rows: int, columns: int, names: Sequence[str], factor: float = 1.0) -> Linear:
+        """Products of one input, computed as one; the first is multiplied by `factor`."""
+        biases = self._floats(rows, [f"{name}.bias" for name in names], factor)
+        scales = self._keep(np.zeros(rows * len(names), np.float32))
+        made = Linear(self._free, biases, scales)
+        for number, name in enumerate(names):
+            source = Pointer(self._address(f"{name}.weight"))
+            size = ctypes.c_long(rows), ctypes.c_long(columns)
+            by = ctypes.c_float(1 if number else factor)
+            to = Pointer(self._free)
+            if self._int8:
+                scale = Pointer(scales + 4 * rows * number)
+                self._library.encoder_lay_out_int8(to, scale, source, *size, by)
+            else:
+                self._library.encoder_lay_out_bf16(to, source, *size, by)
+            self._free += rows * columns * (1 if self._int8 else 2)
+        return made
+
+    def _norm(self, name: str) -> int:
+        names = f"{name}.LayerNorm.weight", f"{name}.LayerNorm.bias"
+        return self._floats(self._encoder.hidden, names)

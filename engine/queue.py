@@ -1,0 +1,499 @@
+"""The queue between requests and engines: it turns many requests into few engine calls, fairly.
+
+Requests `submit` and wait. The queue's threads take a batch of what waits when they are free, and
+do not wait for it to fill. An engine's own threads (protocol.Threads) get ready batches, one
+more than there are threads, so that none waits for Python; `collect` takes their results. For every
+engine, `_take_batch` alone decides what goes into a batch.
+
+Which request is next. Every request has a tag: the tokens it was served so far, counted from a
+clock that advances at the speed of one request's fair share (generalised processor sharing: Parekh
+and Gallager, 1993). The smallest tag is next. So a new short request overtakes the rest of a long
+one, and the long one still gets its equal share. The first max_batch_tokens of a request do not
+count, so requests up to that size are served whole, in the order they came.
+
+What joins it. An input joins a batch when that costs no more than a batch of its own: the padding
+it adds may cost CALL_OVERHEAD_TOKENS at most.
+
+Event loops. An event loop calls `attach` once. From then on it calls `collect`, and `flush` gives
+the engines what is submitted in its thread, once a turn, so that the requests of one turn share
+batches.
+"""
+
+import bisect
+import contextlib
+import itertools
+import logging
+import math
+import operator
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from engine.admission import Admission
+from engine.errors import (
+    CallerGone,
+    DeadlineExceeded,
+    EmbedderError,
+    EngineFailed,
+    QueueFull,
+    ShuttingDown,
+)
+from engine.protocol import Array, Batch, Engine, Event, Float32, InputRefused, Job, Threads
+
+log = logging.getLogger(__name__)
+_tag = operator.attrgetter("tag")
+
+# What an engine call costs beside its tokens, in tokens: 1x16 tokens take 3.4 ms, 16x16 take 30 ms
+# (bf16, MiniLM, Zen 4).
+CALL_OVERHEAD_TOKENS = 12
+# The event loop computes a short input itself if that takes no longer than this many seconds: about
+# 40 tokens of MiniLM, few or none of a large model.
+MAX_INLINE_SECONDS = 0.010
+# Most tokens of a batch that is made before a thread is free; what comes later cannot overtake it.
+# At 512, short texts beside long ones wait 240 ms in place of 100; at 128, texts of 128 tokens cost
+# 4 % more (int8, MiniLM, two threads on Emerald Rapids).
+AHEAD_TOKENS = 256
+
+
+class Queue:
+    """One a process, shared by all models and modalities. Safe to call from any number of
+    threads.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        max_queue_tokens: int,
+        threads: int,
+        max_queue_seconds: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+        event: Callable[[], Event] = threading.Event,
+        others: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Args:
+        threads: how many threads call `next_batch`; `start` starts them. An engine's own threads
+            are as many.
+        event: makes what a request waits for.
+        others: how many requests other threads prepare that may still submit.
+        """
+        self.max_batch_size = max_batch_size
+        self.max_batch_tokens = max_batch_tokens
+        self.threads = threads
+        self._now, self._event, self.others = clock, event, others
+        self._admission = Admission(max_queue_tokens, max_queue_seconds, threads)
+        self._lock = threading.Lock()
+        # A lock for each thread that waits for work. The last is released first: its caches are
+        # warm, and so are those that OpenVINO keeps for each thread that calls it.
+        self._idle: list[threading.Lock] = []
+        self._jobs: list[Job] = []  # those with inputs that wait
+        self.waiting_tokens = 0  # read-only for others
+        self._share_clock = 0.0
+        # Engines' own threads, by backend, and the batches that they have, by number.
+        self._own: dict[str, Threads | None] = {}
+        self._numbers = itertools.count()
+        self._put: dict[int, tuple[Batch, Float32, Threads]] = {}
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)  # never closed: these threads write to it
+        self._loop_thread: int | None = None
+        self._call_soon: Callable[[Callable[[], None]], object] = lambda _: None
+        self._flush_due = self._closed = False
+        self._started: list[threading.Thread] = []
+        self._collector = threading.Thread(target=self._collect, name="collector", daemon=True)
+        self._running = self._running_tokens = 0  # batches that were made and have not ended
+        # Requests in the queue or in batches, and the most of them lately: 1 means that one client
+        # calls alone.
+        self._in_system, self._lately = 0, 0.0
+        self.callers_gone = 0  # requests that were dropped because their callers had gone
+        # Called when a batch has ended, with its seconds and whether it failed.
+        self.observe: Callable[[Batch, float, bool], None] = lambda *_: None
+
+    @property
+    def waiting_jobs(self) -> int:
+        return len(self._jobs)
+
+    def full(self) -> QueueFull | None:
+        """The refusal that any request gets now; None if the queue takes some. For callers that
+        have not read yet what they would submit.
+        """
+        return self._admission.full(self.waiting_tokens)
+
+    # -- requests
+
+    def submit(
+        self,
+        engine: Engine,
+        inputs: Sequence[Array],
+        costs: Sequence[int],
+        deadline: float,
+        gone: Callable[[], bool] | None = None,
+    ) -> Float32:
+        """Compute all inputs and wait for them.
+
+        Args:
+            costs: tokens of each input, in the same order; a picture's cost is in the same unit.
+            deadline: on this queue's clock (`time.monotonic` by default).
+            gone: whether the caller has gone. It is called from any thread, before every batch that
+                finds inputs of this request waiting, so it has to be quick.
+
+        Returns: float32 of shape (len(inputs), engine.dimensions), in the order of `inputs`.
+        Raises: QueueFull at once; DeadlineExceeded; CallerGone; ShuttingDown; EngineFailed when a
+            batch with one of the inputs failed.
+        """
+        order = sorted(range(len(inputs)), key=costs.__getitem__)
+        vectors = np.empty((len(inputs), engine.dimensions), np.float32)
+        if not order:
+            return vectors
+        job = Job(
+            engine,
+            [inputs[i] for i in order],
+            [costs[i] for i in order],
+            order,
+            vectors,
+            deadline,
+            self._event(),
+            self._now(),
+            gone,
+        )
+        with self._lock:
+            self._enqueue(job, sum(costs))
+        if not job.done.wait(max(0.0, deadline - self._now())):
+            with self._lock:
+                self._end(job, _too_late())
+        with self._lock:
+            self._in_system -= 1
+        if job.error:
+            raise job.error
+        return job.vectors
+
+    def _enqueue(self, job: Job, tokens: int) -> None:
+        """Raises: QueueFull, ShuttingDown."""
+        if self._closed:
+            raise _shutting_down()
+        self._admission.admit(self.waiting_tokens, tokens)
+        backend = job.engine.backend
+        if backend not in self._own:
+            self._own[backend] = job.engine.start_threads(self.threads, self._wake)
+        job.threads = self._own[backend]
+        self._in_system += 1
+        self._lately = max(self._in_system, self._lately * 0.9)
+        job.began, job.free = self._share_clock, self.max_batch_tokens
+        self._jobs.append(job)
+        self.waiting_tokens += tokens
+        if threading.get_ident() != self._loop_thread:
+            self._announce()
+        elif not self._flush_due:
+            self._flush_due = True
+            self._call_soon(self.flush)
+
+    def attach(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
+        """Let the calling thread's event loop collect from now on, in place of the collector: it
+        calls `collect` whenever `fileno` is readable.
+
+        Args:
+            call_soon: has the loop call a function in its next turn.
+        """
+        self._loop_thread, self._call_soon = threading.get_ident(), call_soon
+        os.eventfd_write(self._wake, 1)
+        if self._collector.is_alive():
+            self._collector.join()
+
+    def flush(self) -> None:
+        """Give the engines what was submitted in the event loop's thread. A short input that is the
+        only work is computed here: to wake another thread takes longer than that saves.
+        """
+        self._flush_due = False
+        with self._lock:
+            self._lately = max(self._lately, 1.0 + self.others())
+            if not (
+                self._running == 0
+                and self._lately < 1.5
+                and len(self._jobs) == 1
+                and len(self._jobs[0].costs) == 1
+                and self._admission.batch_speed.takes(self.waiting_tokens) <= MAX_INLINE_SECONDS
+            ):
+                self._announce()
+                return
+            batch = self._take_batch(self._jobs[0])
+        self._run(batch)
+
+    def _announce(self) -> None:
+        """Put batches to engines' own threads, and wake as many of the queue's threads as there is
+        work for.
+        """
+        self._put_batches()
+        job = next((job for job in self._jobs if job.threads is None), None)
+        if job:
+            wanted = max(1, self.waiting_tokens // job.engine.min_batch_tokens)
+            for _ in range(min(len(self._idle), wanted)):
+                self._idle.pop().release()
+
+    # -- batches
+
+    def next_batch(self) -> Batch | None:
+        """Wait for work for `Engine.run` and take a batch of it. None: the queue is closed, and
+        nothing waits.
+        """
+        with self._lock:
+            while True:
+                self._drop_abandoned()
+                if lead := self._first(None):
+                    return self._take_batch(lead)
+                if self._closed:
+                    return None
+                self._wait()
+
+    def _first(self, threads: Threads | None) -> Job | None:
+        """The request that is next of those for some threads."""
+        return min([job for job in self._jobs if job.threads is threads], key=_tag, default=None)
+
+    def _drop_abandoned(self) -> None:
+        """End requests that are too late, or whose callers have gone."""
+        now = self._now()
+        for job in [job for job in self._jobs if job.deadline <= now]:
+            self._end(job, _too_late())
+        for job in [job for job in self._jobs if job.gone and job.gone()]:
+            log.debug("a caller has gone: %d tokens are not computed", sum(job.costs))
+            self.callers_gone += 1
+            self._end(job, CallerGone("the client closed before its answer was there"))
+
+    def _wait(self) -> None:
+        """Release the lock until there may be work."""
+        woken = threading.Lock()
+        woken.acquire()
+        self._idle.append(woken)
+        self._lock.release()
+        woken.acquire()
+        self._lock.acquire()
+
+    def _take_batch(self, lead: Job, most_tokens: int | None = None) -> Batch:
+        """The next batch, of `lead`'s largest input and what joins it, up to `most_tokens`."""
+        self._jobs.sort(key=_tag)
+        longest = lead.costs[-1]
+        entries, tokens, padded = [lead.take(len(lead.costs) - 1)], longest, longest
+        # Split what waits and runs into threads + 1 shares, so that the first thread to finish
+        # finds work: callers send their next requests only when they have their answers. One
+        # thread shares its core with the answers anyway.
+        in_hand = self.waiting_tokens + self._running_tokens
+        shares = self.threads + 1 if self.threads > 1 else 1
+        share = max(lead.engine.min_batch_tokens, -(-in_hand // shares))
+        share = min(share, most_tokens or share)
+        active = len(self._jobs)
+        for job in (lead, *self._jobs):
+            if job.engine is not lead.engine:
+                continue
+            while job.costs and len(entries) < self.max_batch_size:
+                at = _nearest(job.costs, longest)
+                cost = job.costs[at]
+                with_it = max(longest, cost) * (len(entries) + 1)
+                padding = (with_it - tokens - cost) * lead.engine.padding_cost
+                more_padding = padding - (padded - tokens) * lead.engine.padding_cost
+                if (
+                    tokens + cost + padding > self.max_batch_tokens
+                    or more_padding > CALL_OVERHEAD_TOKENS
+                    or tokens + cost > share
+                ):
+                    break
+                entries.append(job.take(at))
+                longest, tokens, padded = max(longest, cost), tokens + cost, with_it
+        self.waiting_tokens -= tokens
+        self._share_clock += tokens / active
+        self._jobs = [job for job in self._jobs if job.costs]
+        if not self._jobs:
+            self._admission.queue_emptied()
+        alone = len(entries) == 1 and not self._jobs and not self._running and self._lately < 1.5
+        self._running += 1
+        self._running_tokens += tokens
+        padding = (padded - tokens) * lead.engine.padding_cost
+        return Batch(lead.engine, entries, tokens, tokens + round(padding), alone)
+
+    def finish(self, batch: Batch, vectors: Float32 | None, seconds: float) -> None:
+        """Give a batch's vectors, shape (len(batch.entries), dimensions), to its requests; None
+        means that it failed.
+        """
+        if vectors is not None:
+            for number, (job, row, _) in enumerate(batch.entries):
+                job.vectors[row] = vectors[number]
+        with self._lock:
+            self._running -= 1
+            self._running_tokens -= batch.tokens
+            queued = bool(self._jobs)
+            self._admission.batch_ended(batch.tokens, seconds, self._now(), queued=queued)
+            for job, _, _ in batch.entries:
+                job.running -= 1
+                if vectors is None:
+                    self._end(job, EngineFailed("the engine failed on the batch of this input"))
+                elif not (job.running or job.costs or job.error):
+                    batch.served.append(job)
+                    job.done.set()
+        self.observe(batch, seconds, vectors is None)
+
+    def _end(self, job: Job, error: EmbedderError) -> None:
+        """Fail a request: what waits leaves the queue, what runs is computed and thrown away."""
+        if job.done.is_set():
+            return
+        if job in self._jobs:
+            self._jobs.remove(job)
+            self.waiting_tokens -= sum(job.costs)
+            if not self._jobs:
+                self._admission.queue_emptied()
+        job.inputs, job.costs, job.rows, job.error = [], [], [], error
+        job.done.set()
+
+    # -- engines' own threads
+
+    def fileno(self) -> int:
+        """An eventfd, readable when `collect` has something to do."""
+        return self._wake
+
+    def collect(self) -> None:
+        """Give the vectors that were computed to their requests, and the threads the next batches.
+        Waits until there is something to do. To be called by one thread only.
+        """
+        os.eventfd_read(self._wake)
+        for threads in list(self._own.values()):
+            for number, seconds in threads.ended() if threads else ():
+                with self._lock:
+                    batch, vectors, _ = self._put.pop(number)
+                if seconds is None:
+                    log.error("%s failed", _described(batch))
+                self.finish(batch, None if seconds is None else vectors, seconds or 0.0)
+        with self._lock:
+            self._put_batches()
+
+    def _put_batches(self) -> None:
+        """Put a batch to each of the engines' own threads that is free, and one more ahead."""
+        for threads in {job.threads for job in self._jobs if job.threads}:
+            while (busy := self._busy(threads)) <= self.threads:
+                self._drop_abandoned()
+                if not (lead := self._first(threads)):
+                    break
+                most = AHEAD_TOKENS if busy == self.threads else None
+                self._put_batch(threads, self._take_batch(lead, most))
+
+    def _busy(self, threads: Threads) -> int:
+        """Batches that were put to these threads and have not ended."""
+        return sum([each is threads for _, _, each in self._put.values()])
+
+    def _put_batch(self, threads: Threads, batch: Batch) -> None:
+        """Put a batch, without the inputs that the engine refuses."""
+        number = next(self._numbers)
+        while batch.entries:
+            try:
+                vectors = threads.put(number, batch.engine, batch.inputs, batch.alone)
+            except Exception as error:
+                log.exception("%s was refused", _described(batch))
+                refused = slice(None)
+                if isinstance(error, InputRefused):
+                    refused = slice(error.index, error.index + 1)
+                for job, _, _ in batch.entries[refused]:
+                    job.running -= 1
+                    self._end(job, EngineFailed("the engine refused this input"))
+                del batch.entries[refused]
+            else:
+                self._put[number] = batch, vectors, threads
+                return
+        self._running -= 1
+        self._running_tokens -= batch.tokens
+
+    # -- threads
+
+    def start(self) -> None:
+        """Start the threads that compute batches, and the collector."""
+        for number in range(self.threads):
+            thread = threading.Thread(target=self._loop, name=f"inference-{number}", daemon=True)
+            self._started.append(thread)
+        for thread in (*self._started, self._collector):
+            thread.start()
+
+    def _loop(self) -> None:
+        with _vital():
+            while batch := self.next_batch():
+                self._run(batch)
+
+    def _collect(self) -> None:
+        with _vital():
+            while self._loop_thread is None and not (self._closed and self._drained):
+                self.collect()
+
+    @property
+    def _drained(self) -> bool:
+        """Whether engines' own threads have nothing more to do."""
+        return not self._put and not any(job.threads for job in self._jobs)
+
+    def _run(self, batch: Batch) -> None:
+        started = time.perf_counter()
+        vectors: Float32 | None = None
+        try:
+            vectors = batch.engine.run(batch.inputs, alone=batch.alone)
+        except Exception:
+            log.exception("%s failed", _described(batch))
+        self.finish(batch, vectors, time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Refuse new requests, compute what waits and end the threads. To be called before a
+        process exits: Python would end them in the middle of C++ code, which aborts.
+        """
+        self._refuse()
+        for thread in (*self._started, self._collector):
+            if thread.is_alive():
+                thread.join()
+        while self._loop_thread is not None and not self._drained:
+            self.collect()
+        for threads in self._own.values():
+            if threads:
+                threads.close()
+
+    def stop(self) -> None:
+        """Refuse new requests and fail those that wait with ShuttingDown; what runs is still
+        computed.
+        """
+        self._refuse()
+        with self._lock:
+            for job in list(self._jobs):
+                self._end(job, _shutting_down())
+
+    def _refuse(self) -> None:
+        with self._lock:
+            self._closed = True
+            while self._idle:
+                self._idle.pop().release()
+        os.eventfd_write(self._wake, 1)
+
+
+@contextlib.contextmanager
+def _vital() -> Iterator[None]:
+    """Around a thread's code: if the thread dies, end the process, since a queue that nobody serves
+    must not hide behind a green probe. gunicorn starts another process.
+    """
+    try:
+        yield
+    except BaseException:
+        log.critical("%s died", threading.current_thread().name, exc_info=True)
+        logging.shutdown()
+        os._exit(1)
+
+
+def _described(batch: Batch) -> str:
+    """For the log."""
+    engine = batch.engine
+    return f"a batch of {len(batch.entries)} for the {engine.modality} engine {engine.name}"
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("the request waited longer than REQUEST_TIMEOUT for the engine")
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the service is shutting down; send the request again, to another instance")
+
+
+def _nearest(costs: list[int], target: int) -> int:
+    """Index of the cost nearest to `target` in an ascending list; of two as near, the larger."""
+    at = bisect.bisect_right(costs, target)
+    if at == len(costs) or (at and target - costs[at - 1] < costs[at] - target):
+        at -= 1
+    return at
