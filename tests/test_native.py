@@ -22,7 +22,7 @@ from conftest import NAME, WIDE
 from embeddings import load_tokenizer
 from engine import native
 from engine.build import build
-from engine.bundle import PARITY_FLOOR, Bundle, Precision, read
+from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Precision, read
 from engine.choice import text_engine
 from engine.native import NativeTextEngine, NativeThreads
 from engine.openvino_backend import OpenVINOTextEngine
@@ -403,9 +403,9 @@ def test_which_engine_serves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
     chosen = {wanted: native.choose(wanted, bundle) for wanted in ("auto", "bf16", "int8", "fp32")}
     assert chosen == {"auto": "bf16", "bf16": "bf16", "int8": "int8", "fp32": None}
-    without = Bundle(bundle.path, bake_model.Manifest(**manifest(bundle, precisions=["int8"])))
+    without = Bundle(bundle.path, Manifest(**manifest(bundle, precisions=["int8"])))
     assert native.choose("auto", without) is None and native.choose("int8", without) == "int8"
-    other = Bundle(bundle.path, bake_model.Manifest(**manifest(bundle, encoder=None)))
+    other = Bundle(bundle.path, Manifest(**manifest(bundle, encoder=None)))
     assert native.choose("auto", other) is None
     for flag in native._NEEDED:
         flags = native._NEEDED - {flag}

@@ -1,5 +1,5 @@
-"""engine/packing.py: the same vectors with padding left out. On graphs small enough to see through;
-test_bake_model.py has the architectures.
+"""bake/rewrite.py: the same vectors without padding. On graphs small enough to see through;
+test_bake_export.py has the architectures.
 """
 
 from typing import Any
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import engine.openvino_backend as backend
-from bake_model import packed
-from engine.packing import pack
+from bake.rewrite import unpad, unpadded
 
 WIDTH = 8
 LENGTHS = (5, 1, 3)
@@ -74,10 +73,10 @@ def run(model: Any, **further: Any) -> Any:
     return ov.Core().compile_model(model, "CPU", exact)({**batch(), **further})[0]
 
 
-def test_a_packed_graph_gives_the_same_vectors(ops: Any) -> None:
+def test_an_unpadded_graph_gives_the_same_vectors(ops: Any) -> None:
     model = graph(ops, lambda tokens: layer(ops, layer(ops, tokens, 1), 3))
     expected = run(model)
-    assert pack(model)
+    assert unpad(model)
     assert [each.any_name for each in model.inputs][2:] == ["rows", "places"]
     actual = run(model, **backend.packing(batch()["attention_mask"]))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
@@ -85,7 +84,7 @@ def test_a_packed_graph_gives_the_same_vectors(ops: Any) -> None:
 
 def test_products_get_the_real_tokens_only(ops: Any) -> None:
     model = graph(ops, lambda tokens: layer(ops, layer(ops, tokens, 1), 3))
-    pack(model)
+    unpad(model)
     products = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
     assert len(products) == 4
     assert all(len(node.get_output_partial_shape(0)) == 2 for node in products)
@@ -99,7 +98,7 @@ def test_what_mixes_tokens_gets_the_rectangle(ops: Any) -> None:
     model = graph(ops, lambda tokens: layer(ops, mixed(ops, layer(ops, tokens, 1)), 3))
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     expected = ov.Core().compile_model(model, "CPU", exact)(one_text)[0]
-    assert pack(model)
+    assert unpad(model)
     further = backend.packing(one_text["attention_mask"])
     actual = ov.Core().compile_model(model, "CPU", exact)({**one_text, **further})[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
@@ -114,7 +113,7 @@ def test_what_mixes_tokens_gets_the_rectangle(ops: Any) -> None:
 def test_a_graph_without_products_is_left_alone(ops: Any) -> None:
     model = graph(ops, lambda tokens: ops.relu(tokens))
     before = len(model.get_ordered_ops())
-    assert not pack(model)
+    assert not unpad(model)
     assert len(model.inputs) == 2 and len(model.get_ordered_ops()) == before
 
 
@@ -130,7 +129,7 @@ class Padding:
         return [self.Encoding(*row) for row in zip(both["input_ids"], both["attention_mask"])]
 
 
-def test_the_bake_keeps_a_graph_as_it_is_when_packing_would_change_its_vectors(ops: Any) -> None:
+def test_the_bake_keeps_a_graph_as_it_is_when_unpadding_would_change_its_vectors(ops: Any) -> None:
     """Two free dimensions need not be texts and tokens: here they are tokens and texts."""
     turned = ops.constant(np.array([1, 0, 2], np.int64))
 
@@ -138,9 +137,9 @@ def test_the_bake_keeps_a_graph_as_it_is_when_packing_would_change_its_vectors(o
         return ops.transpose(layer(ops, ops.transpose(tokens, turned), 1), turned)
 
     model = graph(ops, build)
-    assert packed(model, Padding(), ["a", "b", "c"]) is model
+    assert unpadded(model, Padding(), ["a", "b", "c"]) is model
     good = graph(ops, lambda tokens: layer(ops, tokens, 1))
-    assert len(packed(good, Padding(), ["a", "b", "c"]).inputs) == 4
+    assert len(unpadded(good, Padding(), ["a", "b", "c"]).inputs) == 4
 
 
 @pytest.mark.parametrize("left", [False, True])
