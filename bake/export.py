@@ -14,6 +14,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from bake import refusing, stage
+from bake.rewrite import fold_scales, shrink_masks, unpadded
 from bake.samples import PROBE_TEXT, Modality
 from bake.source import modules, pools_at_the_end
 from engine.bundle import IMAGE_GRAPH, TEXT_GRAPH, Precision, Preprocessing
@@ -63,9 +64,12 @@ class _ImagePipeline(_Pipeline):
         return self.embed({"pixel_values": pixel_values, "modality": "image"})
 
 
-def trace_texts(model: Any) -> Any:
+def trace_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
     """Trace the text tower to an OpenVINO model: input_ids and attention_mask, both int64 [batch,
-    length], to float32 [batch, dimensions].
+    length], to float32 [batch, dimensions]. It is rewritten to cost less (bake/rewrite.py).
+
+    Args:
+        tokenizer, texts: as `rewrite.unpadded` takes them.
 
     Raises: BakeError when the model's code cannot be traced.
     """
@@ -73,7 +77,10 @@ def trace_texts(model: Any) -> Any:
     ids = features["input_ids"]
     mask = features.get("attention_mask", ids.new_ones(ids.shape))
     example = {"input_ids": ids, "attention_mask": mask}
-    return _trace(_TextPipeline(model), example, [-1, -1], ov.Type.i64, "code")
+    graph = _trace(_TextPipeline(model), example, [-1, -1], ov.Type.i64, "code")
+    shrink_masks(graph, model.max_seq_length)
+    fold_scales(graph)
+    return unpadded(graph, tokenizer, texts)
 
 
 def trace_pictures(model: Any, preprocessing: Preprocessing) -> Any:

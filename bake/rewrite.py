@@ -48,20 +48,6 @@ _COMPARED = 8  # texts
 Key = tuple[str, int]  # name of a node, number of its output
 
 
-def rewrite(graph: Any, tokenizer: Any, texts: Sequence[str], window: int) -> Any:
-    """All three rewritings. `graph` may be changed.
-
-    Args:
-        graph: an OpenVINO model of input_ids and attention_mask, both int64 [batch, length].
-        tokenizer: pads a batch.
-        texts: to compare vectors of.
-        window: the most tokens of a text.
-    """
-    shrink_masks(graph, window)
-    fold_scales(graph)
-    return unpadded(graph, tokenizer, texts)
-
-
 def shrink_masks(model: Any, window: int) -> bool:
     """Rewrite the masks of an OpenVINO model in place, if all of them are the same as
     `attention_mask`, both in short texts and at `window` tokens.
@@ -153,8 +139,12 @@ def _has_one_user(output: Any) -> bool:
 
 
 def unpadded(graph: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
-    """The unpadded graph if there is one and it gives the same vectors; else `graph` itself. The
-    shortest of the texts are compared.
+    """The unpadded graph if there is one and it gives the same vectors; else `graph` itself.
+
+    Args:
+        graph: an OpenVINO model of input_ids and attention_mask, both int64 [batch, length].
+        tokenizer: pads a batch.
+        texts: the shortest are compared.
     """
     rewritten = graph.clone()
     if not unpad(rewritten):
@@ -174,10 +164,8 @@ def unpadded(graph: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
 
 
 def unpad(model: Any) -> bool:
-    """Rewrite an OpenVINO model in place.
-
-    Shapes alone do not tell a batch of texts from another tensor with two free dimensions: the
-    caller compares the vectors before and after.
+    """Rewrite an OpenVINO model in place. Shapes alone do not tell a batch of texts from another
+    tensor with two free dimensions: the caller compares the vectors before and after.
 
     Returns: whether the model was rewritten; otherwise it is unchanged.
     """

@@ -12,7 +12,6 @@ import msgspec
 from bake import BakeError, Options, pictures, source, stage, weights
 from bake.export import export, trace_pictures, trace_texts
 from bake.parity import certify, reference
-from bake.rewrite import rewrite
 from bake.samples import PROBE_TEXT, Sample, beginning, sample_pictures, sample_texts
 from engine import bundle as bundles
 from engine.bundle import Bundle, Manifest, Probe
@@ -31,9 +30,9 @@ def bake(options: Options) -> Bundle:
     with stage(f"loading {options.model}"):
         model = source.load(options)
         tokenizer = source.tokenizer(model, options.tokenizer)
-        limits = model.prompts.get(model.default_prompt_name or "") or "", model.max_seq_length
-        texts = [beginning(PROBE_TEXT, tokenizer, *limits)]
-        texts += sample_texts(tokenizer, *limits, TEXTS - 1)
+        prompt, window = model.prompts.get(model.default_prompt_name) or "", model.max_seq_length
+        texts = [beginning(PROBE_TEXT, tokenizer, prompt, window)]
+        texts += sample_texts(tokenizer, prompt, window, TEXTS - 1)
         source.check_tokenizer(model, tokenizer, texts)
     with stage("embedding the sample with sentence-transformers"):
         samples = [Sample("text", texts, reference(model, texts))]
@@ -51,8 +50,8 @@ def bake(options: Options) -> Bundle:
     def fill(folder: pathlib.Path) -> Manifest:
         tokenizer.save(str(folder / bundles.TOKENIZER))
         files = [bundles.TOKENIZER]
-        rewriting = partial(rewrite, tokenizer=tokenizer, texts=texts, window=model.max_seq_length)
-        files += export("text", lambda: rewriting(trace_texts(model)), folder, options.precisions)
+        trace = partial(trace_texts, model, tokenizer, texts)
+        files += export("text", trace, folder, options.precisions)
         if preprocessing:
             trace = partial(trace_pictures, model, preprocessing)
             files += export("image", trace, folder, options.precisions)

@@ -18,6 +18,8 @@ from baking import bake
 from engine.bundle import PARITY_FLOOR, Bundle, read
 from engine.openvino_backend import available_precisions
 
+EVERY = ("--precisions", "fp32,bf16,int8")
+
 
 def siglip(folder: pathlib.Path) -> pathlib.Path:
     torch.manual_seed(0)
@@ -64,13 +66,13 @@ def test_the_legacy_clip_module(clip_models_dir: pathlib.Path, tiny_clip_folder:
 
 def test_clip_in_the_transformer_module(tmp_path: pathlib.Path) -> None:
     folder = tiny_clip.save(tmp_path / "clip", trained=False, legacy=False, patch_size=8)
-    certified(bundle := bake(folder, tmp_path))
+    certified(bundle := bake(folder, tmp_path, *EVERY))
     assert bundle.preprocessing().tokens == 65  # both towers are of one size here
 
 
 def test_siglip(tmp_path: pathlib.Path) -> None:
     """Its text tower pools at the last position: the certificate is over texts in batches."""
-    certified(bundle := bake(siglip(tmp_path), tmp_path / "models"))
+    certified(bundle := bake(siglip(tmp_path), tmp_path / "models", *EVERY))
     assert bundle.manifest.normalized and bundle.preprocessing().resize == (64, 64)
 
 

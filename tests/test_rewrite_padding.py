@@ -2,6 +2,7 @@
 test_bake_export.py has the architectures.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,10 @@ def mixed(ops: Any, hidden: Any) -> Any:
     return ops.matmul(scores, hidden, False, False)
 
 
-def batch() -> dict[str, Any]:
-    ids = np.full((len(LENGTHS), max(LENGTHS)), 7, np.int64)  # padding is no zero
+def batch(lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+    ids = np.full((len(lengths), max(lengths)), 7, np.int64)  # padding is no zero
     mask = np.zeros_like(ids)
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(lengths):
         ids[row, :length] = np.arange(10 * row, 10 * row + length)
         mask[row, :length] = 1
     return {"input_ids": ids, "attention_mask": mask}
@@ -118,26 +119,34 @@ def test_a_graph_without_products_is_left_alone(ops: Any) -> None:
 
 
 class Padding:
-    """A tokenizer whose texts are the batch above."""
+    """A tokenizer whose texts have these lengths."""
+
+    def __init__(self, lengths: Sequence[int] = LENGTHS) -> None:
+        self.lengths = lengths
 
     class Encoding:
         def __init__(self, ids: Any, mask: Any) -> None:
             self.ids, self.attention_mask = ids.tolist(), mask.tolist()
 
     def encode_batch(self, texts: Any) -> list[Any]:
-        both = batch()
+        both = batch(self.lengths)
         return [self.Encoding(*row) for row in zip(both["input_ids"], both["attention_mask"])]
 
 
-def test_the_bake_keeps_a_graph_as_it_is_when_unpadding_would_change_its_vectors(ops: Any) -> None:
-    """Two free dimensions need not be texts and tokens: here they are tokens and texts."""
+@pytest.mark.parametrize("lengths", [LENGTHS, (3, 1, 2)], ids=["it-fails", "others"])
+def test_the_bake_keeps_a_graph_as_it_is_when_unpadding_would_change_its_vectors(
+    ops: Any, lengths: Sequence[int]
+) -> None:
+    """Two free dimensions need not be texts and tokens: here they are tokens and texts. The
+    unpadded graph fails, or gives other vectors where there are as many tokens as texts.
+    """
     turned = ops.constant(np.array([1, 0, 2], np.int64))
 
     def build(tokens: Any) -> Any:
         return ops.transpose(layer(ops, ops.transpose(tokens, turned), 1), turned)
 
     model = graph(ops, build)
-    assert unpadded(model, Padding(), ["a", "b", "c"]) is model
+    assert unpadded(model, Padding(lengths), ["a", "b", "c"]) is model
     good = graph(ops, lambda tokens: layer(ops, tokens, 1))
     assert len(unpadded(good, Padding(), ["a", "b", "c"]).inputs) == 4
 
