@@ -18,6 +18,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements.txt requirements-serve.txt ./
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -r requirements.txt
 COPY bake_model.py embeddings.py tokens.py chunks.py image_embeddings.py ./
+COPY bake bake
 COPY engine engine
 RUN python -m engine.encoder.build
 ARG EMBEDDING_MODEL=multi-qa-MiniLM-L6-cos-v1

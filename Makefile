@@ -7,7 +7,7 @@ NAME ?= $(notdir $(patsubst %/,%,$(MODEL)))
 BAKE_OPTIONS ?=
 MODELS_DIR ?= models
 bin = $(VENV)/bin
-sources = *.py api benchmark engine stress tests
+sources = *.py api bake benchmark engine stress tests
 
 .PHONY: run bake test lint format clean
 

@@ -74,6 +74,7 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
         ROOT / "tokens.py",
         ROOT / "chunks.py",
         ROOT / "image_embeddings.py",
+        *sorted((ROOT / "bake").glob("*.py")),
         *sorted((ROOT / "engine").rglob("*.py")),
         ROOT / "requirements.txt",
         ROOT / "requirements-serve.txt",
@@ -189,3 +190,27 @@ def clip_service(clip_models_dir: pathlib.Path) -> Iterator[Server]:
     """The tiny CLIP, served at fp32 with every default."""
     with serve(clip_models_dir, PRECISION="fp32") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of baking.make_bert's model."""
+    import baking  # it imports torch
+
+    return baking.make_bert(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a tiny BERT without prompts."""
+    import tiny_models
+
+    return tiny_models.save(tmp_path_factory.mktemp("tiny") / "bare")
+
+
+@pytest.fixture(scope="session")
+def baked(bert: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A baking.Baked of `bert`, at fp32."""
+    import baking
+
+    return baking.bake_bert(bert, tmp_path_factory.mktemp("models"))

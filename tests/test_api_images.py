@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import tiny_clip
-from bake_model import sample_pictures
+from bake.samples import sample_pictures
 from engine.bundle import PARITY_FLOOR
 from main import WIDEN_AFTER
 from servers import KEY, Server, serve

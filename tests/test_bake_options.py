@@ -48,13 +48,13 @@ def bundle(source: pathlib.Path) -> Bundle:
 
 
 def embed(bundle: Bundle, *texts: str, **options: Any) -> list[Any]:
-    batcher = Queue(max_batch_size=4, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
-    batcher.start()
+    queue = Queue(max_batch_size=4, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
+    queue.start()
     try:
-        embedder: TextEmbedder = embedder_for(bundle, batcher)
+        embedder: TextEmbedder = embedder_for(bundle, queue)
         return embedder.embed(texts, deadline=time.monotonic() + 60, **options)
     finally:
-        batcher.close()
+        queue.close()
 
 
 def cosine(one: Any, other: Any) -> float:
@@ -111,37 +111,3 @@ def test_no_cut_no_layer_norm(bundle: Bundle) -> None:
     bundle.manifest.layer_norm = False
     (cut,) = embed(bundle, TEXT, dimensions=16)
     assert np.array_equal(cut.vector, whole.vector[:16])
-
-
-def test_another_tokenizer_may_stand_in_when_it_gives_the_same_ids(
-    source: pathlib.Path, bundle: Bundle, tmp_path: pathlib.Path
-) -> None:
-    """TOKENIZER_MODEL of the image's build."""
-    options = ["--tokenizer", str(source), "--output", str(tmp_path), "--precisions", "fp32"]
-    bake_model.main([str(source), *options])
-    again = read(tmp_path / source.name)
-    assert again.manifest.files["tokenizer.json"] == bundle.manifest.files["tokenizer.json"]
-
-
-def test_a_tokenizer_of_other_ids_is_refused(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    other = tmp_path / "other"
-    tiny_models.byte_level(pad_token="[PAD]").save_pretrained(other)
-    with pytest.raises(SystemExit, match="the tokenizer gives other ids than the model's own"):
-        bake_model.main([str(source), "--tokenizer", str(other), "--output", str(tmp_path / "out")])
-    assert not list((tmp_path / "out").glob("*"))
-
-
-def test_a_packaged_model_is_found_without_a_hub(real_model: pathlib.Path) -> None:
-    name = "all-MiniLM-L6-v2"
-    for given in (name, f"sentence-transformers/{name}"):
-        assert bake_model.location(given, None) == str(real_model)
-    assert bake_model.location(name, "main") == name
-    assert bake_model.location("intfloat/e5-base-v2", None) == "intfloat/e5-base-v2"
-
-
-def test_a_folder_of_a_packaged_model_s_name_is_a_folder(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "all-MiniLM-L6-v2").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert bake_model.location("all-MiniLM-L6-v2", None) == "all-MiniLM-L6-v2"

@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 import bake_model
 import tiny_models as tiny
 from conftest import NAME, WIDE
-from engine.bundle import PARITY_FLOOR, Bundle, Precision, read
+from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Precision, read
 from engine.choice import text_engine
 from engine.encoder import encoder_engine, library
 from engine.encoder.build import build
@@ -391,12 +391,12 @@ def test_which_engine_serves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) ->
         wanted: encoder_engine.choose(wanted, bundle) for wanted in ("auto", "bf16", "int8", "fp32")
     }
     assert chosen == {"auto": "bf16", "bf16": "bf16", "int8": "int8", "fp32": None}
-    without = Bundle(bundle.path, bake_model.Manifest(**manifest(bundle, precisions=["int8"])))
+    without = Bundle(bundle.path, Manifest(**manifest(bundle, precisions=["int8"])))
     assert (
         encoder_engine.choose("auto", without) is None
         and encoder_engine.choose("int8", without) == "int8"
     )
-    other = Bundle(bundle.path, bake_model.Manifest(**manifest(bundle, encoder=None)))
+    other = Bundle(bundle.path, Manifest(**manifest(bundle, encoder=None)))
     assert encoder_engine.choose("auto", other) is None
     for flag in encoder_engine.NEEDED:
         flags = encoder_engine.NEEDED - {flag}

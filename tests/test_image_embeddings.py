@@ -14,7 +14,7 @@ import transformers
 from PIL import Image, ImageOps, PngImagePlugin
 
 import image_embeddings
-from bake_model import sample_pictures
+from bake.samples import sample_pictures
 from engine.queue import Queue
 from engine.bundle import Preprocessing, read
 from engine.errors import DeadlineExceeded, InputTooLarge, InvalidInput

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bake_model import sample
+from bake.samples import sample_texts
 from conftest import NAME, WIDE
 from engine.encoder import encoder_engine
 from engine.bundle import PARITY_FLOOR, Precision
@@ -40,7 +40,7 @@ def expected(sentence_transformer: Any) -> dict[str, tuple[list[str], Any]]:
     for name, window in ((NAME, 256), (WIDE, 512)):
         sentence_transformer.max_seq_length = window
         tokenizer.no_truncation()
-        texts = sample(tokenizer, "", window, TEXTS)
+        texts = sample_texts(tokenizer, "", window, TEXTS)
         result[name] = texts, sentence_transformer.encode(texts, batch_size=4)
     sentence_transformer.max_seq_length = own
     torch.set_num_threads(threads)

@@ -1,15 +1,15 @@
-"""engine/packing.py: the same vectors with padding left out. On graphs small enough to see through;
-test_bake_model.py has the architectures.
+"""bake/rewrite.py: the same vectors without padding. On graphs small enough to see through;
+test_bake_export.py has the architectures.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 import engine.openvino_backend as backend
-from bake_model import packed
-from engine.packing import pack
+from bake.rewrite import unpad, unpadded
 
 WIDTH = 8
 LENGTHS = (5, 1, 3)
@@ -58,10 +58,10 @@ def mixed(ops: Any, hidden: Any) -> Any:
     return ops.matmul(scores, hidden, False, False)
 
 
-def batch() -> dict[str, Any]:
-    ids = np.full((len(LENGTHS), max(LENGTHS)), 7, np.int64)  # padding is no zero
+def batch(lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+    ids = np.full((len(lengths), max(lengths)), 7, np.int64)  # padding is no zero
     mask = np.zeros_like(ids)
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(lengths):
         ids[row, :length] = np.arange(10 * row, 10 * row + length)
         mask[row, :length] = 1
     return {"input_ids": ids, "attention_mask": mask}
@@ -74,10 +74,10 @@ def run(model: Any, **further: Any) -> Any:
     return ov.Core().compile_model(model, "CPU", exact)({**batch(), **further})[0]
 
 
-def test_a_packed_graph_gives_the_same_vectors(ops: Any) -> None:
+def test_an_unpadded_graph_gives_the_same_vectors(ops: Any) -> None:
     model = graph(ops, lambda tokens: layer(ops, layer(ops, tokens, 1), 3))
     expected = run(model)
-    assert pack(model)
+    assert unpad(model)
     assert [each.any_name for each in model.inputs][2:] == ["rows", "places"]
     actual = run(model, **backend.packing(batch()["attention_mask"]))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
@@ -85,7 +85,7 @@ def test_a_packed_graph_gives_the_same_vectors(ops: Any) -> None:
 
 def test_products_get_the_real_tokens_only(ops: Any) -> None:
     model = graph(ops, lambda tokens: layer(ops, layer(ops, tokens, 1), 3))
-    pack(model)
+    unpad(model)
     products = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
     assert len(products) == 4
     assert all(len(node.get_output_partial_shape(0)) == 2 for node in products)
@@ -99,7 +99,7 @@ def test_what_mixes_tokens_gets_the_rectangle(ops: Any) -> None:
     model = graph(ops, lambda tokens: layer(ops, mixed(ops, layer(ops, tokens, 1)), 3))
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     expected = ov.Core().compile_model(model, "CPU", exact)(one_text)[0]
-    assert pack(model)
+    assert unpad(model)
     further = backend.packing(one_text["attention_mask"])
     actual = ov.Core().compile_model(model, "CPU", exact)({**one_text, **further})[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
@@ -114,33 +114,41 @@ def test_what_mixes_tokens_gets_the_rectangle(ops: Any) -> None:
 def test_a_graph_without_products_is_left_alone(ops: Any) -> None:
     model = graph(ops, lambda tokens: ops.relu(tokens))
     before = len(model.get_ordered_ops())
-    assert not pack(model)
+    assert not unpad(model)
     assert len(model.inputs) == 2 and len(model.get_ordered_ops()) == before
 
 
 class Padding:
-    """A tokenizer whose texts are the batch above."""
+    """A tokenizer whose texts have these lengths."""
+
+    def __init__(self, lengths: Sequence[int] = LENGTHS) -> None:
+        self.lengths = lengths
 
     class Encoding:
         def __init__(self, ids: Any, mask: Any) -> None:
             self.ids, self.attention_mask = ids.tolist(), mask.tolist()
 
     def encode_batch(self, texts: Any) -> list[Any]:
-        both = batch()
+        both = batch(self.lengths)
         return [self.Encoding(*row) for row in zip(both["input_ids"], both["attention_mask"])]
 
 
-def test_the_bake_keeps_a_graph_as_it_is_when_packing_would_change_its_vectors(ops: Any) -> None:
-    """Two free dimensions need not be texts and tokens: here they are tokens and texts."""
+@pytest.mark.parametrize("lengths", [LENGTHS, (3, 1, 2)], ids=["it-fails", "others"])
+def test_the_bake_keeps_a_graph_as_it_is_when_unpadding_would_change_its_vectors(
+    ops: Any, lengths: Sequence[int]
+) -> None:
+    """Two free dimensions need not be texts and tokens: here they are tokens and texts. The
+    unpadded graph fails, or gives other vectors where there are as many tokens as texts.
+    """
     turned = ops.constant(np.array([1, 0, 2], np.int64))
 
     def build(tokens: Any) -> Any:
         return ops.transpose(layer(ops, ops.transpose(tokens, turned), 1), turned)
 
     model = graph(ops, build)
-    assert packed(model, Padding(), ["a", "b", "c"]) is model
+    assert unpadded(model, Padding(lengths), ["a", "b", "c"]) is model
     good = graph(ops, lambda tokens: layer(ops, tokens, 1))
-    assert len(packed(good, Padding(), ["a", "b", "c"]).inputs) == 4
+    assert len(unpadded(good, Padding(), ["a", "b", "c"]).inputs) == 4
 
 
 @pytest.mark.parametrize("left", [False, True])

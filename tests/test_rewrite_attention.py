@@ -1,14 +1,16 @@
-"""engine/attention.py: the same vectors with small masks and scaled weights. On graphs small enough
-to see through; test_bake_model.py has the architectures.
+"""bake/rewrite.py: the same vectors with small masks and scaled weights. On graphs small enough to
+see through; test_bake_export.py has the architectures.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 
-from engine.attention import fold_scales, shrink_masks
+from bake.rewrite import fold_scales, shrink_masks
+from baking import Baked
 
 WIDTH, HEADS = 8, 2
 WINDOW = 24
@@ -31,8 +33,6 @@ def graph(ops: Any, mask: Mask, *, rotated: bool = False) -> Any:
             positions of queries [length, 1] and keys [length].
         rotated: whether queries are changed, token by token, after their product.
     """
-    import openvino as ov
-
     ids = ops.parameter([-1, -1], np.int64, name="input_ids")
     given = ops.parameter([-1, -1], np.int64, name="attention_mask")
     ids.output(0).set_names({"input_ids"})
@@ -101,13 +101,17 @@ def biased(ops: Any, real: Any, queries: Any, keys: Any) -> Any:
     return ops.subtract(additive(ops, real, queries, keys), apart)
 
 
+def weak(ops: Any, real: Any, queries: Any, keys: Any) -> Any:
+    """Padding is still seen a little."""
+    zero, some = ops.constant(np.float32(0)), ops.constant(np.float32(-5))
+    return ops.select(pairs(ops, real, queries, keys), zero, some)
+
+
 def no_mask(ops: Any, real: Any, queries: Any, keys: Any) -> Any:
     return ops.logical_or(real, ops.greater_equal(ops.add(queries, keys), queries))
 
 
 def run(model: Any) -> Any:
-    import openvino as ov
-
     ids = np.full((len(LENGTHS), WINDOW), 7, np.int64)
     mask = np.zeros_like(ids)
     for row, length in enumerate(LENGTHS):
@@ -137,7 +141,7 @@ def test_a_mask_of_every_pair_becomes_one_of_every_token(ops: Any, mask: Mask) -
     np.testing.assert_allclose(run(model), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", [causal, local, biased, no_mask])
+@pytest.mark.parametrize("mask", [causal, local, biased, weak, no_mask])
 def test_a_mask_that_says_more_stays(ops: Any, mask: Mask) -> None:
     model = graph(ops, mask)
     expected, before = run(model), len(model.get_ordered_ops())
@@ -152,8 +156,6 @@ def test_what_only_longer_texts_than_the_window_would_show_does_not_matter(ops: 
 
 
 def test_a_graph_without_attention_is_left_alone(ops: Any) -> None:
-    import openvino as ov
-
     ids = ops.parameter([-1, -1], np.int64, name="input_ids")
     model = ov.Model([ops.relu(ids)], [ids])
     assert not shrink_masks(model, WINDOW) and not fold_scales(model)
@@ -174,3 +176,16 @@ def test_a_scale_stays_where_queries_are_no_mere_product(ops: Any) -> None:
     expected = run(model)
     assert fold_scales(model) == 0
     np.testing.assert_array_equal(run(model), expected)
+
+
+def test_attention_gets_a_mask_of_every_token_and_nothing_to_scale(baked: Baked) -> None:
+    kind = "ScaledDotProductAttention"
+    nodes = ov.Core().read_model(baked.bundle.file("text.xml")).get_ordered_ops()
+    attentions = [node for node in nodes if node.get_type_name() == kind]
+    assert len(attentions) == 2
+    for node in attentions:
+        mask = node.input_value(3).get_partial_shape()
+        assert [str(size) for size in mask] == ["?", "1", "1", "?"]
+        scale = node.input_value(4).get_node()
+        scale = scale.input_value(0).get_node() if scale.get_type_name() == "Convert" else scale
+        assert scale.get_data() == 1

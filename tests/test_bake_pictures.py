@@ -1,4 +1,4 @@
-"""bake_model.py on models that take pictures: as each module saves them, and what is refused."""
+"""bake/pictures.py and the image towers: as each module saves them, and what is refused."""
 
 import pathlib
 from typing import Any
@@ -10,15 +10,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from transformers.image_utils import SizeDict
 
-import bake_model
 import tiny_clip
+from bake import BakeError
+from bake.pictures import check_processor, read_processor
+from bake.samples import sample_pictures
+from baking import bake
 from engine.bundle import PARITY_FLOOR, Bundle, read
 from engine.openvino_backend import available_precisions
 
-
-def bake(folder: pathlib.Path, output: pathlib.Path, *more: str) -> Bundle:
-    options = bake_model._parser().parse_args([str(folder), "--output", str(output), *more])
-    return bake_model.bake(options)
+EVERY = ("--precisions", "fp32,bf16,int8")
 
 
 def siglip(folder: pathlib.Path) -> pathlib.Path:
@@ -66,30 +66,14 @@ def test_the_legacy_clip_module(clip_models_dir: pathlib.Path, tiny_clip_folder:
 
 def test_clip_in_the_transformer_module(tmp_path: pathlib.Path) -> None:
     folder = tiny_clip.save(tmp_path / "clip", trained=False, legacy=False, patch_size=8)
-    certified(bundle := bake(folder, tmp_path))
+    certified(bundle := bake(folder, tmp_path, *EVERY))
     assert bundle.preprocessing().tokens == 65  # both towers are of one size here
 
 
 def test_siglip(tmp_path: pathlib.Path) -> None:
     """Its text tower pools at the last position: the certificate is over texts in batches."""
-    certified(bundle := bake(siglip(tmp_path), tmp_path / "models"))
+    certified(bundle := bake(siglip(tmp_path), tmp_path / "models", *EVERY))
     assert bundle.manifest.normalized and bundle.preprocessing().resize == (64, 64)
-
-
-def test_a_tower_that_gives_other_vectors_is_refused(
-    tmp_path: pathlib.Path, tiny_clip_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    traced = bake_model.trace_images
-
-    def other(model: Any, preprocessing: Any) -> Any:
-        model[0].model.visual_projection.weight.data[0] *= -1
-        return traced(model, preprocessing)
-
-    monkeypatch.setattr(bake_model, "trace_images", other)
-    says = "at fp32 its pictures' vectors are not the model's own: smallest cosine"
-    with pytest.raises(bake_model.BakeError, match=says):
-        bake(tiny_clip_folder, tmp_path, "--precisions", "fp32")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -110,12 +94,12 @@ def test_processors(
 
     setattr(processor, option, SizeDict(**value) if option == "size" else value)
     if says:
-        with pytest.raises(bake_model.BakeError, match=says):
-            bake_model.read_processor(model)
+        with pytest.raises(BakeError, match=says):
+            read_processor(model)
         return
-    preprocessing = bake_model.read_processor(model)
-    pictures = bake_model.sample_pictures()
-    bake_model.check_processor(model, preprocessing, pictures)
+    preprocessing = read_processor(model)
+    pictures = sample_pictures()
+    check_processor(model, preprocessing, pictures)
     setattr(processor, "image_mean", [0.9, 0.1, 0.1])
-    with pytest.raises(bake_model.BakeError, match="off by"):
-        bake_model.check_processor(model, preprocessing, pictures)
+    with pytest.raises(BakeError, match="off by"):
+        check_processor(model, preprocessing, pictures)

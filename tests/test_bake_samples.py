@@ -1,0 +1,27 @@
+"""bake/samples.py: the lengths of the texts."""
+
+import pytest
+
+from bake.samples import beginning, sample_texts
+from baking import PROMPTS, Baked
+from tokens import load_tokenizer
+
+
+@pytest.mark.parametrize("window", [64, 512, 8192])
+def test_the_sample_reaches_from_one_token_to_the_window(baked: Baked, window: int) -> None:
+    tokenizer = load_tokenizer(baked.bundle)[0]
+    prompt = PROMPTS["query"]
+    texts = sample_texts(tokenizer, prompt, window, 120)
+    lengths = [len(tokenizer.encode(prompt + text).ids) for text in texts]
+    assert len(texts) == 120 and len(set(texts)) > 100
+    assert min(lengths) == len(tokenizer.encode(prompt + "a").ids)
+    assert window - 3 <= max(lengths) <= window
+    # Attention costs the square of the length: what takes a minute at 512 may not take hours.
+    assert sum(length**2 for length in lengths) < 120 * 512**2 / 2 + 2 * window**2
+
+
+def test_a_beginning_is_never_longer_nor_white_space(baked: Baked) -> None:
+    tokenizer = load_tokenizer(baked.bundle)[0]
+    assert beginning("What is deep learning?", tokenizer, "", 4) == "What is "
+    assert beginning("   What", tokenizer, "", 2) == "a"
+    assert beginning("What", tokenizer, "", 2) == "a"
