@@ -69,7 +69,7 @@ COPY main.py settings.py gunicorn.conf.py embeddings.py image_embeddings.py benc
 COPY engine engine
 COPY --from=bake /app/engine/encoder.so engine/
 COPY api api
-COPY benchmark benchmark
+COPY loadtest loadtest
 RUN python -m compileall -q --invalidation-mode unchecked-hash .
 ENV PATH=/opt/venv/bin:$PATH
 USER 10001:10001
