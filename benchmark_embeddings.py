@@ -144,7 +144,8 @@ def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]
             rows = measures.ceiling(target, ceilings, pairs, seconds, rounds)
     elif what == "padding":
         several = [pair for pair in pairs if pair[1] > 1]
-        rows = in_process.padding(settings, bundle, several, seconds)
+        with _target(options) as target:
+            rows = measures.padding(target, several, seconds)
     elif what == "fairness":
         with _target(options) as target:
             rows = measures.fairness(target, seconds, rounds)

@@ -12,7 +12,7 @@ import socket
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import httptools
@@ -331,7 +331,9 @@ async def _drive(clients: Sequence[Client], seconds: float) -> tuple[list[Outcom
     return by_client, deadline, cpu
 
 
-def get(url: str, path: str, timeout: float = 30.0) -> tuple[int, bytes]:
+def get(
+    url: str, path: str, timeout: float = 30.0, headers: Mapping[str, str] | None = None
+) -> tuple[int, bytes]:
     """Status and body of a GET on a connection of its own.
 
     Raises: OSError when the service cannot be reached.
@@ -341,7 +343,7 @@ def get(url: str, path: str, timeout: float = 30.0) -> tuple[int, bytes]:
     kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
     connection = kind(address.netloc, timeout=timeout)
     try:
-        connection.request("GET", address.path.rstrip("/") + path)
+        connection.request("GET", address.path.rstrip("/") + path, headers=headers or {})
         response = connection.getresponse()
         return response.status, response.read()
     except (OSError, http.client.HTTPException) as error:

@@ -16,14 +16,14 @@ import main
 import settings as configuration
 from api.service import Embedders
 from embeddings import Int64, TextEmbedder, TextEngine, TextLimits, load_tokenizer
-from engine.batching import Batch, Batcher
+from engine.batching import Batcher
 from engine.bundle import Bundle, Precision, discover
 from engine.choice import text_engine
 from engine.models import Models
 from engine.openvino_backend import available_precisions
 from image_embeddings import ImageEmbedder
 from loadtest.client import Result
-from loadtest.loads import IMAGES, LOADS, Load, exact_texts, images, texts
+from loadtest.loads import IMAGES, Load, exact_texts, images, texts
 from loadtest.reference import Reference
 from loadtest.report import Row, row
 from loadtest.rounds import Progress, alternate, call_repeatedly, in_threads
@@ -47,24 +47,14 @@ def default_bundle(options: Settings) -> Bundle:
     return Models[object](bundles, options.embedding_model or None, options.aliases).bundle()
 
 
-class CountingBatcher(Batcher):
-    """The service's Batcher, which also counts the tokens that engines have computed."""
-
-    def __init__(self, options: Settings) -> None:
-        """As `main.create_app` makes it, not started."""
-        super().__init__(
-            max_batch_size=options.max_batch_size,
-            max_batch_tokens=options.max_batch_tokens,
-            max_queue_tokens=options.max_queue_tokens,
-            threads=options.inference_threads,
-        )
-        self.tokens = self.padded_tokens = 0
-        self.observe = self._count
-
-    def _count(self, batch: Batch, seconds: float, failed: bool) -> None:
-        with self._lock:
-            self.tokens += batch.tokens
-            self.padded_tokens += batch.padded_tokens
+def batcher(options: Settings) -> Batcher:
+    """As `main.create_app` makes it, not started."""
+    return Batcher(
+        max_batch_size=options.max_batch_size,
+        max_batch_tokens=options.max_batch_tokens,
+        max_queue_tokens=options.max_queue_tokens,
+        threads=options.inference_threads,
+    )
 
 
 class Ceiling:
@@ -132,7 +122,7 @@ def ceilings(options: Settings, bundle: Bundle, loads: dict[str, Load]) -> dict[
         streams=options.inference_threads,
     )
     limits = TextLimits(1 << 30, 1 << 30, 1 << 30)
-    embedder = TextEmbedder(bundle, tokenizer, engine, CountingBatcher(options), limits)
+    embedder = TextEmbedder(bundle, tokenizer, engine, batcher(options), limits)
     made = {}
     for name, load in loads.items():
         chunks: list[list[Int64]] = []
@@ -177,36 +167,6 @@ def embed_calls(
     return call
 
 
-def padding(
-    options: Settings, bundle: Bundle, pairs: Sequence[tuple[str, int]], seconds: float
-) -> list[Row]:
-    """How many of the tokens that the engine computes under a load are padding: counted in the
-    Batcher's own batches, while so many threads embed.
-    """
-    progress, rows = Progress(len(pairs)), []
-    for name, concurrency in pairs:
-        progress(f"{name} from {concurrency} threads")
-        queue, load = CountingBatcher(options), LOADS[name]
-        queue.start()
-        embedder = main.load_embedder(bundle, options, queue)
-        queue.tokens = queue.padded_tokens = 0  # without the probe
-        source = texts(load, seed=1)
-        requests = [list(itertools.islice(source, load.texts)) for _ in range(512)]
-        result = call_repeatedly(embed_calls(embedder, requests), concurrency, seconds * load.times)
-        queue.close()
-        rows.append(
-            {
-                "load": f"{name}-c{concurrency}",
-                "rate": result.rate * load.texts,
-                "real_tokens": queue.tokens,
-                "padded_tokens": queue.padded_tokens,
-                "wasted": 1 - queue.tokens / queue.padded_tokens,
-            }
-        )
-    progress.close()
-    return rows
-
-
 def speed(
     options: Settings,
     bundle: Bundle,
@@ -222,7 +182,7 @@ def speed(
 
     Raises: BundleError; ValueError for a length that this tokenizer cannot make.
     """
-    queue = CountingBatcher(options)
+    queue = batcher(options)
     queue.start()
     made = embedders(options, bundle, queue)
     pictures = "image" in bundle.manifest.modalities

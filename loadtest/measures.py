@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from loadtest.client import Client, Result, drive, get
 from loadtest.in_process import Ceiling
-from loadtest.loads import IMAGES, LOADS, STREAM, Load, Target, image_requests, requests
+from loadtest.loads import IMAGES, LOADS, STREAM, Load, Target, image_requests, key, requests
 from loadtest.report import Row, row
 from loadtest.rounds import Progress, alternate, combine, ratio
 from loadtest.service import serve
@@ -122,6 +123,44 @@ def ceiling(
         )
     progress.close()
     return rows
+
+
+def padding(target: Target, pairs: Sequence[tuple[str, int]], seconds: float) -> list[Row]:
+    """How many of the tokens that the engine computes under a load are padding, by the service's
+    own counters.
+
+    Raises: OSError when it has none.
+    """
+    progress, rows = Progress(len(pairs)), []
+    for name, connections in pairs:
+        progress(f"{name} at {connections} connections")
+        before = _tokens(target)
+        result = one(target, name, connections, 1, seconds)
+        real, padded = (after - at for after, at in zip(_tokens(target), before))
+        rows.append(
+            {
+                "load": f"{name}-c{connections}",
+                "rate": result.rate,
+                "real_tokens": real,
+                "padded_tokens": padded,
+                "wasted": 1 - real / padded,
+            }
+        )
+    progress.close()
+    return rows
+
+
+def _tokens(target: Target) -> tuple[int, int]:
+    """The tokens that all models have computed so far, without and with padding."""
+    status, body = get(target.url, "/metrics", headers={"X-API-Key": key()})
+    if status != 200:
+        raise OSError(f"{target.url}: /metrics answers {status}")
+    counters = re.findall(rb"^embedder_(tokens|padded_tokens)_total{.*} (\S+)$", body, re.MULTILINE)
+    real, padded = (
+        sum(int(float(value)) for name, value in counters if name == wanted)
+        for wanted in (b"tokens", b"padded_tokens")
+    )
+    return real, padded
 
 
 def fairness(target: Target, seconds: float, rounds: int, stream: Load = STREAM) -> list[Row]:

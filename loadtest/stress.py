@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import uvloop
 
-from loadtest.loads import Load, Target, some_requests
+from loadtest.loads import LOADS, STREAM, Target, some_requests
 
 
 class Report(Protocol):
@@ -45,26 +45,18 @@ def run(
 
 
 def queries(url: str) -> list[bytes]:
-    """Requests of one text of 20 words."""
-    return some_requests(Target(url), Load(20, 20, ()), 50)
+    return some_requests(Target(url), LOADS["query"], 50)
 
 
 def long_batches(url: str) -> list[bytes]:
-    """Requests of 90 texts of 250 words."""
-    return some_requests(Target(url), Load(250, 250, (), texts=90), 4)
+    """Requests that each keep the engine busy for seconds."""
+    return some_requests(Target(url), STREAM, 4)
 
 
 def mixed(url: str) -> list[bytes]:
-    """Requests of all sizes: half are queries of 10 words, then passages, pages and batches."""
-    loads = {
-        Load(10, 10, ()): 100,
-        Load(100, 100, ()): 60,
-        Load(400, 400, ()): 10,
-        Load(20, 20, (), texts=8): 10,
-        Load(10, 10, (), texts=20): 10,
-        Load(100, 100, (), texts=4): 10,
-    }
+    """Requests of all sizes in random order, half of them queries."""
+    shares = {"query": 100, "passage": 50, "mixed": 20, "long": 10, "batch32": 20}
     target = Target(url)
-    made = [each for load, number in loads.items() for each in some_requests(target, load, number)]
+    made = [each for name, n in shares.items() for each in some_requests(target, LOADS[name], n)]
     random.Random(1).shuffle(made)
     return made

@@ -15,6 +15,7 @@ from PIL import Image
 import benchmark_embeddings as command
 from conftest import NAME
 from embeddings import load_tokenizer
+from engine.bundle import Manifest
 from engine.openvino_backend import available_precisions
 from loadtest import client, in_process, loads, measures, plot, recommend, report, rounds
 from loadtest.client import Client, Result
@@ -32,6 +33,11 @@ def environment(monkeypatch: pytest.MonkeyPatch, models_dir: pathlib.Path) -> No
     monkeypatch.setenv("VECTOR_EMBEDDER_API_KEY", f"{KEY},another")
     monkeypatch.setenv("MODELS_DIR", str(models_dir))
     monkeypatch.setenv("EMBEDDING_MODEL", NAME)
+    # Short requests, so that the tests do not take long on a slow or busy machine.
+    monkeypatch.setitem(LOADS, "batch32", Load(4, 12, (4,), texts=32))
+    monkeypatch.setitem(LOADS, "long", Load(180, 220, (4,)))  # two chunks each
+    monkeypatch.setattr(in_process, "SAMPLE_TOKENS", 2_000)
+    monkeypatch.setattr(measures, "STEADY", 0.2)
 
 
 def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -126,7 +132,7 @@ class PeerServer(http.server.ThreadingHTTPServer):
 def peer(request: pytest.FixtureRequest) -> Iterator[tuple[str, type[Peer]]]:
     handler = type("Handler", (Peer,), {"habit": request.param, "answered": 0})
     with PeerServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", handler
         server.shutdown()
@@ -323,13 +329,13 @@ def test_perfect_batches_hold_every_chunk_once_and_keep_the_limits() -> None:
     assert {len(batch) for batch in ceiling.batches(1)} == {1}
 
 
-def test_padding_is_counted_in_the_batchers_own_batches(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (row,) = measured(capsys, "padding", "--loads", "mixed", *QUICK)["rows"]
+def test_padding_is_what_the_service_counts(service: Server) -> None:
+    (row,) = measures.padding(Target(service.url), [("mixed", 16)], 0.2)
     assert row["load"] == "mixed-c16" and 0 < row["real_tokens"] <= row["padded_tokens"]
-    wasted = 1 - row["real_tokens"] / row["padded_tokens"]
-    assert row["wasted"] == pytest.approx(wasted, abs=1e-4) and wasted < 0.5
+    assert row["rate"] > 0
+    assert row["wasted"] == 1 - row["real_tokens"] / row["padded_tokens"] < 0.5
+    with pytest.raises(OSError, match="/metrics answers 404"):
+        measures.padding(Target(service.url + "/v1"), [("mixed", 16)], 0.2)
 
 
 def test_queries_beside_a_stream_of_batches(service: Server) -> None:
@@ -361,19 +367,16 @@ def test_every_precision_beside_sentence_transformers(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, real_model: pathlib.Path
 ) -> None:
     file = tmp_path / "curve.png"
-    some = ["--tokens", "20", "300", "--connections", "1", "3", "--model", str(real_model)]
+    some = ["--tokens", "20", "300", "--connections", "2", "--model", str(real_model)]
     rows = measured(capsys, *some, "--plot", str(file), *SHORT)["rows"]
     sides = [*available_precisions(), in_process.REFERENCE]
     assert [(row["load"], row["connections"], row["side"]) for row in rows] == [
-        (load, company, side)
-        for load in ("20 tokens", "300 tokens")
-        for company in (1, 3)
-        for side in sides
+        (load, 2, side) for load in ("20 tokens", "300 tokens") for side in sides
     ]
     for row in rows:
         assert row["tokens"] == pytest.approx(row["rate"] * int(row["load"].split()[0]), rel=0.01)
         assert row["failed"] == 0 and row["ratio"] > 0 and 0 < row["p50"] <= row["p99"]
-    assert [row["ratio"] for row in rows if row["side"] == in_process.REFERENCE] == [1.0] * 4
+    assert [row["ratio"] for row in rows if row["side"] == in_process.REFERENCE] == [1.0] * 2
     assert file.exists()
 
 
@@ -394,10 +397,15 @@ def test_pictures_too_where_the_model_takes_them(
     assert {"tokens": None, "failed": 0}.items() <= pictures[0].items() and pictures[0]["rate"] > 0
 
 
-@pytest.mark.usefixtures("torch_child")
-def test_a_model_that_is_not_there_is_one_line(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(SystemExit, match="cannot measure: sentence-transformers: "):
-        command.main(["--model", str(tmp_path / "none"), *QUICK])
+def test_a_model_that_was_asked_for_and_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(manifest: Manifest, model: str | None) -> None:
+        raise OSError(f"no {model}")
+
+    monkeypatch.setattr(command, "Reference", fail)
+    with pytest.raises(SystemExit, match="cannot measure: no such/model"):
+        command.main(["--model", "such/model", *QUICK])
 
 
 @pytest.mark.usefixtures("torch_child")
@@ -481,18 +489,25 @@ def test_a_limit_that_nothing_keeps_is_said() -> None:
 
 
 def test_recommended_from_what_is_measured_here(
-    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
-    file = tmp_path / "settings.png"
+    """At one precision: every other one takes another start."""
+    monkeypatch.setattr(recommend, "precisions", lambda bundle: ["fp32"])
+    file = tmp_path / "curves.png"
     few = ["--loads", "query", "--connections", "1", "2", "--plot", str(file), "--p99", "60000"]
-    command.main(["--recommend", *few, *QUICK, "--json"])
-    answer = json.loads(capsys.readouterr().out)
+    answer = measured(capsys, "--recommend", *few, *QUICK)
     rows, cores = answer["rows"], len(available())
-    assert {row["precision"] for row in rows} == set(available_precisions())
     assert {row["cores"] for row in rows} >= {cores, 1}
+    assert {row["workers"] for row in rows} == {1, cores}
     assert all(row["failed"] == 0 and row["rate"] > 0 and row["rss"] > 50 for row in rows)
     recommended = answer["recommended"]
-    assert recommended["kept"] and recommended["precision"] != "int8"
+    assert recommended["kept"] and recommended["precision"] == "fp32"
     assert recommended["rate"] in [pytest.approx(row["rate"], rel=1e-3) for row in rows]
     assert recommended["command"].startswith("gcloud run deploy … --cpu ")
     assert file.exists()
+
+
+def test_a_service_that_fails_requests_everywhere_is_not_recommended() -> None:
+    failing = Setting(1, 1, "fp32", 250.0, (Point(1, 1.0, 1.0, 1.0, failed=1),))
+    with pytest.raises(ValueError, match="no setting answered every request"):
+        recommend.recommend([failing], PARITY, 500.0)
