@@ -15,8 +15,6 @@ from loadtest import stress
 from loadtest.client import Connection, Outcomes, clients
 from loadtest.service import Service, serve
 
-PATIENCE = 20.0  # seconds
-
 
 class Report(NamedTuple):
     opened: list[int]  # connections of each worker
@@ -39,21 +37,9 @@ class Report(NamedTuple):
         )
 
 
-async def all_serving(service: Service, workers: int) -> None:
-    """Wait until every worker serves: the service is ready with the first one.
-
-    Raises: RuntimeError, with the log, after PATIENCE.
-    """
-    for _ in range(int(PATIENCE * 20)):
-        if service.log.count(" main: serving ") >= workers:
-            return
-        await asyncio.sleep(0.05)
-    raise RuntimeError(f"not all workers serve: {service.log}")
-
-
 async def settled(service: Service, connections: int) -> list[int]:
     """Connections of each worker, once all are there and balanced, or after PATIENCE."""
-    for _ in range(int(PATIENCE * 10)):
+    for _ in range(int(stress.PATIENCE * 10)):
         await asyncio.sleep(0.1)
         held = list(service.connections().values())
         if sum(held) == connections and max(held) - min(held) <= 4:
@@ -63,9 +49,10 @@ async def settled(service: Service, connections: int) -> list[int]:
 
 async def balance(*, connections: int, workers: int, seconds: float, **environ: str) -> Report:
     """Open connections, use them for some seconds, kill a worker, use them again."""
-    outcomes, variables = Outcomes(), {"WEB_CONCURRENCY": str(workers), "LOG_LEVEL": "info"}
-    with serve({**variables, **environ}) as service:
-        await all_serving(service, workers)
+    outcomes = Outcomes()
+    variables = {"WEB_CONCURRENCY": str(workers), "LOG_LEVEL": "info", **environ}
+    with serve(variables) as service:
+        await stress.all_serving(service, workers)
         idle = await asyncio.gather(*(Connection.connect(service.url) for _ in range(connections)))
         opened = await settled(service, connections)
         for connection in idle:

@@ -59,9 +59,8 @@ class Outcomes(list[Outcome]):
         return percentile([each.seconds for each in self if each.what == status], percent)
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{what}: {count}" for what, count in sorted(self.counts().items(), key=str)
-        )
+        counts = sorted(self.counts().items(), key=str)
+        return "\n".join(f"{what}: {count}" for what, count in counts)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -98,7 +97,8 @@ class Connection(asyncio.Protocol):
         self._received = self._retry_after = False
         self._sent = time.perf_counter()
         timer = loop.call_later(timeout, self._settle, TIMED_OUT)
-        self._transport.write(request)
+        if self.open:
+            self._transport.write(request)
         if not self.open:
             self._settle(CLOSED)
         try:
@@ -255,9 +255,8 @@ async def open_loop(
 
 
 class Client(NamedTuple):
-    """A closed loop on each of so many connections to one service; all send from `requests`."""
+    """A closed loop on each of so many connections; all take the next of `requests`."""
 
-    url: str
     requests: Iterator[bytes]
     connections: int
     units: int = 1  # texts or pictures in a request
@@ -280,25 +279,29 @@ class Result(NamedTuple):
         return percentile(self.latencies, 99)
 
 
-def drive(clients: Sequence[Client], seconds: float) -> list[Result]:
-    """Let all clients send for some seconds at the same time.
+def drive(url: str, clients: Sequence[Client], seconds: float) -> list[Result]:
+    """Let all clients send to one service for some seconds at the same time.
 
     They go on until the last request sent within the time is answered, so that the load is full for
     every response that counts. A request under way when the time ends counts by the share of its
-    duration that lies within the time. A request that meets the end of a kept connection is sent
-    again on a new one.
+    duration that lies within the time. A request that meets the end of a kept connection does not
+    count; the client connects again.
 
     Returns: one result a client.
-    Raises: OSError when a service cannot be reached, does not answer or breaks off a response.
+    Raises: OSError when the service cannot be reached, does not answer or breaks off a response.
     """
-    by_client, deadline, cpu = uvloop.run(_drive(clients, seconds))
+    try:
+        by_client, deadline, cpu = uvloop.run(_drive(url, clients, seconds))
+    except OSError as error:
+        raise OSError(f"{url}: {error}") from None
     cpu_each = cpu * 1e3 / sum(map(len, by_client))
     results = []
     for client, outcomes in zip(clients, by_client):
         counts = outcomes.counts()
+        unanswered = not any(isinstance(what, int) for what in counts)
         for what in counts:
-            if what in (REFUSED, BROKEN, TIMED_OUT) or all(isinstance(key, str) for key in counts):
-                raise OSError(f"{client.url}: {what}")
+            if unanswered or what in (REFUSED, BROKEN, TIMED_OUT):
+                raise OSError(f"{url}: {what}")
         counted = [each for each in outcomes if each.sent < deadline and isinstance(each.what, int)]
         good = [each for each in counted if each.what == 200]
         shares = sum((min(each.done, deadline) - each.sent) / each.seconds for each in good)
@@ -308,27 +311,27 @@ def drive(clients: Sequence[Client], seconds: float) -> list[Result]:
     return results
 
 
-async def _drive(clients: Sequence[Client], seconds: float) -> tuple[list[Outcomes], float, float]:
+async def _drive(
+    url: str, clients: Sequence[Client], seconds: float
+) -> tuple[list[Outcomes], float, float]:
     """Returns: each client's outcomes, the end of the time, and the processor time in seconds."""
-    owners = [number for number, client in enumerate(clients) for _ in range(client.connections)]
-    connections = [await Connection.connect(clients[owner].url) for owner in owners]
-    by_connection, until = [Outcomes() for _ in owners], asyncio.Event()
+    until, loops = asyncio.Event(), []
+    by_connection: list[list[Outcomes]] = []
+    for client in clients:
+        by_connection.append([Outcomes() for _ in range(client.connections)])
+        for own in by_connection[-1]:
+            connection = await Connection.connect(url)
+            loops.append(closed_loop(url, client.requests, own, until, connection=connection))
     cpu, deadline = time.thread_time(), time.perf_counter() + seconds
-    loops = [
-        closed_loop(clients[owner].url, clients[owner].requests, own, until, connection=connection)
-        for owner, own, connection in zip(owners, by_connection, connections)
-    ]
     running = asyncio.gather(*loops)
     await asyncio.sleep(seconds)
     # Every connection has one request under way at the deadline.
-    while not all(own and own[-1].done >= deadline for own in by_connection):
+    while not all(own and own[-1].done >= deadline for all_own in by_connection for own in all_own):
         await asyncio.sleep(0.002)
     until.set()
     await running
-    cpu, by_client = time.thread_time() - cpu, [Outcomes() for _ in clients]
-    for owner, own in zip(owners, by_connection):
-        by_client[owner] += own
-    return by_client, deadline, cpu
+    cpu = time.thread_time() - cpu
+    return [Outcomes(itertools.chain(*all_own)) for all_own in by_connection], deadline, cpu
 
 
 def get(

@@ -156,17 +156,6 @@ def embedders(options: Settings, bundle: Bundle, queue: Batcher) -> dict[str, Em
     return made
 
 
-def embed_calls(
-    embedder: TextEmbedder | ImageEmbedder, requests: Sequence[Sequence[Any]]
-) -> Callable[[int], None]:
-    """A function that embeds the requests in turn."""
-
-    def call(number: int) -> None:
-        embedder.embed(requests[number % len(requests)], deadline=time.monotonic() + DEADLINE)
-
-    return call
-
-
 def speed(
     options: Settings,
     bundle: Bundle,
@@ -185,8 +174,9 @@ def speed(
     queue = batcher(options)
     queue.start()
     made = embedders(options, bundle, queue)
-    pictures = "image" in bundle.manifest.modalities
-    loads: list[int | None] = [*lengths, *([None] * pictures)]  # tokens; None for pictures
+    loads: list[int | None] = [*lengths]  # tokens; None for pictures
+    if "image" in bundle.manifest.modalities:
+        loads.append(None)
     progress, rows = Progress(len(loads) * len(concurrencies) * (rounds + 1)), []
     for tokens in loads:
         sides = _text_sides(bundle, made, reference, tokens) if tokens else {}
@@ -213,12 +203,7 @@ def _text_sides(
 ) -> dict[str, Side]:
     tokenizer, _, _ = load_tokenizer(bundle)
     sent = exact_texts(lambda text: len(tokenizer.encode(text).ids), tokens, TEXTS)
-    sides: dict[str, Side] = {
-        precision: functools.partial(
-            call_repeatedly, embed_calls(each.texts, [[text] for text in sent])
-        )
-        for precision, each in made.items()
-    }
+    sides = {name: _side(each.texts, sent) for name, each in made.items()}
     if reference:
         split = next(iter(made.values())).texts.chunk
         pieces = [[text[c.start : c.end] for c in split([text])[0]] for text in sent]
@@ -227,12 +212,18 @@ def _text_sides(
 
 
 def _image_sides(made: dict[str, Embedders], reference: Reference | None) -> dict[str, Side]:
-    files, sides = images(16), dict[str, Side]()
-    for precision, each in made.items():
-        assert each.images
-        sides[precision] = functools.partial(
-            call_repeatedly, embed_calls(each.images, [[file] for file in files])
-        )
+    files = images(16)
+    sides = {name: _side(each.images, files) for name, each in made.items() if each.images}
     if reference:
         sides[REFERENCE] = functools.partial(reference.images, files)
     return sides
+
+
+def _side(embedder: TextEmbedder | ImageEmbedder, inputs: Sequence[Any]) -> Side:
+    """A caller that embeds the inputs in turn, one a call."""
+
+    def embed(number: int) -> None:
+        one = inputs[number % len(inputs)]
+        embedder.embed([one], deadline=time.monotonic() + DEADLINE)
+
+    return functools.partial(call_repeatedly, embed)

@@ -49,7 +49,9 @@ async def kill(
 ) -> Report:
     """Kill the worker that holds most connections, every `seconds`."""
     outcomes, held, killed_at = Outcomes(), [], []
-    with serve({"WEB_CONCURRENCY": str(workers), **environ}) as service:
+    variables = {"WEB_CONCURRENCY": str(workers), "LOG_LEVEL": "info", **environ}
+    with serve(variables) as service:
+        await stress.all_serving(service, workers)
         async with clients(service.url, stress.queries(service.url), outcomes, connections):
             for _ in range(kills):
                 await asyncio.sleep(seconds)

@@ -77,10 +77,10 @@ def http(
 def one(target: Target, name: str, connections: int, seed: int, seconds: float) -> Result:
     """One round of one load."""
     if name == IMAGES:
-        return drive([Client(target.url, image_requests(target), connections)], seconds)[0]
+        return drive(target.url, [Client(image_requests(target), connections)], seconds)[0]
     load = LOADS[name]
-    client = Client(target.url, requests(target, load, seed), connections, load.texts)
-    return drive([client], seconds * load.times)[0]
+    client = Client(requests(target, load, seed), connections, load.texts)
+    return drive(target.url, [client], seconds * load.times)[0]
 
 
 def ceiling(
@@ -169,17 +169,17 @@ def fairness(target: Target, seconds: float, rounds: int, stream: Load = STREAM)
     """
 
     def client(load: Load, seed: int) -> Client:
-        return Client(target.url, requests(target, load, seed), 1, load.texts)
+        return Client(requests(target, load, seed), 1, load.texts)
 
     def queries(seed: int, seconds: float) -> list[Result]:
-        return drive([client(LOADS["query"], seed)], seconds)
+        return drive(target.url, [client(LOADS["query"], seed)], seconds)
 
     def batches(seed: int, seconds: float) -> list[Result]:
-        return drive([client(stream, seed)], seconds * stream.times)
+        return drive(target.url, [client(stream, seed)], seconds * stream.times)
 
     def both(seed: int, seconds: float) -> list[Result]:
         clients = [client(stream, seed), client(LOADS["query"], seed)]
-        return drive(clients, seconds * stream.times)
+        return drive(target.url, clients, seconds * stream.times)
 
     progress = Progress(rounds + 1)
     sides = {"queries": queries, "batches": batches, "both": both}
@@ -215,9 +215,9 @@ def start(starts: int) -> list[Row]:
         with serve() as running:
             queries = requests(Target(running.url), LOADS["query"], number)
             # The first text is made before its time begins: the generator's own start is slow.
-            client = Client(running.url, itertools.chain([next(queries)], queries), 1)
-            (first,) = drive([client], 0.001)
-            (later,) = drive([client], STEADY)
+            client = Client(itertools.chain([next(queries)], queries), 1)
+            (first,) = drive(running.url, [client], 0.001)
+            (later,) = drive(running.url, [client], STEADY)
             memory = running.memory()
             failed += first.failed + later.failed
         latency = first.latencies[0] if first.latencies else 0.0

@@ -112,8 +112,10 @@ class Service:
         rows = [line.split() for line in _read("/proc/net/tcp").splitlines()[1:]]
         inodes = {row[9] for row in rows if row[3] == _TCP_ESTABLISHED and row[1].endswith(port)}
         for pid in self.workers():
-            links = pathlib.Path(f"/proc/{pid}/fd").iterdir()
-            held[pid] = sum(os.readlink(link)[8:-1] in inodes for link in links)  # socket:[inode]
+            held[pid] = 0
+            with contextlib.suppress(OSError):  # it has ended
+                for link in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+                    held[pid] += os.readlink(link)[8:-1] in inodes  # socket:[inode]
         return held
 
     def memory(self) -> tuple[float, float]:

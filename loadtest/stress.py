@@ -1,6 +1,7 @@
-"""The command line and the requests that the stress commands share."""
+"""What the stress commands share: command line, start of all workers, requests."""
 
 import argparse
+import asyncio
 import random
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -9,6 +10,9 @@ from typing import Any, Protocol
 import uvloop
 
 from loadtest.loads import LOADS, STREAM, Target, some_requests
+from loadtest.service import Service
+
+PATIENCE = 20.0  # seconds
 
 
 class Report(Protocol):
@@ -42,6 +46,18 @@ def run(
     report = uvloop.run(command(**vars(parser.parse_args(arguments))))
     print(report)
     sys.exit(not report.good)
+
+
+async def all_serving(service: Service, workers: int) -> None:
+    """Wait until every worker serves: the service is ready with the first one.
+
+    Raises: RuntimeError, with the log, after PATIENCE.
+    """
+    for _ in range(int(PATIENCE * 20)):
+        if service.log.count(" main: serving ") >= workers:
+            return
+        await asyncio.sleep(0.05)
+    raise RuntimeError(f"not all workers serve: {service.log}")
 
 
 def queries(url: str) -> list[bytes]:

@@ -3,9 +3,9 @@ them), against a plain Flask + sentence-transformers service on the same cores.
 
     PYTHONPATH=$PWD python tests/compare_image_speed.py FOLDER [rounds]
 
-Both services run all the time, and rounds alternate, so that what else the machine does hits both.
-Processor seconds are stated too: a busy machine serves the one with more threads better.
-FOLDER keeps the model and its bundle. Run by hand; takes some minutes.
+Both services run all the time and rounds alternate, so that other load on the machine affects both.
+Processor seconds are printed too, since a busy machine favours the service with more threads.
+FOLDER keeps the model and its bundle. Run it by hand; it takes some minutes.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""benchmark_embeddings.py: what it sends is answered, what it prints is what it measured."""
+"""benchmark_embeddings.py and its parts in loadtest/: what they send, measure and print."""
 
 import functools
 import http.server
@@ -141,12 +141,12 @@ def peer(request: pytest.FixtureRequest) -> Iterator[tuple[str, type[Peer]]]:
 
 def test_peers_of_all_habits(peer: tuple[str, type[Peer]]) -> None:
     url, handler = peer
-    some = Client(url, loads.requests(Target(url), LOADS["batch32"], 1), 3, units=32)
+    some = Client(loads.requests(Target(url), LOADS["batch32"], 1), 3, units=32)
     if handler.habit == "broken":
         with pytest.raises(OSError, match=f"{url}: closed in the middle of a response"):
-            client.drive([some], 0.2)
+            client.drive(url, [some], 0.2)
         return
-    (result,) = client.drive([some], 0.2)
+    (result,) = client.drive(url, [some], 0.2)
     assert result.failed == 0 and 0 < result.p50 <= result.p99
     assert 3 <= len(result.latencies) <= handler.answered
     # Requests that were under way when the time ended count in part.
@@ -155,9 +155,9 @@ def test_peers_of_all_habits(peer: tuple[str, type[Peer]]) -> None:
 
 def test_clients_of_different_kinds_at_the_same_time(service: Server) -> None:
     target = Target(service.url)
-    large = Client(service.url, loads.requests(target, LOADS["batch32"], 1), 1, 32)
-    small = Client(service.url, loads.requests(target, LOADS["query"], 2), 2)
-    results = client.drive([large, small], 0.5)
+    large = Client(loads.requests(target, LOADS["batch32"], 1), 1, 32)
+    small = Client(loads.requests(target, LOADS["query"], 2), 2)
+    results = client.drive(service.url, [large, small], 0.5)
     assert all(result.failed == 0 and result.rate > 0 for result in results)
     assert results[0].p50 > results[1].p50
 

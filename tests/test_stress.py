@@ -17,7 +17,7 @@ import uvloop
 
 from api.worker import MAX_TASK_BODY
 from conftest import WIDE
-from loadtest import balance, drain, kill, overload
+from loadtest import balance, drain, kill, overload, stress
 from loadtest.client import CLOSED, REFUSED
 from servers import KEY, Server, serve
 
@@ -75,11 +75,14 @@ def send() -> Iterator[Send]:
 # The commands
 
 
-def test_restarts_under_load_lose_nothing(models_dir: pathlib.Path) -> None:
+def test_restarts_under_load_lose_nothing(
+    models_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stress, "mixed", stress.queries)  # short, so that any machine can stop
     command = drain.drain(restarts=2, connections=12, seconds=0.5, MODELS_DIR=str(models_dir))
     report = uvloop.run(command)
     assert report.good, str(report)
-    assert set(report.outcomes.counts()) <= {200, REFUSED, CLOSED}
+    assert set(report.outcomes.counts()) <= {200, 429, 503, REFUSED, CLOSED}
 
 
 def test_a_killed_worker_takes_only_its_own_requests(models_dir: pathlib.Path) -> None:
