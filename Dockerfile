@@ -71,7 +71,7 @@ COPY main.py settings.py gunicorn.conf.py embeddings.py tokens.py chunks.py imag
 COPY engine engine
 COPY --from=bake /app/engine/encoder/encoder.so engine/encoder/
 COPY api api
-COPY benchmark benchmark
+COPY loadtest loadtest
 RUN python -m compileall -q --invalidation-mode unchecked-hash .
 ENV PATH=/opt/venv/bin:$PATH
 USER 10001:10001

@@ -7,7 +7,7 @@ NAME ?= $(notdir $(patsubst %/,%,$(MODEL)))
 BAKE_OPTIONS ?=
 MODELS_DIR ?= models
 bin = $(VENV)/bin
-sources = *.py api bake benchmark engine stress tests
+sources = *.py api bake engine loadtest tests
 
 .PHONY: run bake test lint format clean
 
@@ -56,7 +56,7 @@ $(VENV)/.run: requirements.txt requirements-serve.txt
 	$(bin)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements-dev.txt $(VENV)/.run
+$(VENV)/.test: requirements-dev.txt requirements-plot.txt $(VENV)/.run
 	$(bin)/pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -1,14 +1,14 @@
-"""How fast it is on this machine, and what to deploy it with.
+"""Measure how fast the service is on this machine, and how to deploy it.
 
     python benchmark_embeddings.py [WHAT] [--url URL] [--json] [--plot FILE.png] …
 
 WHAT is one of
   texts      (the default) texts of exactly 200, 500 and 1000 tokens, and pictures where the model
-             takes them, one at a time and in company, at each precision, in this process, beside
-             sentence-transformers; with --url a running service over HTTP, alone or --against
-             another in alternating rounds
-  ceiling    what a service gives of what the engine alone can do with the same texts
-  padding    how much of what the engine computes is padding, and wasted
+             takes them, by one caller and by 16 at a time, at each precision, in this process,
+             beside sentence-transformers; with --url a running service over HTTP, alone or
+             --against another in alternating rounds
+  ceiling    served texts as a share of what the engine alone does with the same texts
+  padding    the share of padding in what the engine computes
   fairness   a client's single queries while another sends large batches one after another
   start      from the start of the process to ready, memory, first request, exit
   recommend  CPU, memory, concurrency, workers and precision for Cloud Run (also: --recommend)
@@ -21,30 +21,31 @@ Loads over HTTP are closed loops of random texts, all different: query (8-18 wor
 
 import argparse
 import contextlib
+import importlib.util
 import pathlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-from benchmark import advice, in_process, measures, report
-from benchmark.advice import Advice
-from benchmark.loads import DIALECTS, IMAGES, LOADS, Target
-from benchmark.plain import Plain
-from benchmark.plot import plot
-from benchmark.report import Row
-from benchmark.service import available, service
 from engine.bundle import Manifest
 from engine.errors import EmbedderError
+from loadtest import in_process, measures, recommend, report
+from loadtest.loads import DIALECTS, IMAGES, LOADS, Target
+from loadtest.plot import plot
+from loadtest.recommend import Advice
+from loadtest.reference import Reference
+from loadtest.report import Row
+from loadtest.service import available, serve
 from settings import SettingsError
 
 WHATS = ("texts", "ceiling", "padding", "fairness", "start", "recommend")
 PLOTTED = ("texts", "recommend")
-LOAD = "mixed"  # that `recommend` looks at, unless told otherwise
-CURVE = [1, 2, 4, 8, 16, 32, 64]
+RECOMMEND_LOAD = "mixed"
+RECOMMEND_CONNECTIONS = [1, 2, 4, 8, 16, 32, 64]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Exits with 2 and its usage where that makes no sense."""
+    """The command line. Exits with 2 and a line where it makes no sense."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,17 +53,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("what", nargs="?", choices=WHATS, default="texts", metavar="WHAT")
     add("--recommend", action="store_true", help="as WHAT")
     add("--url", help="measure this running service")
-    add("--dialect", choices=DIALECTS, default="native", help="that --url speaks")
-    add("--path", help="of its route, where it is not the dialect's own")
-    add("--model-name", default="model", help="sent where a dialect wants one")
-    add("--against", metavar="URL", help="and this one, in alternating rounds; states the ratio")
+    add("--dialect", choices=DIALECTS, default="native", help="of --url")
+    add("--path", help="instead of the dialect's own route")
+    add("--model-name", default="model", help="sent where a dialect requires one")
+    add("--against", metavar="URL", help="compare with this service")
     add("--against-dialect", choices=DIALECTS, default="native")
     add("--against-path")
     add("--model", help="for sentence-transformers: folder or name; default: the bundle's source")
     add("--tokens", type=_positive, nargs="+", default=[200, 500, 1000], help="in process")
-    add("--loads", nargs="+", default=[], metavar="LOAD", help="some only, as query or query-c16")
+    add("--loads", nargs="+", default=[], metavar="LOAD", help="only these, as query or query-c16")
     add("--connections", type=_positive, nargs="+", help="at a time: 1 16; recommend: 1 to 64")
-    add("--p99", type=float, default=500.0, help="ms, what recommend has to keep (default 500)")
+    add("--p99", type=float, default=500.0, help="ms, the limit for recommend (default 500)")
     add("--seconds", type=float, default=2.0, help="of a round (default 2; slow loads take more)")
     add("--rounds", type=_positive, help="default 3; start: 10; recommend: 1")
     add("--json", action="store_true", help="print JSON")
@@ -71,7 +72,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.what = "recommend" if options.recommend else options.what
     defaults = {"start": 10, "recommend": 1}
     options.rounds = options.rounds or defaults.get(options.what, 3)
-    options.connections = options.connections or (CURVE if options.what == "recommend" else [1, 16])
+    usual = RECOMMEND_CONNECTIONS if options.what == "recommend" else [1, 16]
+    options.connections = options.connections or usual
     known = [*LOADS, IMAGES]
     if options.what in ("ceiling", "padding"):
         known = [*LOADS, *(f"{name}-c{number}" for name, number in measures.usual_loads())]
@@ -80,6 +82,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no load {unknown[0]!r}; there is: {', '.join(known)}")
     if options.plot and options.what not in PLOTTED:
         parser.error(f"--plot draws {' and '.join(PLOTTED)}")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.exit(2, "--plot needs matplotlib: pip install -r requirements-plot.txt\n")
     if options.against and not (options.url and options.what == "texts"):
         parser.error("--against needs --url, and compares texts")
     if options.url and options.what in ("padding", "start", "recommend"):
@@ -108,49 +112,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print(f"{options.what}: {conditions}\n\n{report.table(rows)}")
     if advised:
-        print("\n" + advice.text(advised, len(available())))
+        print("\n" + recommend.text(advised, len(available())))
 
 
 def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]:
-    """Returns: on what was measured, the rows, and for `recommend` the advice."""
+    """Returns: the machine and model, the rows, and for `recommend` the advice."""
     what, seconds, rounds = options.what, options.seconds, options.rounds
     if options.url and what != "ceiling":
         target = Target(options.url, options.dialect, options.path, options.model_name)
         if what == "fairness":
             return f"client on {report.machine()}", measures.fairness(target, seconds, rounds), None
-        other = None
+        targets = [target]
         if options.against:
             dialect, path = options.against_dialect, options.against_path
-            other = Target(options.against, dialect, path, options.model_name)
+            targets.append(Target(options.against, dialect, path, options.model_name))
         loads = measures.http_loads(options.loads, options.connections, target)
-        rows = measures.http(target, other, loads, seconds, rounds)
+        rows = measures.http(targets, loads, seconds, rounds)
         return f"client on {report.machine()}", rows, None
     settings = in_process.settings()
     bundle = in_process.default_bundle(settings)
     conditions = f"{bundle.manifest.name}, {report.machine()}"
     pairs, advised = measures.usual_loads(options.loads), None
     if what == "texts":
-        with _plain(bundle.manifest, options.model) as plain:
+        with _reference(bundle.manifest, options.model) as reference:
             rows = in_process.speed(
-                settings, bundle, plain, options.tokens, options.connections, seconds, rounds
+                settings, bundle, reference, options.tokens, options.connections, seconds, rounds
             )
     elif what == "ceiling":
         ceilings = in_process.ceilings(settings, bundle, {name: LOADS[name] for name, _ in pairs})
         with _target(options) as target:
             rows = measures.ceiling(target, ceilings, pairs, seconds, rounds)
     elif what == "padding":
-        company = [pair for pair in pairs if pair[1] > 1]
-        rows = in_process.padding(settings, bundle, company, seconds)
+        several = [pair for pair in pairs if pair[1] > 1]
+        with _target(options) as target:
+            rows = measures.padding(target, several, seconds)
     elif what == "fairness":
         with _target(options) as target:
             rows = measures.fairness(target, seconds, rounds)
     elif what == "start":
         rows = measures.start(rounds)
     else:
-        load = options.loads[0] if options.loads else LOAD
-        curves = advice.measure(bundle, load, options.connections, seconds, rounds)
-        rows = advice.rows(curves, load)
-        advised = advice.recommend(curves, advice.parity(bundle), options.p99)
+        load = options.loads[0] if options.loads else RECOMMEND_LOAD
+        measured = recommend.measure(bundle, load, options.connections, seconds, rounds)
+        rows = recommend.rows(measured, load)
+        advised = recommend.recommend(measured, recommend.parity(bundle), options.p99)
     return conditions, rows, advised
 
 
@@ -160,23 +165,25 @@ def _target(options: argparse.Namespace) -> Iterator[Target]:
     if options.url:
         yield Target(options.url, options.dialect, options.path, options.model_name)
     else:
-        with service() as running:
+        with serve() as running:
             yield Target(running.url)
 
 
 @contextlib.contextmanager
-def _plain(manifest: Manifest, model: str | None) -> Iterator[Plain | None]:
-    """sentence-transformers; None, and a word on stderr, where it is not there and nobody asked."""
+def _reference(manifest: Manifest, model: str | None) -> Iterator[Reference | None]:
+    """sentence-transformers. Unless a model was asked for, None and a line on stderr where it is
+    not installed or has no such model.
+    """
     try:
-        plain = Plain(manifest, model)
+        reference = Reference(manifest, model)
     except OSError as error:
         if model:
             raise
         print(f"without sentence-transformers beside it: {error}", file=sys.stderr)
         yield None
         return
-    with contextlib.closing(plain):
-        yield plain
+    with contextlib.closing(reference):
+        yield reference
 
 
 if __name__ == "__main__":

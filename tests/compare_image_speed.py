@@ -3,9 +3,9 @@ them), against a plain Flask + sentence-transformers service on the same cores.
 
     PYTHONPATH=$PWD python tests/compare_image_speed.py FOLDER [rounds]
 
-Both services run all the time, and rounds alternate, so that what else the machine does hits both.
-Processor seconds are stated too: a busy machine serves the one with more threads better.
-FOLDER keeps the model and its bundle. Run by hand; takes some minutes.
+Both services run all the time and rounds alternate, so that other load on the machine affects both.
+Processor seconds are printed too, since a busy machine favours the service with more threads.
+FOLDER keeps the model and its bundle. Run it by hand; it takes some minutes.
 """
 
 import io
@@ -18,10 +18,11 @@ from typing import Any
 
 from PIL import Image
 
-from benchmark import measures
-from benchmark.loads import IMAGES, Target
-from benchmark.report import table
-from benchmark.traffic import get
+from loadtest import measures
+from loadtest.client import get
+from loadtest.loads import IMAGES, Target
+from loadtest.report import table
+from loadtest.service import children, cpu_seconds
 from servers import KEY, ROOT, free_port, serve
 
 CONNECTIONS, SECONDS = 8, 4.0
@@ -58,14 +59,9 @@ def save_model(folder: pathlib.Path) -> None:
     tiny_clip.assemble(folder, model, words, tiny_clip.image_processor(224), legacy=True)
 
 
-def cpu_seconds(pid: int) -> float:
-    """Of a process's children, gunicorn's workers."""
-    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    ticks = 0
-    for child in children:
-        fields = pathlib.Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+def used(pid: int) -> float:
+    """Processor time of gunicorn's workers."""
+    return sum(map(cpu_seconds, children(pid)))
 
 
 def main(folder: pathlib.Path, rounds: int) -> None:
@@ -94,15 +90,12 @@ def main(folder: pathlib.Path, rounds: int) -> None:
                     break
                 except OSError:
                     time.sleep(0.5)
-            used = [cpu_seconds(server.process.pid), cpu_seconds(other.pid)]
-            sides, loads = (Target(server.url), Target(against)), [(IMAGES, CONNECTIONS)]
-            rows = measures.http(*sides, loads, SECONDS, rounds)
-            used = [
-                cpu_seconds(server.process.pid) - used[0],
-                cpu_seconds(other.pid) - used[1],
-            ]
+            before = [used(server.process.pid), used(other.pid)]
+            sides, loads = [Target(server.url), Target(against)], [(IMAGES, CONNECTIONS)]
+            rows = measures.http(sides, loads, SECONDS, rounds)
+            here, there = used(server.process.pid) - before[0], used(other.pid) - before[1]
             print(f"{precision}:\n{table(rows)}")
-            print(f"processor time in all: here {used[0]:.1f} s, plain {used[1]:.1f} s")
+            print(f"processor time in all: here {here:.1f} s, plain {there:.1f} s")
     finally:
         other.terminate()
         other.wait()

@@ -1,5 +1,5 @@
-"""The service with routes that fail as none of its own should, for tests of its log. It is started
-in gunicorn's place.
+"""The service with three more routes, which raise errors and print, for tests of its log. It is
+started instead of gunicorn: `serve(…, prefix=[python, failing_service.py])`.
 """
 
 import logging

@@ -1,41 +1,44 @@
-"""Real gunicorn processes for the tests."""
+"""Services that the tests start, with a client that sends the key."""
 
 import contextlib
-import os
 import pathlib
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-ROOT = pathlib.Path(__file__).parent.parent
+from loadtest.service import ROOT, Service, free_port
+
+__all__ = ["KEY", "ROOT", "Server", "free_port", "launch", "letters", "serve", "wait_ready"]
 KEY = "test-key"
-START_TIMEOUT = 60
+START_TIMEOUT = 60.0  # seconds
 
 
-@dataclass
-class Server:
-    """A running service. `client` sends the key; `http()` opens a raw socket."""
+class Server(Service):
+    """A service. `client` sends the key; `http()` opens a raw socket."""
 
-    process: "subprocess.Popen[bytes]"
-    port: int
-    log_path: pathlib.Path
-    client: httpx.Client
+    def __init__(
+        self,
+        models_dir: pathlib.Path,
+        log_path: pathlib.Path,
+        port: int | None = None,
+        prefix: Sequence[str] = (),
+        **env: str,
+    ) -> None:
+        env = {"MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY, **env}
+        super().__init__(log_path, env, port=port, prefix=prefix)
+        self.client = httpx.Client(
+            base_url=self.url, headers={"X-API-Key": KEY}, timeout=60, trust_env=False
+        )
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text()
+    def is_ready(self) -> bool:
+        try:
+            return self.client.get("/health/ready").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def post(self, path: str, body: Any = None, **kwargs: Any) -> httpx.Response:
         if body is not None:
@@ -60,75 +63,37 @@ def letters(count: int) -> str:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def launch(
-    models_dir: pathlib.Path,
-    log_path: pathlib.Path,
-    port: int,
-    prefix: Sequence[str] = (),
-    **env: str,
+    models_dir: pathlib.Path, log_path: pathlib.Path, port: int, **env: str
 ) -> "subprocess.Popen[bytes]":
-    """Start the service as the README does. Nothing is waited for."""
-    environ = {
-        **os.environ,
-        "MODELS_DIR": str(models_dir),
-        "PORT": str(port),
-        "VECTOR_EMBEDDER_API_KEY": KEY,
-        **env,
-    }
-    with log_path.open("wb") as log:
-        return subprocess.Popen(
-            [*prefix, sys.executable, "-m", "gunicorn", "main:app"],
-            cwd=ROOT,
-            env=environ,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    """The process of a service that is expected to end by itself. Nothing is waited for."""
+    server = Server(models_dir, log_path, port, **env)
+    server.client.close()
+    return server.process
 
 
 @contextlib.contextmanager
 def serve(
     models_dir: pathlib.Path, *, wait: bool = True, prefix: Sequence[str] = (), **env: str
 ) -> Iterator[Server]:
-    """A service on a free port, ready unless `wait` is False, stopped by SIGTERM at the end.
+    """A service on a free port, ready unless `wait` is False, stopped at the end.
 
     `prefix` is a command that runs the service's.
     """
-    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        log_path = pathlib.Path(folder) / "log"
-        process = launch(models_dir, log_path, port, prefix, **env)
-        client = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}",
-            headers={"X-API-Key": KEY},
-            timeout=60,
-            trust_env=False,
-        )
-        server = Server(process, port, log_path, client)
+        server = Server(models_dir, pathlib.Path(folder) / "log", prefix=prefix, **env)
         try:
             if wait:
                 wait_ready(server)
             yield server
         finally:
-            client.close()
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            server.client.close()
+            server.stop()
 
 
 def wait_ready(server: Server) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            raise AssertionError(f"the service ended: {server.log}")
-        with contextlib.suppress(httpx.TransportError):
-            if server.client.get("/health/ready").status_code == 200:
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"the service did not become ready: {server.log}")
+    """Raises: AssertionError, with the log, when the service does not become ready."""
+    try:
+        server.wait_ready(START_TIMEOUT)
+    except OSError as error:
+        raise AssertionError(server.log) from error

@@ -1,9 +1,9 @@
-"""Whether a running service does what it is for: any container, any model, nothing to install.
+"""Check that a running service embeds, in any container, with any model. Needs only Python.
 
     python tests/smoke.py [--url http://localhost:5001] [--key abc123] [--wait 240]
 
-Waits until it is ready, embeds, and checks what comes. Prints one line; exits with 1 when something
-is wrong.
+Waits until it is ready, embeds texts, and checks the vectors. Prints one line; exits with 1 when
+something is wrong.
 """
 
 import argparse
@@ -21,7 +21,7 @@ TEXTS = ("A kitten plays with a ball of wool.", "The young cat chases yarn.", "I
 
 
 class Wrong(Exception):
-    """What the service did and should not have, in one line."""
+    """A check failed. The message is one line."""
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def check(url: str, key: str, wait: float) -> str:
         raise Wrong(f"not {len(TEXTS)} vectors of {model['dimensions']} dimensions")
     if not all(0 < length < math.inf for length in lengths):
         raise Wrong(f"vectors of the lengths {lengths}")
-    # What /embed gives is of length 1 whatever the model does, and must point the same way.
+    # /embed normalises, whether or not the model does. The direction must be the same.
     status, answer = call(url, "/embed", {"inputs": TEXTS[0]}, authorised)
     if status != 200:
         raise Wrong(f"/embed answers {status}: {answer}")
@@ -85,7 +85,7 @@ def check(url: str, key: str, wait: float) -> str:
 
 
 def wait_ready(url: str, wait: float) -> dict[str, Any]:
-    """What /health/ready answers once it is 200.
+    """Returns: the body of /health/ready once its status is 200.
 
     Raises: Wrong when it is not after `wait` seconds.
     """
@@ -104,9 +104,9 @@ def wait_ready(url: str, wait: float) -> dict[str, Any]:
 
 
 def call(url: str, path: str, body: Any, headers: dict[str, str]) -> tuple[int, Any]:
-    """Send a request (a POST when there is a body). Returns: status, and the answer's JSON.
+    """Send a request (a POST when there is a body). Returns: status and JSON of the response.
 
-    Raises: OSError, HTTPException; Wrong when the answer is not JSON.
+    Raises: OSError, HTTPException; Wrong when the response is not JSON.
     """
     data = None if body is None else json.dumps(body).encode()
     headers = {**headers, "Content-Type": "application/json"}
@@ -121,7 +121,7 @@ def call(url: str, path: str, body: Any, headers: dict[str, str]) -> tuple[int, 
     try:
         return status, json.loads(raw)
     except ValueError:
-        raise Wrong(f"{path} answers {status} with what is no JSON: {raw[:80]!r}") from None
+        raise Wrong(f"{path} answers {status} without JSON: {raw[:80]!r}") from None
 
 
 def dot(one: list[float], other: list[float]) -> float:

@@ -1,5 +1,6 @@
-"""benchmark_embeddings.py: what it sends is answered, what it prints is what it measured."""
+"""benchmark_embeddings.py and its parts in loadtest/: what they send, measure and print."""
 
+import functools
 import http.server
 import itertools
 import json
@@ -12,13 +13,14 @@ import pytest
 from PIL import Image
 
 import benchmark_embeddings as command
-from benchmark import advice, in_process, loads, measures, plot, report, traffic
-from benchmark.advice import Curve, Point
-from benchmark.loads import LOADS, STREAM, Dialect, Load, Target
-from benchmark.service import available, service as own_service
-from benchmark.traffic import Client, Result
 from conftest import NAME
+from engine.bundle import Manifest
 from engine.openvino_backend import available_precisions
+from loadtest import client, in_process, loads, measures, plot, recommend, report, rounds
+from loadtest.client import Client, Result
+from loadtest.loads import LOADS, STREAM, Dialect, Load, Target
+from loadtest.recommend import Point, Setting
+from loadtest.service import available, serve
 from servers import KEY, Server, free_port
 from tokens import load_tokenizer
 
@@ -31,6 +33,11 @@ def environment(monkeypatch: pytest.MonkeyPatch, models_dir: pathlib.Path) -> No
     monkeypatch.setenv("VECTOR_EMBEDDER_API_KEY", f"{KEY},another")
     monkeypatch.setenv("MODELS_DIR", str(models_dir))
     monkeypatch.setenv("EMBEDDING_MODEL", NAME)
+    # Short requests, so that the tests do not take long on a slow or busy machine.
+    monkeypatch.setitem(LOADS, "batch32", Load(4, 12, (4,), texts=32))
+    monkeypatch.setitem(LOADS, "long", Load(180, 220, (4,)))  # two chunks each
+    monkeypatch.setattr(in_process, "SAMPLE_TOKENS", 2_000)
+    monkeypatch.setattr(measures, "STEADY", 0.2)
 
 
 def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def test_no_text_has_fewer_tokens_than_the_special_ones() -> None:
 def test_every_dialect_is_answered(service: Server, dialect: Dialect) -> None:
     target = Target(service.url + "/", dialect, model=NAME)
     for name in ("query", "batch32"):
-        result = measures.one(target, name, 2, 0.2, seed=1)
+        result = measures.one(target, name, 2, 1, 0.2)
         assert result.failed == 0 and result.rate > 0 and result.cpu > 0
 
 
@@ -79,7 +86,7 @@ def test_a_path_of_its_own_and_pictures_in_dialects(clip_service: Server) -> Non
     assert head.startswith(b"POST /base/own HTTP/1.1\r\nHost: 127.0.0.1:1\r\n")
     assert json.loads(body) == {"model": "m", "input": ["a", "b"]}
     model = clip_service.client.get("/health/ready").json()["model"]
-    result = measures.one(Target(clip_service.url, "openai", model=model), loads.IMAGES, 1, 0.2, 1)
+    result = measures.one(Target(clip_service.url, "openai", model=model), loads.IMAGES, 1, 1, 0.2)
     assert result.failed == 0 and result.rate > 0
     with pytest.raises(ValueError, match="no pictures"):
         Target(clip_service.url, "tei").image_request(b"")
@@ -125,7 +132,7 @@ class PeerServer(http.server.ThreadingHTTPServer):
 def peer(request: pytest.FixtureRequest) -> Iterator[tuple[str, type[Peer]]]:
     handler = type("Handler", (Peer,), {"habit": request.param, "answered": 0})
     with PeerServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", handler
         server.shutdown()
@@ -134,12 +141,12 @@ def peer(request: pytest.FixtureRequest) -> Iterator[tuple[str, type[Peer]]]:
 
 def test_peers_of_all_habits(peer: tuple[str, type[Peer]]) -> None:
     url, handler = peer
-    client = Client(url, loads.requests(Target(url), LOADS["batch32"], 1), 3, units=32)
+    some = Client(loads.requests(Target(url), LOADS["batch32"], 1), 3, units=32)
     if handler.habit == "broken":
-        with pytest.raises(OSError, match=f"{url}: closed the connection in the middle"):
-            traffic.drive([client], 0.2)
+        with pytest.raises(OSError, match=f"{url}: closed in the middle of a response"):
+            client.drive(url, [some], 0.2)
         return
-    (result,) = traffic.drive([client], 0.2)
+    (result,) = client.drive(url, [some], 0.2)
     assert result.failed == 0 and 0 < result.p50 <= result.p99
     assert 3 <= len(result.latencies) <= handler.answered
     # Requests that were under way when the time ended count in part.
@@ -148,28 +155,35 @@ def test_peers_of_all_habits(peer: tuple[str, type[Peer]]) -> None:
 
 def test_clients_of_different_kinds_at_the_same_time(service: Server) -> None:
     target = Target(service.url)
-    large = Client(service.url, loads.requests(target, LOADS["batch32"], 1), 1, 32)
-    small = Client(service.url, loads.requests(target, LOADS["query"], 2), 2)
-    results = traffic.drive([large, small], 0.5)
+    large = Client(loads.requests(target, LOADS["batch32"], 1), 1, 32)
+    small = Client(loads.requests(target, LOADS["query"], 2), 2)
+    results = client.drive(service.url, [large, small], 0.5)
     assert all(result.failed == 0 and result.rate > 0 for result in results)
     assert results[0].p50 > results[1].p50
 
 
 def test_rounds_alternate() -> None:
-    calls: list[str] = []
+    calls: list[tuple[str, int, float]] = []
     said: list[str] = []
-    sides = [lambda number, side=side: calls.append(f"{side}{number}") for side in "ab"]
-    traffic.alternate(sides, 2, said.append)
-    assert calls == ["b0", "a0", "a1", "b1", "b2", "a2"]
+
+    def side(name: str, number: int, seconds: float) -> str:
+        calls.append((name, number, seconds))
+        return f"{name}{number}"
+
+    sides = {name: functools.partial(side, name) for name in "ab"}
+    results = rounds.alternate(sides, 7.0, 2, said.append)
+    assert calls[:2] == [("b", 0, rounds.WARM_UP), ("a", 0, rounds.WARM_UP)]
+    assert calls[2:] == [("a", 1, 7.0), ("b", 1, 7.0), ("b", 2, 7.0), ("a", 2, 7.0)]
+    assert results == {"a": ["a1", "a2"], "b": ["b1", "b2"]}
     assert said == ["warming up", "round 1", "round 2"]
 
 
 # -- what is made of it
 
 
-def test_middle_is_of_rounds_and_latencies_of_all() -> None:
-    rounds = [Result(rate, (rate,) * 2, int(rate), 0.1) for rate in (3.0, 1.0, 2.0)]
-    assert traffic.middle(rounds) == Result(2.0, (3.0, 3.0, 1.0, 1.0, 2.0, 2.0), 6, 0.1)
+def test_rounds_are_combined_by_medians_and_all_latencies() -> None:
+    results = [Result(rate, (rate,) * 2, int(rate), 0.1) for rate in (3.0, 1.0, 2.0)]
+    assert rounds.combine(results) == Result(2.0, (3.0, 3.0, 1.0, 1.0, 2.0, 2.0), 6, 0.1)
 
 
 def test_the_ratio_is_taken_round_by_round() -> None:
@@ -196,10 +210,19 @@ def test_a_plot_is_a_picture_with_its_lines(tmp_path: pathlib.Path) -> None:
     with Image.open(file) as picture:
         picture.load()
         assert picture.format == "PNG"
-        colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
-    wanted = {tuple(bytes.fromhex(colour[1:])) for colour in plot.COLORS[:2]}
-    assert wanted | {(255, 255, 255)} <= colours
-    assert [plot.nice(step) for step in (0.0, 0.11, 3.0, 51.0)] == [1.0, 0.2, 5.0, 100.0]
+        colours = {colour[:3] for _, colour in picture.getcolors(1 << 20) or []}
+    blue, orange = (31, 119, 180), (255, 127, 14)  # matplotlib's first two
+    assert {blue, orange, (255, 255, 255)} <= colours
+
+
+def test_a_plot_needs_matplotlib_and_says_so_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--plot", "x.png"])
+    line = "--plot needs matplotlib: pip install -r requirements-plot.txt\n"
+    assert (stop.value.code, capsys.readouterr().err) == (2, line)
 
 
 # -- the command, on running services
@@ -306,13 +329,13 @@ def test_perfect_batches_hold_every_chunk_once_and_keep_the_limits() -> None:
     assert {len(batch) for batch in ceiling.batches(1)} == {1}
 
 
-def test_padding_is_counted_in_the_batchers_own_batches(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (row,) = measured(capsys, "padding", "--loads", "mixed", *QUICK)["rows"]
+def test_padding_is_what_the_service_counts(service: Server) -> None:
+    (row,) = measures.padding(Target(service.url), [("mixed", 16)], 0.2)
     assert row["load"] == "mixed-c16" and 0 < row["real_tokens"] <= row["padded_tokens"]
-    wasted = 1 - row["real_tokens"] / row["padded_tokens"]
-    assert row["wasted"] == pytest.approx(wasted, abs=1e-4) and wasted < 0.5
+    assert row["rate"] > 0
+    assert row["wasted"] == 1 - row["real_tokens"] / row["padded_tokens"] < 0.5
+    with pytest.raises(OSError, match="/metrics answers 404"):
+        measures.padding(Target(service.url + "/v1"), [("mixed", 16)], 0.2)
 
 
 def test_queries_beside_a_stream_of_batches(service: Server) -> None:
@@ -332,7 +355,7 @@ def test_a_start_and_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_service_that_does_not_start_says_why() -> None:
     with pytest.raises(OSError, match="did not start: cannot start: PRECISION='fp31'"):
-        with own_service(PRECISION="fp31"):
+        with serve({"PRECISION": "fp31"}):
             raise AssertionError("it started")
 
 
@@ -344,19 +367,16 @@ def test_every_precision_beside_sentence_transformers(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, real_model: pathlib.Path
 ) -> None:
     file = tmp_path / "curve.png"
-    some = ["--tokens", "20", "300", "--connections", "1", "3", "--model", str(real_model)]
+    some = ["--tokens", "20", "300", "--connections", "2", "--model", str(real_model)]
     rows = measured(capsys, *some, "--plot", str(file), *SHORT)["rows"]
-    sides = [*available_precisions(), in_process.PLAIN]
+    sides = [*available_precisions(), in_process.REFERENCE]
     assert [(row["load"], row["connections"], row["side"]) for row in rows] == [
-        (load, company, side)
-        for load in ("20 tokens", "300 tokens")
-        for company in (1, 3)
-        for side in sides
+        (load, 2, side) for load in ("20 tokens", "300 tokens") for side in sides
     ]
     for row in rows:
         assert row["tokens"] == pytest.approx(row["rate"] * int(row["load"].split()[0]), rel=0.01)
         assert row["failed"] == 0 and row["ratio"] > 0 and 0 < row["p50"] <= row["p99"]
-    assert [row["ratio"] for row in rows if row["side"] == in_process.PLAIN] == [1.0] * 4
+    assert [row["ratio"] for row in rows if row["side"] == in_process.REFERENCE] == [1.0] * 2
     assert file.exists()
 
 
@@ -372,15 +392,20 @@ def test_pictures_too_where_the_model_takes_them(
     some = ["--tokens", "8", "--connections", "2", "--model", str(tiny_clip_folder)]
     rows = measured(capsys, *some, *SHORT)["rows"]
     pictures = [row for row in rows if row["load"] == loads.IMAGES]
-    assert [row["side"] for row in pictures][-1] == in_process.PLAIN
+    assert [row["side"] for row in pictures][-1] == in_process.REFERENCE
     assert len(pictures) * 2 == len(rows)
     assert {"tokens": None, "failed": 0}.items() <= pictures[0].items() and pictures[0]["rate"] > 0
 
 
-@pytest.mark.usefixtures("torch_child")
-def test_a_model_that_is_not_there_is_one_line(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(SystemExit, match="cannot measure: sentence-transformers: "):
-        command.main(["--model", str(tmp_path / "none"), *QUICK])
+def test_a_model_that_was_asked_for_and_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(manifest: Manifest, model: str | None) -> None:
+        raise OSError(f"no {model}")
+
+    monkeypatch.setattr(command, "Reference", fail)
+    with pytest.raises(SystemExit, match="cannot measure: no such/model"):
+        command.main(["--model", "such/model", *QUICK])
 
 
 @pytest.mark.usefixtures("torch_child")
@@ -409,14 +434,14 @@ def test_no_bundle_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
 PARITY = {"fp32": 0.99999, "bf16": 0.9999, "int8": 0.992}
 
 
-def curve(cores: int, workers: int, precision: str, rate: float, p99: float = 100.0) -> Curve:
+def setting(cores: int, workers: int, precision: str, rate: float, p99: float = 100.0) -> Setting:
     """Half the rate at 1 connection, 97 % of it at 8, all of it at 64, where waiting is long."""
     points = [Point(1, rate / 2, 5.0, p99 / 10), Point(8, rate * 0.97, 20.0, p99)]
-    return Curve(cores, workers, precision, 250.0, (*points, Point(64, rate, 90.0, 10 * p99)))
+    return Setting(cores, workers, precision, 250.0, (*points, Point(64, rate, 90.0, 10 * p99)))
 
 
 def test_the_fewest_connections_that_bring_nearly_all_within_the_limit() -> None:
-    best = curve(1, 1, "fp32", 100.0)
+    best = setting(1, 1, "fp32", 100.0)
     assert best.best(2000.0) == best.points[1]  # 97 % is enough
     assert best.best(50.0) == best.points[0]
     assert best.best(1.0) is None
@@ -425,53 +450,64 @@ def test_the_fewest_connections_that_bring_nearly_all_within_the_limit() -> None
 
 
 def test_advice_by_the_stated_rules() -> None:
-    curves = [
-        curve(2, 1, "fp32", 100.0),
-        curve(2, 1, "bf16", 200.0),
-        curve(2, 1, "int8", 400.0),  # the fastest, but not exact enough
-        curve(1, 1, "bf16", 105.0),  # a little more a core
-        curve(2, 2, "bf16", 215.0),  # not worth twice the memory
+    settings = [
+        setting(2, 1, "fp32", 100.0),
+        setting(2, 1, "bf16", 200.0),
+        setting(2, 1, "int8", 400.0),  # the fastest, but not exact enough
+        setting(1, 1, "bf16", 105.0),  # a little more a core
+        setting(2, 2, "bf16", 215.0),  # not worth twice the memory
     ]
-    advised = advice.recommend(curves, PARITY, 500.0)
+    advised = recommend.recommend(settings, PARITY, 500.0)
     assert advised[:6] == (2, 512, 8, 1, "bf16", 200.0 * 0.97) and advised.kept
     assert advised.command == (
         "gcloud run deploy … --cpu 2 --memory 512Mi --concurrency 8 "
         "--set-env-vars PRECISION=bf16,WEB_CONCURRENCY=1"
     )
     assert "1e6 / 194.0 s x (2 x price of a vCPU-second + 0.5 x" in advised.price
-    text = advice.text(advised, 2)
+    text = recommend.text(advised, 2)
     assert "int8 0.99200, 400.0/s" in text and "1.07 times the texts of 1" in text
     assert "not measured, so not advised: more cores than that" in text
 
 
 def test_workers_that_bring_enough_and_cores_that_do_not() -> None:
-    curves = [curve(4, 1, "fp32", 200.0), curve(1, 1, "fp32", 100.0), curve(4, 4, "fp32", 300.0)]
-    advised = advice.recommend(curves, PARITY, 500.0)
+    settings = [
+        setting(4, 1, "fp32", 200.0),
+        setting(1, 1, "fp32", 100.0),
+        setting(4, 4, "fp32", 300.0),
+    ]
+    advised = recommend.recommend(settings, PARITY, 500.0)
     assert (advised.cores, advised.workers) == (1, 1)  # 100 a core against 75
-    curves[2] = curve(4, 4, "fp32", 390.0)._replace(memory=900.0)
-    advised = advice.recommend(curves, PARITY, 500.0)
+    settings[2] = setting(4, 4, "fp32", 390.0)._replace(memory=900.0)
+    advised = recommend.recommend(settings, PARITY, 500.0)
     assert (advised.cores, advised.workers, advised.memory) == (4, 4, 2048)
 
 
 def test_a_limit_that_nothing_keeps_is_said() -> None:
-    advised = advice.recommend([curve(1, 1, "int8", 10.0, p99=3000.0)], PARITY, 100.0)
+    advised = recommend.recommend([setting(1, 1, "int8", 10.0, p99=3000.0)], PARITY, 100.0)
     assert not advised.kept and advised.concurrency == 1 and advised.precision == "int8"
     assert any("no setting kept p99 within 100 ms" in reason for reason in advised.reasons)
 
 
 def test_recommended_from_what_is_measured_here(
-    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
+    """At one precision: every other one takes another start."""
+    monkeypatch.setattr(recommend, "precisions", lambda bundle: ["fp32"])
     file = tmp_path / "curves.png"
     few = ["--loads", "query", "--connections", "1", "2", "--plot", str(file), "--p99", "60000"]
-    command.main(["--recommend", *few, *QUICK, "--json"])
-    answer = json.loads(capsys.readouterr().out)
+    answer = measured(capsys, "--recommend", *few, *QUICK)
     rows, cores = answer["rows"], len(available())
-    assert {row["precision"] for row in rows} == set(available_precisions())
     assert {row["cores"] for row in rows} >= {cores, 1}
+    assert {row["workers"] for row in rows} == {1, cores}
     assert all(row["failed"] == 0 and row["rate"] > 0 and row["rss"] > 50 for row in rows)
     recommended = answer["recommended"]
-    assert recommended["kept"] and recommended["precision"] != "int8"
+    assert recommended["kept"] and recommended["precision"] == "fp32"
     assert recommended["rate"] in [pytest.approx(row["rate"], rel=1e-3) for row in rows]
     assert recommended["command"].startswith("gcloud run deploy … --cpu ")
     assert file.exists()
+
+
+def test_a_service_that_fails_requests_everywhere_is_not_recommended() -> None:
+    failing = Setting(1, 1, "fp32", 250.0, (Point(1, 1.0, 1.0, 1.0, failed=1),))
+    with pytest.raises(ValueError, match="no setting answered every request"):
+        recommend.recommend([failing], PARITY, 500.0)

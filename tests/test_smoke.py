@@ -1,4 +1,4 @@
-"""tests/smoke.py, the check of any container: what it accepts and what it refuses."""
+"""tests/smoke.py: the services it accepts and refuses."""
 
 import subprocess
 import sys

@@ -1,6 +1,7 @@
-"""What is sent: texts of random words, all different, and pictures; and as whose requests."""
+"""What is sent: random texts, all different, and pictures, in the requests of a dialect."""
 
 import base64
+import bisect
 import functools
 import io
 import itertools
@@ -46,7 +47,7 @@ class Load(NamedTuple):
     most: int
     connections: tuple[int, ...]
     texts: int = 1  # a request
-    times: int = 1  # the usual seconds, so that slow answers are counted well too
+    times: int = 1  # a round lasts so many times as long, for enough responses from slow loads
 
 
 LOADS = {
@@ -60,15 +61,15 @@ STREAM = Load(390, 390, (1,), texts=100, times=8)  # about 490 tokens a text
 
 
 class Target(NamedTuple):
-    """A service and how it is spoken to."""
+    """A service and the dialect of the requests to it."""
 
     url: str
     dialect: Dialect = "native"
-    path: str | None = None  # in place of the dialect's own
-    model: str = "model"  # sent where the dialect wants a model's name
+    path: str | None = None  # instead of the dialect's own route
+    model: str = "model"  # sent where the dialect requires a model's name
 
     def request(self, texts: Sequence[str]) -> bytes:
-        """A whole HTTP request. One text goes to the native dialect's route of one text."""
+        """A whole HTTP request. In the native dialect a single text goes to /embeddings."""
         if self.dialect == "openai":
             return self._post("/v1/embeddings", {"model": self.model, "input": texts})
         if self.dialect == "tei":
@@ -91,14 +92,18 @@ class Target(NamedTuple):
         return self._send(path, "application/json", json.dumps(body, ensure_ascii=False).encode())
 
     def _send(self, path: str, content_type: str, body: bytes) -> bytes:
-        keys = os.environ.get("VECTOR_EMBEDDER_API_KEY", "abc123")
-        head = _head(self.url, self.path or path, content_type, keys.partition(",")[0].strip())
+        head = _head(self.url, self.path or path, content_type, key())
         return b"%s%d\r\n\r\n%s" % (head, len(body), body)
+
+
+def key() -> str:
+    """The first of the keys that a service started from here takes."""
+    return os.environ.get("VECTOR_EMBEDDER_API_KEY", "abc123").partition(",")[0].strip()
 
 
 @functools.cache
 def _head(url: str, path: str, content_type: str, key: str) -> bytes:
-    """A request up to its length."""
+    """A request up to the value of Content-Length."""
     address = urllib.parse.urlsplit(url)
     return (
         f"POST {address.path.rstrip('/')}{path} HTTP/1.1\r\n"
@@ -121,6 +126,11 @@ def requests(target: Target, load: Load, seed: int) -> Iterator[bytes]:
         yield target.request(list(itertools.islice(source, load.texts)))
 
 
+def some_requests(target: Target, load: Load, number: int) -> list[bytes]:
+    """So many requests, to be sent again and again."""
+    return list(itertools.islice(requests(target, load, seed=0), number))
+
+
 def image_requests(target: Target) -> Iterator[bytes]:
     """Endless requests of one picture each; 16 pictures in turn."""
     return itertools.cycle([target.image_request(file) for file in images(16)])
@@ -132,19 +142,14 @@ def exact_texts(count: Callable[[str], int], tokens: int, number: int) -> list[s
     Args:
         count: the tokens of a text, special tokens included.
 
-    Raises: ValueError where the tokenizer cannot make a text of exactly so many of these words.
+    Raises: ValueError where no text of these words has exactly so many tokens.
     """
     source, found = random.Random(tokens), []
     for _ in range(8 * number):
         words = source.choices(WORDS, k=tokens)
-        low, high = 0, len(words)  # the most words that still fit
-        while low < high:
-            middle = (low + high + 1) // 2
-            if count(" ".join(words[:middle])) <= tokens:
-                low = middle
-            else:
-                high = middle - 1
-        kept = words[:low]
+        lengths = range(1, len(words) + 1)
+        fit = bisect.bisect_right(lengths, tokens, key=lambda some: count(" ".join(words[:some])))
+        kept = words[:fit]
         kept += ["the"] * (tokens - count(" ".join(kept)))
         text = " ".join(kept)
         if kept and count(text) == tokens:
@@ -155,7 +160,7 @@ def exact_texts(count: Callable[[str], int], tokens: int, number: int) -> list[s
 
 
 def images(number: int) -> list[bytes]:
-    """JPEGs of 640 x 480 pixels with the soft shapes of a photograph, all different."""
+    """JPEGs of 640 x 480 pixels with smooth shapes, so that they compress as photographs do."""
     source = np.random.default_rng(0)
     files = []
     for _ in range(number):

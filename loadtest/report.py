@@ -1,13 +1,12 @@
-"""What was measured, as a table to paste, as JSON, as a picture; and how far it is."""
+"""The results as rows, and the rows as a Markdown table, as JSON, and as the lines of a plot."""
 
 import json
 import pathlib
-import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmark.traffic import Result, middle
+from loadtest.client import Result
+from loadtest.rounds import combine, ratio
 from settings import available_cores
 
 Row = dict[str, Any]  # the keys of HEADS
@@ -54,30 +53,11 @@ HEADS = {  # in the order of a table's columns
 _SHARES = {"share", "share_alone", "kept", "wasted"}
 
 
-class Progress:
-    """Says on stderr which of how many measurements runs."""
-
-    def __init__(self, total: int) -> None:
-        self.done, self.total, self.doing = 0, total, ""
-
-    def __call__(self, step: str) -> None:
-        self.done += 1
-        line, wipe = f"[{self.done}/{self.total}] {self.doing}{step}", sys.stderr.isatty()
-        print(f"\r\x1b[K{line}" if wipe else line, end="" if wipe else "\n", file=sys.stderr)
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr)
-
-
 def row(
     side: str, load: str, connections: int, results: Sequence[Result], others: Sequence[Result]
 ) -> Row:
-    """Medians; the ratio to `others` round by round, none where either side failed a request."""
-    whole = middle(results)
-    failed = whole.failed + sum(other.failed for other in others)
-    ratios = [one.rate / other.rate for one, other in zip(results, others) if other.rate]
+    """Medians over rounds, and the ratio to `others`, the other side's results."""
+    whole = combine(results)
     return {
         "side": side,
         "load": load,
@@ -85,8 +65,8 @@ def row(
         "rate": whole.rate,
         "p50": whole.p50,
         "p99": whole.p99,
-        "failed": whole.failed,
-        "ratio": statistics.median(ratios) if ratios and not failed else None,
+        "failed": whole.failed + sum(other.failed for other in others),
+        "ratio": ratio(results, others),
         "cpu": whole.cpu or None,
     }
 
@@ -131,8 +111,8 @@ def as_json(what: str, conditions: str, rows: Sequence[Row], **more: Any) -> str
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, float, float]]]:
-    """Rows with rate and p99 at several connections, as `plot` takes them; a line for each setting
-    and load.
+    """Rows with rate and p99 at several connections, as `plot` takes them: a line for each load and
+    setting of the service.
     """
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for row in rows:

@@ -1,0 +1,72 @@
+"""Open kept connections at the same moment, and check how evenly the workers share them.
+
+    python -m loadtest.balance [--connections 32] [--workers 2] [--seconds 10]
+
+Every worker must hold an equal share of them within an eighth, when they are opened, and again some
+seconds after a worker was killed under load. Exits with 1 otherwise.
+"""
+
+import asyncio
+import os
+import signal
+from typing import NamedTuple
+
+from loadtest import stress
+from loadtest.client import Connection, Outcomes, clients
+from loadtest.service import Service, serve
+
+
+class Report(NamedTuple):
+    opened: list[int]  # connections of each worker
+    later: list[int]  # the same after a worker was killed and the load went on
+    rate: float  # good responses a second before
+    computed: list[float]  # CPU seconds of each worker before
+
+    @property
+    def good(self) -> bool:
+        share = sum(self.opened) / len(self.opened)
+        slack = max(2, share / 8)
+        return all(abs(held - share) <= slack for held in (*self.opened, *self.later))
+
+    def __str__(self) -> str:
+        seconds = [round(seconds, 1) for seconds in self.computed]
+        return (
+            f"connections of each worker: {self.opened}\n"
+            f"{self.rate:.0f} requests/s; CPU seconds of each worker: {seconds}\n"
+            f"after a worker was killed: {self.later}"
+        )
+
+
+async def settled(service: Service, connections: int) -> list[int]:
+    """Connections of each worker, once all are there and balanced, or after PATIENCE."""
+    for _ in range(int(stress.PATIENCE * 10)):
+        await asyncio.sleep(0.1)
+        held = list(service.connections().values())
+        if sum(held) == connections and max(held) - min(held) <= 4:
+            break
+    return held
+
+
+async def balance(*, connections: int, workers: int, seconds: float, **environ: str) -> Report:
+    """Open connections, use them for some seconds, kill a worker, use them again."""
+    outcomes = Outcomes()
+    variables = {"WEB_CONCURRENCY": str(workers), "LOG_LEVEL": "info", **environ}
+    with serve(variables) as service:
+        await stress.all_serving(service, workers)
+        idle = await asyncio.gather(*(Connection.connect(service.url) for _ in range(connections)))
+        opened = await settled(service, connections)
+        for connection in idle:
+            connection.close()
+        before = service.cpu_seconds()
+        async with clients(service.url, stress.queries(service.url), outcomes, connections):
+            await asyncio.sleep(seconds)
+            rate = outcomes.counts()[200] / seconds
+            computed = [after - before[pid] for pid, after in service.cpu_seconds().items()]
+            os.kill(service.workers()[0], signal.SIGKILL)
+            await asyncio.sleep(seconds)
+            later = await settled(service, connections)
+    return Report(opened, later, rate, computed)
+
+
+if __name__ == "__main__":
+    stress.run(__doc__, balance, connections=32, workers=2, seconds=10.0)

@@ -1,0 +1,85 @@
+"""Stop the service again and again under load, and check that no accepted request is lost.
+
+    python -m loadtest.drain [--restarts 20] [--connections 32] [--workers 1] [--flood]
+
+A request is accepted when its bytes reached the server before the server closed the connection. It
+is answered by a status: 200, or 503 for what could not be computed in time. A third of the clients
+sends at once when it has its response, a third opens a connection for every request, and a third
+waits for up to 3 s, so that its connections are idle when the server closes them. With --flood half
+of the requests are long, which keeps the queue full. Exits with 1 when a request was lost, or a
+stop took 10 s or did not end with exit code 0.
+"""
+
+import asyncio
+import pathlib
+import tempfile
+from typing import NamedTuple
+
+from loadtest import stress
+from loadtest.client import CLOSED, Outcomes, clients
+from loadtest.service import Service, free_port
+
+GRACE = 10.0  # seconds
+THINK = 3.0
+
+
+class Report(NamedTuple):
+    outcomes: Outcomes
+    exits: list[int]
+    stops: list[float]  # seconds
+
+    @property
+    def good(self) -> bool:
+        in_time = all(code == 0 for code in self.exits) and max(self.stops) < GRACE
+        return in_time and not self.outcomes.lost() and 200 in self.outcomes.counts()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.outcomes}\n"
+            f"lost: {self.outcomes.lost()} of {len(self.outcomes)}\n"
+            f"closed before it arrived: {self.outcomes.counts()[CLOSED]}\n"
+            f"exit codes: {sorted(set(self.exits))}\n"
+            f"seconds to stop: {min(self.stops):.1f} to {max(self.stops):.1f}"
+        )
+
+
+async def drain(
+    *,
+    restarts: int,
+    connections: int,
+    workers: int = 1,
+    flood: bool = False,
+    seconds: float = 2.0,
+    **environ: str,
+) -> Report:
+    """Start the service and stop it after some seconds of load, `restarts` times.
+
+    Raises: OSError when it does not start; RuntimeError, with the log, when it logs a traceback.
+    """
+    port, outcomes, exits, stops = free_port(), Outcomes(), [], []
+    url, environ = f"http://127.0.0.1:{port}", {"WEB_CONCURRENCY": str(workers), **environ}
+    requests = stress.mixed(url)
+    if flood:
+        requests += stress.long_batches(url) * (len(requests) // 4)
+    third = connections // 3
+    with tempfile.TemporaryDirectory() as folder:
+        async with (
+            clients(url, requests, outcomes, connections - 2 * third),
+            clients(url, requests, outcomes, third, keep=False),
+            clients(url, requests, outcomes, third, think=THINK),
+        ):
+            for restart in range(restarts):
+                service = Service(pathlib.Path(folder) / f"log{restart}", environ, port=port)
+                try:
+                    await asyncio.to_thread(service.wait_ready)
+                    await asyncio.sleep(seconds + restart % 7 / 10)
+                finally:
+                    exits.append(await asyncio.to_thread(service.stop))
+                stops.append(service.stop_seconds)
+                if "Traceback" in service.log:
+                    raise RuntimeError(service.log)
+    return Report(outcomes, exits, stops)
+
+
+if __name__ == "__main__":
+    stress.run(__doc__, drain, restarts=20, connections=32, workers=1, flood=False)

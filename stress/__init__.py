@@ -1,1 +1,0 @@
-"""What a running service does when it is stopped, killed or overloaded: commands that show it."""
