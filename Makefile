@@ -5,7 +5,7 @@ VENV ?= .venv
 MODEL ?= all-MiniLM-L6-v2
 NAME ?= $(notdir $(patsubst %/,%,$(MODEL)))
 BAKE_OPTIONS ?=
-# Where torch without CUDA comes from. Set to nothing, pip's own settings decide.
+# Package index with the CPU build of torch. If this is empty, pip's own settings decide.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 MODELS_DIR ?= models
 bin = $(VENV)/bin
