@@ -369,10 +369,10 @@ def test_the_dashboard_asks_only_for_what_there_is(own: Server) -> None:
     assert ours - families == set()  # and every metric is on it
 
 
-def test_the_readme_has_every_metric_and_its_labels(own: Server) -> None:
+def test_the_page_has_every_metric_and_its_labels(own: Server) -> None:
     own.embed("a text")
-    readme = (ROOT / "README.md").read_text()
-    section = readme.partition("\n## Watch it\n")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "operate.md").read_text()
+    section = page.partition("\n## Metrics\n")[2].partition("\n## ")[0]
     told: dict[str, set[str]] = {}
     for row in re.findall(r"^\| (`[a-z].*?) \|", section, re.MULTILINE):
         for name, labels in re.findall(r"`(\w+)(?:{([\w, ]+)})?`", row):
