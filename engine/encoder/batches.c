@@ -1,6 +1,6 @@
-// Threads that compute batches from a FIFO. They need no Python interpreter: they take the next batch
-// at once, note that it has ended, and write to an eventfd. Python decides what is in a batch, and
-// hands over no more of them than the FIFO has room for.
+// Threads that compute batches from a FIFO. They need no Python interpreter: they take the next
+// batch at once, note that it has ended, and write to an eventfd. Python decides what is in a
+// batch, and hands over no more of them than the FIFO has room for.
 
 typedef struct {
     pthread_mutex_t lock;
@@ -26,8 +26,8 @@ void encoder_fifo_begin(Fifo *q, int capacity, int wake) {
     q->finished = (Ended *)(q->batches + capacity);
 }
 
-// Put a batch last. Its arrays are in use until it was collected. Returns what encoder_check returns;
-// if that is not -1, the batch was not put.
+// Put a batch last. Its arrays are in use until it was collected. Returns what encoder_check
+// returns; if that is not -1, the batch was not put.
 int encoder_put(Fifo *q, const Batch *batch) {
     int refused = encoder_check(batch);
     if (refused >= 0) return refused;
