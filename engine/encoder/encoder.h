@@ -72,14 +72,9 @@ typedef struct {
     const int32_t *starts;  // texts + 1 of them
     float *out;             // [texts][hidden], not normalised
     struct Crew *crew;      // helps with this batch; null: one core computes it
-    int64_t number;         // Python's
+    _Atomic int64_t nanoseconds;  // 0 until the batch has ended; -1: there was no memory for it
     int32_t texts, helpers;
 } Batch;
-
-typedef struct {
-    int64_t number;       // of the batch
-    int64_t nanoseconds;  // that it took; -1: there was no memory for it
-} Ended;
 
 // -- crew.c
 
