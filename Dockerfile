@@ -1,11 +1,12 @@
 # The service with one model inside; it runs without a network.
 #   docker build -t vector-embedder --build-arg EMBEDDING_MODEL=intfloat/e5-base-v2 .
-# `bake` makes the bundle, with torch, on the machine that builds whatever it builds for: a bundle is
-# the same for every CPU. `packages` is what serving needs. The last stage has both, and the code.
+# Stage `bake` makes the bundle with torch, on the building machine's own platform: a bundle is the
+# same for every CPU. Stage `packages` installs what serving needs. The last stage takes both, and
+# the code.
 
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
-# A folder with a model takes this stage's place:
+# To bake a model from a folder, replace this stage:
 #   docker build --build-context model=./my-model --build-arg EMBEDDING_MODEL=/model \
 #     --build-arg MODEL_NAME=my-model .
 FROM scratch AS model
@@ -13,7 +14,7 @@ COPY LICENSE /
 
 FROM --platform=$BUILDPLATFORM ${PYTHON_IMAGE} AS bake
 WORKDIR /app
-# PyPI's own torch brings gigabytes of CUDA libraries. Set to nothing, pip's own settings decide.
+# PyPI's own torch brings gigabytes of CUDA libraries. If this is empty, pip's own settings decide.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements.txt requirements-serve.txt ./
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -r requirements.txt
@@ -21,7 +22,7 @@ COPY bake_model.py embeddings.py tokens.py chunks.py image_embeddings.py ./
 COPY bake bake
 COPY engine engine
 RUN python -m engine.encoder.build
-ARG EMBEDDING_MODEL=multi-qa-MiniLM-L6-cos-v1
+ARG EMBEDDING_MODEL=all-MiniLM-L6-v2
 ARG MODEL_REVISION
 ARG MODEL_NAME
 # hadolint ignore=DL3064
@@ -40,8 +41,8 @@ RUN --mount=type=bind,from=model,target=/model \
 FROM ${PYTHON_IMAGE} AS packages
 WORKDIR /opt
 COPY requirements-serve.txt ./
-# Serving reads OpenVINO's own format on the CPU: the plugins and readers of everything else go
-# (80 MB), and so does what `tokenizers` would download with (22 MB).
+# Removed: OpenVINO's plugins and readers for other devices and formats (80 MB), and what `tokenizers`
+# would download with (22 MB).
 RUN python -m venv --without-pip venv \
     && pip --python venv/bin/python install --no-cache-dir --no-compile -r requirements-serve.txt \
     && pip --python venv/bin/python uninstall --yes \
@@ -58,8 +59,8 @@ FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="vector-embedder-microservice" \
       org.opencontainers.image.description="Turns texts and pictures into vectors over HTTP, with the model inside" \
       org.opencontainers.image.licenses="MIT"
-# Bytecode cannot be written at run time, and the base image comes without: ready after 0.8 s with
-# this and the packages', 1.6 s with neither.
+# Bytecode cannot be written at run time, and the base image has none. Ready after 0.8 s with the
+# bytecode of Python and of the packages, after 1.6 s without.
 RUN pip uninstall --yes --root-user-action=ignore wheel setuptools pip \
     && python -m compileall -q --invalidation-mode unchecked-hash \
         -x 'test|idlelib|lib2to3' /usr/local/lib/python3.*
@@ -72,6 +73,7 @@ COPY engine engine
 COPY --from=bake /app/engine/encoder/encoder.so engine/encoder/
 COPY api api
 COPY loadtest loadtest
+COPY server server
 RUN python -m compileall -q --invalidation-mode unchecked-hash .
 ENV PATH=/opt/venv/bin:$PATH
 USER 10001:10001

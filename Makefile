@@ -5,9 +5,11 @@ VENV ?= .venv
 MODEL ?= all-MiniLM-L6-v2
 NAME ?= $(notdir $(patsubst %/,%,$(MODEL)))
 BAKE_OPTIONS ?=
+# Package index with the CPU build of torch. If this is empty, pip's own settings decide.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 MODELS_DIR ?= models
 bin = $(VENV)/bin
-sources = *.py api bake engine loadtest tests
+sources = *.py api bake engine loadtest server tests
 
 .PHONY: run bake test lint format clean
 
@@ -53,6 +55,13 @@ format: $(VENV)/.test
 
 $(VENV)/.run: requirements.txt requirements-serve.txt
 	$(PYTHON) -m venv $(VENV)
+# torch first and alone, so that pip asks TORCH_INDEX for one package. Where it cannot be reached, pip
+# warns and takes its own index, whose build of torch brings gigabytes of CUDA libraries.
+	$(bin)/pip install --quiet --no-deps --retries 2 $(TORCH_INDEX:%=--extra-index-url %) \
+	  $(shell grep '^torch==' requirements.txt)
+	@test -z '$(TORCH_INDEX)' || $(bin)/pip freeze | grep -q '^torch==.*+cpu' || echo \
+	  'torch is not the CPU build: $(TORCH_INDEX) was not reached or has none for this machine.' \
+	  "It was taken from pip's own index and may bring CUDA."
 	$(bin)/pip install --quiet -r requirements.txt
 	touch $@
 

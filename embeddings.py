@@ -11,10 +11,10 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from chunks import Chunk, Chunker, Side
-from engine.protocol import Engine
-from engine.queue import Queue
 from engine.bundle import Bundle, Manifest
 from engine.errors import InputTooLarge, InvalidInput
+from engine.protocol import Engine
+from engine.queue import Queue
 from tokens import Int64, TextTokenizer, Token, tokens_of
 
 Float32 = npt.NDArray[np.float32]

@@ -13,16 +13,17 @@ from gunicorn.arbiter import Arbiter
 
 import settings as configuration
 from api import logs, metrics
-from api.connection import LIMIT_REQUEST_FIELD_SIZE, LIMIT_REQUEST_FIELDS, refuse_new
-from api.spread import Spread
-from api.worker import Worker
 from engine.bundle import discover
 from engine.errors import BundleError, ModelNotFound
 from engine.models import Models
+from server.messages import Limits
+from server.spread import Spread
+from server.worker import Worker, drain_gently
 from settings import DEFAULT_API_KEY, SettingsError
 
 try:
     settings = configuration.load(os.environ)
+    address = configuration.listen_address(settings)
     bundles = discover(pathlib.Path(settings.models_dir))
     Models[object](bundles, settings.embedding_model or None, settings.aliases)
     for bundle in bundles:
@@ -44,10 +45,8 @@ with contextlib.suppress(AttributeError, OSError):
     M_MMAP_THRESHOLD = -3  # malloc.h
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 262_144)
 
-bind = f"0.0.0.0:{settings.port}"
-Worker.max_body_size = settings.max_body_size
+bind = address
 Worker.max_wait = settings.max_queue_seconds / 4  # for a thread; the rest is for the engine
-Worker.spread = Spread(settings.web_concurrency)
 worker_class = Worker
 workers = settings.web_concurrency
 threads = settings.request_threads
@@ -56,33 +55,39 @@ loglevel = settings.log_level
 logger_class = logs.GunicornLogger
 keepalive = 75  # seconds; longer than the 60 s after which load balancers let go of idle ones
 graceful_timeout = 9  # Cloud Run kills 10 s after SIGTERM
-timeout = 60  # for a worker whose main loop hangs; requests run beside it and have REQUEST_TIMEOUT
+timeout = 60  # for a worker whose event loop hangs; requests have REQUEST_TIMEOUT
 worker_tmp_dir = (
     "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 )  # the heartbeat must not wait for a disk
 control_socket_disable = True  # gunicorn 27 would open it under $HOME
-limit_request_fields = LIMIT_REQUEST_FIELDS
-limit_request_field_size = LIMIT_REQUEST_FIELD_SIZE
-metrics.share(workers)
+limit_request_fields = 64
+limit_request_field_size = 8190
+
+
+def on_starting(server: Arbiter) -> None:
+    """Called by gunicorn when all options are known, of its command line too."""
+    cfg = server.cfg
+    try:
+        configuration.load({**os.environ, "WEB_CONCURRENCY": str(cfg.workers)})
+    except SettingsError as error:
+        sys.exit(logs.last_line(settings.log_format, f"cannot start: {error}"))
+    metrics.share(cfg.workers)
+    Worker.spread = Spread(cfg.workers)
+    Worker.limits = Limits(
+        max_body=settings.max_body_size,
+        max_fields=cfg.limit_request_fields,
+        max_field=cfg.limit_request_field_size,
+        keepalive=cfg.keepalive,
+    )
 
 
 def pre_fork(server: Arbiter, worker: Worker) -> None:
-    # A reload makes another table; a worker keeps its own.
     worker.table, worker.row = metrics.table, metrics.table.claim()
 
 
 def when_ready(server: Arbiter) -> None:
-    """Called by gunicorn before it starts workers. At SIGTERM, and not at a reload, where other
-    workers go on, new connections end before any worker stops to accept.
-    """
-    halt = server.handle_term
-
-    def handle_term() -> None:
-        for listener in server.LISTENERS:
-            refuse_new(listener)
-        halt()
-
-    server.handle_term = handle_term
+    """Called by gunicorn before it starts workers."""
+    drain_gently(server)
 
 
 def child_exit(server: Arbiter, worker: Worker) -> None:

@@ -12,15 +12,23 @@ import numpy as np
 import numpy.typing as npt
 
 # Imported here, so that the first request does not wait for Pillow to look for its plugins.
-from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin  # noqa: F401
-from PIL import MpoImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
-from PIL import UnidentifiedImageError
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from embeddings import Float32, check_count, check_dimensions, shorten_and_scale
-from engine.protocol import Engine
-from engine.queue import Queue
 from engine.bundle import Bundle, Preprocessing
 from engine.errors import DeadlineExceeded, EmbedderError, InputTooLarge, InvalidInput
+from engine.protocol import Engine
+from engine.queue import Queue
 
 UInt8 = npt.NDArray[np.uint8]
 

@@ -1,4 +1,4 @@
-"""The WSGI application: `gunicorn main:app`. Puts settings, models and routes together."""
+"""The service: `gunicorn main:app`. Puts settings, models, routes and the server together."""
 
 import atexit
 import gc
@@ -8,24 +8,25 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from wsgiref.types import StartResponse
 
 import numpy as np
-from flask import Flask
 
 import settings as configuration
-from api import auth, docs, errors, health, images, logs, metrics, native, openai, tasks, tei
-from api.application import Application
+from api import docs, health, images, logs, metrics, native, openai, tei
+from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service
-from api.watch import Watch
 from embeddings import Float32, TextEmbedder, TextLimits, VectorCache
-from engine.queue import Queue
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
 from engine.choice import text_engine
 from engine.errors import BundleError, EmbedderError
 from engine.models import Models
+from engine.queue import Queue
 from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
+from server import tasks
+from server.messages import Loop
 from settings import Settings
 from tokens import load_tokenizer
 
@@ -33,111 +34,152 @@ log = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/health/ready", "/healthcheck", *docs.PATHS)
 
-# Seconds after which a ready service prepares for lone texts, on all cores: not beside the requests
-# that have waited for its start.
+# Seconds after which a ready service prepares to compute lone texts on all cores, so that this does
+# not compete with the requests that waited for the start.
 WIDEN_AFTER = 1.0
 PROBE_TIMEOUT = 60  # seconds; a short REQUEST_TIMEOUT must not end the start on a busy machine
-# With which a worker begins: Python specialises what has been run some eight times.
+# Requests of its own with which a worker begins: Python specialises code that has run eight times.
 WARM_UP_REQUESTS = 20
 _NO_LIMITS = ImageLimits(1, 1 << 30, 1 << 30, 1 << 30)
 
 
-def create_app(
-    settings: Settings | None = None, on_failure: Callable[[str], None] | None = None
-) -> Flask:
-    """Build the application and start to load its models beside it; it answers at once.
+class Application:
+    """What a worker serves, as server.messages.Application. Nothing is loaded, and no thread is
+    started, before `start`, so that gunicorn's `--preload` works.
+    """
 
-    Args:
-        settings: read from the environment when None.
+    def __init__(
+        self,
+        environ: Mapping[str, str] = os.environ,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        """Args:
         on_failure: called with one line when a model cannot be loaded; by default the process ends
             with code 3, the one on which gunicorn stops for good instead of starting the worker
             again.
+        """
+        self._environ, self._on_failure = environ, on_failure or _stop_service
+        self._leaving = threading.Event()
+        self._router: Router | None = None
 
-    Raises: SettingsError, BundleError.
-    """
-    settings = settings or configuration.load(os.environ)
-    logs.configure(settings.log_format, settings.log_level, settings.api_keys)
-    models: Models[Embedders] = Models(
-        discover(pathlib.Path(settings.models_dir)),
-        settings.embedding_model or None,
-        settings.aliases,
-        tasks.event,
-    )
-    batcher = Queue(
-        max_batch_size=settings.max_batch_size,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_queue_tokens=settings.max_queue_tokens,
-        threads=settings.inference_threads,
-        max_queue_seconds=settings.max_queue_seconds,
-        event=tasks.event,
-    )
-    counted = metrics.Metrics(models, batcher)
-    cache = VectorCache(settings.cache_size, counted.cached) if settings.cache_size else None
-    batcher.start()
-    atexit.register(batcher.close)  # called when the threads that are no daemons have ended
-    leaving = threading.Event()
+    def start(
+        self,
+        workers: int = 1,
+        loop: Loop | None = None,
+    ) -> None:
+        """Build the service and begin to load its models in a thread; it answers at once.
 
-    def load_model(bundle: Bundle) -> Embedders:
-        pictures = "image" in bundle.manifest.modalities
-        images = load_image_embedder(bundle, settings, batcher) if pictures else None
-        return Embedders(load_embedder(bundle, settings, batcher, cache), images)
+        Args:
+            workers: processes that share the machine's cores.
+            loop: the calling thread's, which serves the queue from now on; None for other servers.
 
-    def load() -> None:
+        Raises: SettingsError, BundleError, ModelNotFound.
+        """
+        self.settings = settings = configuration.load(
+            {**self._environ, "WEB_CONCURRENCY": str(workers)}
+        )
+        logs.configure(settings.log_format, settings.log_level, settings.api_keys)
+        self.models: Models[Embedders] = Models(
+            discover(pathlib.Path(settings.models_dir)),
+            settings.embedding_model or None,
+            settings.aliases,
+            tasks.event,
+        )
+        self.queue = Queue(
+            max_batch_size=settings.max_batch_size,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_queue_tokens=settings.max_queue_tokens,
+            threads=settings.inference_threads,
+            max_queue_seconds=settings.max_queue_seconds,
+            event=tasks.event,
+            others=loop.busy_threads if loop else lambda: 0,
+        )
+        self.metrics = metrics.Metrics(self.models, self.queue)
+        self.flask = self.make_flask()
+        self.metrics.add_routes(self.flask.url_map)
+        self._router = Router(
+            self.flask,
+            settings.api_keys,
+            OPEN_PATHS,
+            settings.max_body_size,
+            self.queue,
+            self.metrics,
+            logs.RequestLog(settings.log_format, settings.log_level, settings.api_keys),
+        )
+        self.respond, self.refuse = self._router.respond, self._router.refuse
+        self.sent, self.dropped = self._router.sent, self._router.dropped
+        self.flask.check = self._router.check
+        self.queue.start()
+        if loop:
+            self.queue.attach(loop.call_soon)
+            loop.when_readable(self.queue.fileno(), self.queue.collect)
+        else:
+            atexit.register(self.close)
+        # Not a daemon: OpenVINO aborts a process that exits while it compiles.
+        threading.Thread(target=self._load, name="load-models").start()
+
+    def make_flask(self) -> CheckedFlask:
+        """All routes. What is added to Flask here (CORS, `after_request`) works on every one."""
+        settings = self.settings
+        app = CheckedFlask(__name__, static_folder=None)
+        # Else `/v1//models` would be redirected, and to an address without a host.
+        app.url_map.merge_slashes = False
+        register_errors(app)
+        service = Service(self.models, settings.request_timeout)
+        limits = {
+            "max_concurrent_requests": settings.request_threads,
+            "max_batch_tokens": settings.max_batch_tokens,
+            "max_batch_requests": settings.max_batch_size,
+            "max_client_batch_size": settings.max_texts_per_batch,
+            "tokenization_workers": settings.request_threads,
+        }
+        for blueprint in (
+            health.blueprint(self.models),
+            native.blueprint(service),
+            images.blueprint(service),
+            openai.blueprint(service),
+            tei.blueprint(service, limits),
+            docs.blueprint(OPEN_PATHS),
+            metrics.blueprint(self.metrics),
+        ):
+            app.register_blueprint(blueprint)
+        return app
+
+    def _load(self) -> None:
+        settings, models = self.settings, self.models
+        cached = self.metrics.cached
+        cache = VectorCache(settings.cache_size, cached) if settings.cache_size else None
+
+        def load_model(bundle: Bundle) -> Embedders:
+            pictures = "image" in bundle.manifest.modalities
+            embedder = load_image_embedder(bundle, settings, self.queue) if pictures else None
+            return Embedders(load_embedder(bundle, settings, self.queue, cache), embedder)
+
         try:
             models.load(load_model)
             log.info("serving %s", _describe(settings, models))
         except Exception as error:
+            if self._leaving.is_set():
+                return
             if not isinstance(error, EmbedderError):
                 log.error("unexpected error while loading", exc_info=error)
-            (on_failure or _stop_service)(str(error))
+            self._on_failure(str(error))
             return
         gc.freeze()  # what stays for good need not be looked through again and again
-        if leaving.wait(WIDEN_AFTER):
+        if self._leaving.wait(WIDEN_AFTER):
             return
         try:
             for name in models.bundles:
                 models.get(name, math.inf).texts.widen()
-        except Exception as error:  # the service is slower without, and as right
+        except Exception as error:  # slower, but still correct
             log.warning("a text that is alone will be computed on one core: %s", error)
 
-    # Not a daemon: OpenVINO aborts a process that exits while it compiles.
-    threading.Thread(target=load, name="load-models").start()
-    app = Application(__name__, static_folder=None)
-    # Else `/v1//models` would be redirected, and to an address without a host.
-    app.url_map.merge_slashes = False
-    app.config["MAX_BODY_SIZE"] = settings.max_body_size
-    errors.register(app)
-    auth.register(app, settings.api_keys, OPEN_PATHS)
-    app.register_blueprint(health.blueprint(models))
-    service = Service(models, settings.request_timeout)
-    app.register_blueprint(native.blueprint(service))
-    app.register_blueprint(images.blueprint(service))
-    app.register_blueprint(openai.blueprint(service))
-    limits = {
-        "max_concurrent_requests": settings.request_threads,
-        "max_batch_tokens": settings.max_batch_tokens,
-        "max_batch_requests": settings.max_batch_size,
-        "max_client_batch_size": settings.max_texts_per_batch,
-        "tokenization_workers": settings.request_threads,
-    }
-    app.register_blueprint(tei.blueprint(service, limits))
-    app.register_blueprint(docs.blueprint(OPEN_PATHS))
-    app.register_blueprint(metrics.blueprint(counted))
-    counted.add_routes(app.url_map)
-    requests = logs.RequestLog(settings.log_format, settings.log_level, settings.api_keys)
-    app.extensions["watch"] = watch = Watch(app.wsgi_app, counted, requests)
-    app.wsgi_app = watch  # type: ignore[method-assign]  # as Flask's documentation has it
-
-    def stop() -> None:
-        batcher.stop()
-        models.stop()
-
-    def warm_up() -> Generator[bytes]:
-        """Requests of our own, which nobody counts or logs: a first one takes three times as long
-        as later ones. Half of them have a head and a word that are new, as a client's first request
-        may have; the longest come first, since memory is taken once for all that are no longer.
+    def warm_up(self) -> Iterator[bytes]:
+        """Requests of our own: a first one takes three times as long as later ones. Half of them
+        have a new target and a new word, as a client's first request may have. The longest come
+        first, so that memory is allocated once.
         """
-        models.warming = True
+        self.models.warming = True
         try:
             for number in range(WARM_UP_REQUESTS):
                 word, path = (f"word{number}", f"?{number}") if number % 2 else ("text", "")
@@ -145,17 +187,33 @@ def create_app(
                 body = f'{{"text": "{texts}its last {word}"}}'
                 yield (
                     f"POST /embeddings{path} HTTP/1.1\r\nHost: localhost\r\n"
-                    f"X-API-Key: {settings.api_keys[0]}\r\n"
+                    f"X-API-Key: {self.settings.api_keys[0]}\r\n"
                     f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
                 ).encode()
         finally:
-            models.warming = False
+            self.models.warming = False
 
-    # For api/worker.py, which begins with the requests of `warm_up`, brackets each turn of its loop
-    # with `batcher`'s hold and release, calls `stop` when time is short, and sets `leaving` when
-    # all is answered.
-    app.extensions |= {"batcher": batcher, "warm_up": warm_up, "stop": stop, "leaving": leaving}
-    return app
+    def tick(self) -> None:
+        """Called about once a second."""
+        self.metrics.sample()
+
+    def stop(self) -> None:
+        """Fail what still waits for the engine or for a model."""
+        self._leaving.set()
+        self.queue.stop()
+        self.models.stop()
+
+    def close(self) -> None:
+        """Compute what waits, and end the threads."""
+        self._leaving.set()
+        self.queue.close()
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        """The service as a WSGI application, for other servers than our own."""
+        if self._router is None:
+            self.start()
+            assert self._router
+        return self._router(environ, start_response)
 
 
 def _describe(settings: Settings, models: Models[Embedders]) -> str:
@@ -177,7 +235,7 @@ def _describe(settings: Settings, models: Models[Embedders]) -> str:
 
 
 def load_embedder(
-    bundle: Bundle, settings: Settings, batcher: Queue, cache: VectorCache | None = None
+    bundle: Bundle, settings: Settings, queue: Queue, cache: VectorCache | None = None
 ) -> TextEmbedder:
     """Load one model and see that it still gives its probe's vector.
 
@@ -195,7 +253,7 @@ def load_embedder(
     limits = TextLimits(
         settings.max_texts_per_batch, settings.max_text_size, settings.max_request_tokens
     )
-    embedder = TextEmbedder(bundle, tokenizer, engine, batcher, limits, cache)
+    embedder = TextEmbedder(bundle, tokenizer, engine, queue, limits, cache)
     probe = bundle.manifest.probe
     (embedding,) = embedder.embed([probe.text], deadline=time.monotonic() + PROBE_TIMEOUT)
     cosine = _check_probe(bundle, engine.precision, "probe text", probe.vector, embedding.vector)
@@ -214,7 +272,7 @@ def load_embedder(
     return embedder
 
 
-def load_image_embedder(bundle: Bundle, settings: Settings, batcher: Queue) -> ImageEmbedder:
+def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> ImageEmbedder:
     """Load a model's image tower and see that it still gives its probe's vector.
 
     Raises: BundleError, PrecisionUnavailable.
@@ -230,11 +288,11 @@ def load_image_embedder(bundle: Bundle, settings: Settings, batcher: Queue) -> I
         settings.max_request_tokens,
     )
     # The probe passes whatever limits were set.
-    probe = ImageEmbedder(bundle, engine.preprocessing, engine, batcher, _NO_LIMITS)
+    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, _NO_LIMITS)
     (embedding,) = probe.embed([probe_picture()], deadline=time.monotonic() + PROBE_TIMEOUT)
     expected = bundle.manifest.image_probe or []
     _check_probe(bundle, precision, "probe picture", expected, embedding.vector)
-    return ImageEmbedder(bundle, engine.preprocessing, engine, batcher, limits)
+    return ImageEmbedder(bundle, engine.preprocessing, engine, queue, limits)
 
 
 def _check_probe(
@@ -260,5 +318,5 @@ def _stop_service(line: str) -> None:
 def __getattr__(name: str) -> Any:
     # Made when gunicorn asks for it, not when a test or a tool imports this file.
     if name == "app":
-        return create_app()
+        return Application()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

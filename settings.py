@@ -4,6 +4,7 @@ start.
 
 import os
 import pathlib
+import socket
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -16,18 +17,17 @@ class SettingsError(Exception):
 
 
 def _option(name: str, default: Any, help: str, **rules: Any) -> Any:
-    """A dataclass field read from environment variable `name`; without a default of its own,
-    `default` says why.
+    """A dataclass field read from environment variable `name`.
 
-    Rules: `low` and `high` (numbers), `choices` (strings), `by` (how the default comes about, for
-    the README).
+    Rules: `low` and `high` (numbers), `choices` (strings), `by` (docs/operate.md's text for a
+    default that is computed).
     """
     return field(default=default, metadata={"name": name, "help": help, **rules})
 
 
 def available_cores(root: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int:
     """Cores this process may really use, at least 1: the cgroup's quota (v2, then v1) or the CPU
-    set, what is less.
+    set, whichever is less.
     """
     cores = len(os.sched_getaffinity(0))
     try:
@@ -54,6 +54,12 @@ class Settings:
     )
     api_key_file: str = _option(
         "VECTOR_EMBEDDER_API_KEY_FILE", "", "file with the keys instead (a mounted secret)"
+    )
+    host: str = _option(
+        "HOST",
+        "",
+        "address to listen on",
+        by="all of them, IPv6 and IPv4; IPv4 alone where the system has no IPv6",
     )
     port: int = _option("PORT", 5001, "port to listen on", low=1, high=65535)
     models_dir: str = _option("MODELS_DIR", "models", "folder that holds the bundles")
@@ -220,7 +226,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         raise SettingsError(
             f"{key_name} is the default, which everybody knows; on Cloud Run set one of your own"
         )
-    settings.aliases  # raises for what is not of its form
+    settings.aliases  # raises SettingsError if malformed
     if settings.max_request_tokens > settings.max_queue_tokens:
         raise SettingsError(
             f"MAX_REQUEST_TOKENS={settings.max_request_tokens} is more than "
@@ -230,6 +236,30 @@ def load(environ: Mapping[str, str]) -> Settings:
         values["inference_threads"] = max(1, -(-available_cores() // settings.web_concurrency))
     values["log_format"] = settings.log_format or log_format(environ)
     return Settings(**values)
+
+
+def listen_address(settings: Settings) -> str:
+    """HOST and PORT as gunicorn's `bind`. By default the IPv6 address that takes IPv4 too, where
+    the system has both.
+
+    Raises: SettingsError for a HOST that this machine cannot listen on.
+    """
+    for host in [settings.host] if settings.host else ["::", "0.0.0.0"]:
+        try:
+            (family, _, _, _, address), *_ = socket.getaddrinfo(
+                host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            with socket.socket(family) as probe:
+                probe.bind(address)
+        except (OSError, UnicodeError) as error:
+            reason = error
+            continue
+        host = str(address[0])
+        return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
+    raise SettingsError(
+        f"HOST={settings.host!r}: cannot listen there ({reason}); it takes an address of this "
+        "machine, such as 0.0.0.0, 127.0.0.1 or ::"
+    )
 
 
 def log_format(environ: Mapping[str, str]) -> str:

@@ -2,61 +2,63 @@
 
 import base64
 import functools
+import re
 from typing import Any, TypeVar
 
 import msgspec
 import orjson
-from flask import Response
 
-from api.application import current
-from api.errors import RequestError
 from embeddings import TextEmbedding
+from server.messages import HttpError, Request
 
 T = TypeVar("T")
 
 JSON = "application/json"
-_BODY = "embedder.body"  # in an environ
+_FIELD = re.compile(r"\$\.(\w+)|field `(\w+)`")  # in msgspec's messages
 
 _decoder = functools.cache(
     msgspec.json.Decoder
 )  # building one costs more than decoding a small body
 
 
-def read_body() -> bytes:
-    """The whole body, as api/worker.py has received it: chunks decoded."""
-    environ = current.get()
-    if _BODY not in environ:
-        environ[_BODY] = environ["wsgi.input"].read()
-    body: bytes = environ[_BODY]
-    return body
-
-
-def read_json(schema: type[T]) -> T:
+def read_json(request: Request, schema: type[T]) -> T:
     """Decode and validate a JSON body in one pass.
 
-    Raises: RequestError: 415 for another content type; 400 for anything that is not JSON of this
-    shape, saying where.
+    Raises: HttpError: 415 for another content type; 400 for anything that is not JSON of this
+    shape, with the place and the field.
     """
-    kind = current.get().get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+    kind = request.media_type
     if kind and kind != JSON and not kind.endswith("+json"):
-        raise RequestError(
+        raise HttpError(
             415, "unsupported_media_type", f"Content-Type is {kind}; this route takes {JSON}"
         )
-    body = read_body()
+    return decode(request.body, schema)
+
+
+def decode(body: bytes | bytearray, schema: type[T]) -> T:
+    """Decode and validate JSON. Raises: HttpError 400."""
     try:
         decoded: T = _decoder(schema).decode(body)  # type: ignore[arg-type]  # types are hashable
         return decoded
     except msgspec.ValidationError as error:
-        raise RequestError(400, "validation", str(error)) from None
+        raise invalid(error) from None
     except RecursionError:
-        raise RequestError(400, "validation", "the JSON is nested too deeply") from None
+        raise HttpError(400, "validation", "the JSON is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestError(
+        raise HttpError(
             400, "validation", f"the body is not valid JSON: {_reason(body, error)}"
         ) from None
 
 
-def _reason(body: bytes, error: Exception) -> str:
+def invalid(error: msgspec.ValidationError, where: str = "") -> HttpError:
+    """The error for JSON of another shape. msgspec states the field in its message only."""
+    message = str(error)
+    found = _FIELD.search(message)
+    field = found and next(filter(None, found.groups()))
+    return HttpError(400, "validation", where + message, field=field)
+
+
+def _reason(body: bytes | bytearray, error: Exception) -> str:
     """What is wrong with the JSON, and where: msgspec calls a lone surrogate a truncated input and
     does not say where UTF-8 breaks.
     """
@@ -73,11 +75,6 @@ def write_json(body: object) -> bytes:
     read back the same.
     """
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def json_response(body: object) -> Response:
-    """The same, for Flask."""
-    return Response(write_json(body), content_type=JSON)
 
 
 def encode_vector(vector: Any, encoding_format: str | None) -> object:

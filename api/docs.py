@@ -2,19 +2,20 @@
 come with a package.
 """
 
+import functools
 import http
 import importlib.util
 import pathlib
 import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import msgspec
 from flask import Blueprint, Flask, Response, current_app
 
-from api.codec import json_response
+from api.codec import JSON, write_json
+from api.endpoint import VERSION, Operation
 from api.errors import dialect
-from api.service import VERSION, Operation
 
 _FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 PATHS = ("/openapi.json", "/docs", *(f"/docs/{name}" for name in _FILES))
@@ -36,67 +37,25 @@ _BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503, 504)
 _REF = "#/components/schemas/{name}"
 
 
+class Documented(NamedTuple):
+    """A route, as /openapi.json describes it."""
+
+    path: str
+    method: str
+    operation: Operation
+    name: str
+    summary: str
+
+
 def document(app: Flask, open_paths: Collection[str]) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of every route made with `api.service.endpoint`."""
-    routes: list[tuple[str, str, Operation, str, str]] = []
-    for rule in app.url_map.iter_rules():
-        view = app.view_functions[rule.endpoint]
-        operation = getattr(view, "operation", None)
-        if operation is not None:
-            (method,) = (rule.methods or set()) - {"HEAD", "OPTIONS"}
-            path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
-            routes.append((path, method.lower(), operation, rule.endpoint, view.__doc__ or ""))
-    bodies = list(dict.fromkeys(body for _, _, made, _, _ in routes for body in made.bodies))
+    """The OpenAPI 3.1 document of every route made with `api.endpoint.endpoint`."""
+    routes = list(_routes(app))
+    bodies = list(dict.fromkeys(body for route in routes for body in route.operation.bodies))
     _, schemas = msgspec.json.schema_components(bodies, ref_template=_REF)
     paths: dict[str, Any] = {}
-
-    def content(kind: Any, form: str = "application/json") -> dict[str, Any]:
-        (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
-        schemas.update(components)
-        return {form: {"schema": schema}}
-
-    for path, method, made, name, summary in routes:
-        answers: dict[int, Any] = {200: made.answer, 500: None, **made.further}
-        if path not in open_paths:
-            answers[401] = None
-        if "{" in path:
-            answers[404] = None
-        if made.bodies:
-            answers |= dict.fromkeys(_BODY_ERRORS)
-        described: dict[str, Any] = {
-            "operationId": name.replace(".", "_"),
-            "tags": [name.partition(".")[0]],
-            "summary": summary,
-            "responses": {
-                str(status): {
-                    "description": http.HTTPStatus(status).phrase,
-                    "content": (
-                        content(dialect(path)[1])
-                        if kind is None
-                        else content(kind, made.produces if status == 200 else "application/json")
-                    ),
-                }
-                for status, kind in sorted(answers.items())
-            },
-        }
-        if path in open_paths:
-            described["security"] = []
-        if "{" in path:
-            described["parameters"] = [
-                {"name": field, "in": "path", "required": True, "schema": {"type": "string"}}
-                for field in re.findall(r"{(\w+)}", path)
-            ]
-        if made.bodies:
-            kinds = [{"$ref": _REF.format(name=body.__name__)} for body in made.bodies]
-            schema = {"anyOf": kinds} if len(kinds) > 1 else kinds[0]
-            described["requestBody"] = {
-                "required": True,
-                "content": {
-                    "application/json": {"schema": schema},
-                    **{kind: {"schema": schema} for kind, schema in made.media.items()},
-                },
-            }
-        paths.setdefault(path, {})[method] = described
+    for route in routes:
+        described = _describe(route, route.path in open_paths, schemas)
+        paths.setdefault(route.path, {})[route.method] = described
     return {
         "openapi": "3.1.0",
         "info": {"title": "Vector embedder", "version": VERSION},
@@ -112,16 +71,83 @@ def document(app: Flask, open_paths: Collection[str]) -> dict[str, Any]:
     }
 
 
+def _routes(app: Flask) -> Iterator[Documented]:
+    for rule in app.url_map.iter_rules():
+        view = app.view_functions[rule.endpoint]
+        operation = getattr(view, "operation", None)
+        if operation is not None:
+            (method,) = (rule.methods or set()) - {"HEAD", "OPTIONS"}
+            path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+            yield Documented(path, method.lower(), operation, rule.endpoint, view.__doc__ or "")
+
+
+def _describe(route: Documented, is_open: bool, schemas: dict[str, Any]) -> dict[str, Any]:
+    """One operation. The schemas that it refers to are added to `schemas`."""
+    path, made = route.path, route.operation
+    statuses: dict[int, Any] = {200: made.answer, 500: None, **made.further}
+    if not is_open:
+        statuses[401] = None
+    if "{" in path:
+        statuses[404] = None
+    if made.bodies:
+        statuses |= dict.fromkeys(_BODY_ERRORS)
+
+    def content(status: int, kind: Any) -> dict[str, Any]:
+        kind = dialect(path)[1] if kind is None else kind
+        (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
+        schemas.update(components)
+        return {made.produces if status == 200 else JSON: {"schema": schema}}
+
+    described: dict[str, Any] = {
+        "operationId": route.name.replace(".", "_"),
+        "tags": [route.name.partition(".")[0]],
+        "summary": route.summary,
+        "responses": {
+            str(status): {
+                "description": http.HTTPStatus(status).phrase,
+                "content": content(status, kind),
+            }
+            for status, kind in sorted(statuses.items())
+        },
+    }
+    if is_open:
+        described["security"] = []
+    if "{" in path:
+        described["parameters"] = [
+            {"name": field, "in": "path", "required": True, "schema": {"type": "string"}}
+            for field in re.findall(r"{(\w+)}", path)
+        ]
+    if made.bodies:
+        described["requestBody"] = {"required": True, "content": _body_content(made)}
+    return described
+
+
+def _body_content(made: Operation) -> dict[str, Any]:
+    kinds = [{"$ref": _REF.format(name=body.__name__)} for body in made.bodies]
+    schema = {"anyOf": kinds} if len(kinds) > 1 else kinds[0]
+    return {JSON: {"schema": schema}, **{kind: {"schema": one} for kind, one in made.media.items()}}
+
+
 def blueprint(open_paths: Collection[str]) -> Blueprint:
-    """GET /openapi.json and /docs; `open_paths` need no key."""
+    """GET /openapi.json and /docs; `open_paths` need no key. Each is made or read once: all
+    responses share its bytes.
+    """
     routes = Blueprint("docs", __name__)
     package = importlib.util.find_spec("flask_swagger_ui")
     assert package and package.origin
     folder = pathlib.Path(package.origin).parent / "dist"
 
+    @functools.cache
+    def described() -> bytes:
+        return write_json(document(current_app, open_paths))
+
+    @functools.cache
+    def content(name: str) -> bytes:
+        return (folder / name).read_bytes()
+
     @routes.get("/openapi.json")
     def openapi() -> Response:
-        return json_response(document(current_app, open_paths))
+        return Response(described(), content_type=JSON)
 
     @routes.get("/docs")
     def page() -> Response:
@@ -129,7 +155,6 @@ def blueprint(open_paths: Collection[str]) -> Blueprint:
 
     @routes.get(f"/docs/<any({','.join(map(repr, _FILES))}):name>")
     def file(name: str) -> Response:
-        # Read whole: gunicorn's sendfile would write past api/worker.py's Socket.
-        return Response((folder / name).read_bytes(), content_type=_FILES[name])
+        return Response(content(name), content_type=_FILES[name])
 
     return routes

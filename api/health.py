@@ -4,10 +4,11 @@ from typing import Any
 
 from flask import Blueprint
 
-from api.codec import json_response
+from api.codec import write_json
+from api.endpoint import endpoint
 from api.schemas import Ready, Status
-from api.service import endpoint
 from engine.models import Models
+from server.messages import Response
 
 
 def blueprint(models: Models[Any]) -> Blueprint:
@@ -29,10 +30,7 @@ def blueprint(models: Models[Any]) -> Blueprint:
         """Whether every model is loaded and has given its probe's vector."""
         manifest = models.bundle().manifest
         if not models.ready:
-            loading = json_response({"status": "loading"})
-            loading.status_code = 503
-            loading.headers["Retry-After"] = "1"
-            return loading
+            return Response(write_json({"status": "loading"}), 503, headers=[("Retry-After", "1")])
         images = "image" in manifest.modalities
         return {"status": "ready", "model": manifest.name, "supports_images": images}
 

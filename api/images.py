@@ -4,25 +4,32 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Sequence
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
-from flask import Blueprint, Request, request
+from flask import Blueprint
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import MultiPartParser
+from werkzeug.http import parse_options_header
 
-from api.application import INPUT_PATH, current
-from api.codec import read_body, read_json
-from api.errors import RequestError
+from api.codec import invalid, read_json
+from api.endpoint import endpoint
 from api.schemas import BatchEmbeddings, Embeddings, EmbedImage, EmbedImages, ImageOptions
-from api.service import Service, endpoint
-from api.tasks import in_thread
+from api.service import Service
 from engine.errors import InvalidInput
 from image_embeddings import FORMATS_SENTENCE
+from server.messages import HttpError, Request
 
 Options = TypeVar("Options", bound=ImageOptions)
-Pictures = tuple[list[bytes], ImageOptions]
+
+
+class Pictures(NamedTuple):
+    """What a request sent."""
+
+    files: list[bytes]
+    options: ImageOptions
+
 
 # Bytes, one field of a multipart body beside its files. Werkzeug has one limit for this and for
 # what it reads at a time, files too, which is 64 KiB and a rest.
@@ -45,58 +52,59 @@ def blueprint(service: Service) -> Blueprint:
     """The native routes for pictures."""
     routes = Blueprint("images", __name__)
 
-    def embed(images: Sequence[bytes], options: ImageOptions) -> list[object]:
-        embedder, waiting = service.image_embedder(options.model, current.get()[INPUT_PATH])
-        # A picture of few bytes may be one of many pixels.
-        embedded = in_thread(
-            lambda: embedder.embed(images, **waiting, dimensions=options.dimensions)
-        )
+    def embed(sent: Pictures, path: str) -> list[object]:
+        model, dimensions = sent.options.model, sent.options.dimensions
+        _, embedded = service.embed_images(sent.files, path, model, dimensions)
         return [embedding.vector for embedding in embedded]
 
-    def read(path: str, schema: type[EmbedImage | EmbedImages]) -> Pictures:
-        current.get()[INPUT_PATH] = path
+    def read(request: Request, path: str, schema: type[EmbedImage | EmbedImages]) -> Pictures:
         if not any(
             "image" in bundle.manifest.modalities for bundle in service.models.bundles.values()
         ):
             service.require_images(None)  # where no model takes pictures, none need be read
-        if request.mimetype == "multipart/form-data":
+        kind = request.media_type
+        if kind == "multipart/form-data":
             return _read_files(request)
-        if request.mimetype.startswith("image/"):
+        if kind.startswith("image/"):
             return _read_raw(request)
-        body = _read_json(request, schema)
+        if kind and not kind.endswith("json"):
+            raise _unsupported(kind)
+        body = read_json(request, schema)
         sent = body.images if isinstance(body, EmbedImages) else [body.image]
-        return [picture_bytes(text, index) for index, text in enumerate(sent)], body
+        try:
+            return Pictures([picture_bytes(text, index) for index, text in enumerate(sent)], body)
+        except InvalidInput as error:
+            raise error.at(path) from None
 
     @routes.post("/embeddings/image")
     @endpoint(
         Embeddings,
         EmbedImage,
-        read=lambda: read("$.image", EmbedImage),
+        read=lambda request: read(request, "$.image", EmbedImage),
         media=_MEDIA,
         further={501: None},
     )
     def embed_image(sent: Pictures) -> object:
         """Embed one picture."""
-        files, options = sent
-        if len(files) > 1:
-            raise RequestError(
+        if len(sent.files) > 1:
+            raise HttpError(
                 400,
                 "validation",
-                f"{len(files)} files; this route takes one, /embeddings/image/batch several",
+                f"{len(sent.files)} files; this route takes one, /embeddings/image/batch several",
             )
-        return {"embeddings": embed(files, options)}
+        return {"embeddings": embed(sent, "$.image")}
 
     @routes.post("/embeddings/image/batch")
     @endpoint(
         BatchEmbeddings,
         EmbedImages,
-        read=lambda: read("$.images[{}]", EmbedImages),
+        read=lambda request: read(request, "$.images[{}]", EmbedImages),
         media=_MEDIA,
         further={501: None},
     )
     def embed_images(sent: Pictures) -> object:
         """Embed several pictures, each alone, in order."""
-        return {"embeddings": [[vector] for vector in embed(*sent)]}
+        return {"embeddings": [[vector] for vector in embed(sent, "$.images[{}]")]}
 
     return routes
 
@@ -126,34 +134,28 @@ def picture_bytes(text: str, index: int = 0) -> bytes:
     return data
 
 
-def _read_json(request: Request, schema: type[Options]) -> Options:
-    if request.mimetype and not request.mimetype.endswith("json"):
-        raise _unsupported(request.mimetype)
-    return read_json(schema)
-
-
-def _unsupported(kind: str) -> RequestError:
-    return RequestError(
+def _unsupported(kind: str) -> HttpError:
+    return HttpError(
         415, "unsupported_media_type", f"Content-Type is {kind}; this route takes {_KINDS}"
     )
 
 
 def _read_raw(request: Request) -> Pictures:
-    """A body that is a picture; options come in the query. What it is, its content says, but for
-    SVG, which is a document.
+    """A body that is a picture; options come in the query. The format is detected from the
+    content. SVG is refused by its Content-Type: it is a document.
     """
-    if "svg" in request.mimetype:
-        raise RequestError(
-            415, "unsupported_media_type", f"{request.mimetype} is not taken: {FORMATS_SENTENCE}"
+    if "svg" in request.media_type:
+        raise HttpError(
+            415, "unsupported_media_type", f"{request.media_type} is not taken: {FORMATS_SENTENCE}"
         )
-    return [read_body()], _options(request.args.items(), "query parameter")
+    pairs = parse_qsl(request.query, keep_blank_values=True)
+    return Pictures([bytes(request.body)], _options(pairs, "query parameter"))
 
 
 def _read_files(request: Request) -> Pictures:
     """The files of a multipart body in the order sent, whatever their fields are called; options
     are its other fields.
     """
-    body = read_body()
     parser = MultiPartParser(
         stream_factory=_in_memory,
         max_form_memory_size=_MAX_FIELD,
@@ -163,28 +165,27 @@ def _read_files(request: Request) -> Pictures:
     fields: Any
     files: Any
     try:
-        boundary = request.mimetype_params["boundary"].encode("ascii")
-        fields, files = parser.parse(io.BytesIO(body), boundary, len(body))
+        _, parameters = parse_options_header(request.headers.get("content-type"))
+        boundary = parameters["boundary"].encode("ascii")
+        fields, files = parser.parse(io.BytesIO(request.body), boundary, len(request.body))
     except RequestEntityTooLarge:
-        raise RequestError(
+        raise HttpError(
             413,
             "too_large",
             f"more than {_MAX_PARTS} parts, or a field of more than {_MAX_FIELD} bytes; send each "
             "picture as a file, with a file name",
         ) from None
     except KeyError:
-        raise RequestError(
-            400, "validation", "the multipart Content-Type has no boundary"
-        ) from None
+        raise HttpError(400, "validation", "the multipart Content-Type has no boundary") from None
     except ValueError as error:
-        raise RequestError(400, "validation", f"the multipart body is broken: {error}") from None
+        raise HttpError(400, "validation", f"the multipart body is broken: {error}") from None
     options = _options(fields, "field")
     pictures = [file.stream.read() for _, file in files]
     if not pictures:
-        raise RequestError(
+        raise HttpError(
             400, "validation", "the multipart body has no file; send each picture as a file"
         )
-    return pictures, options
+    return Pictures(pictures, options)
 
 
 def _in_memory(*_: object, **__: object) -> IO[bytes]:
@@ -196,4 +197,4 @@ def _options(pairs: Any, kind: str) -> ImageOptions:
     try:
         return msgspec.convert(dict(pairs), ImageOptions, strict=False)
     except msgspec.ValidationError as error:
-        raise RequestError(400, "validation", f"{kind}: {error}") from None
+        raise invalid(error, f"{kind}: ") from None

@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import Any
 
 import orjson
-from flask import has_request_context, request
 from gunicorn.glogging import Logger
+
+from server.messages import Request, current
 
 # https://cloud.google.com/logging/docs/structured-logging#special-payload-fields
 _TRACE, _SPAN = "logging.googleapis.com/trace", "logging.googleapis.com/spanId"
@@ -33,7 +34,6 @@ _TRACEPARENT = re.compile(
 )
 _CLOUD_TRACE = re.compile(r"([0-9a-f]{32})(?:/(\d{1,20}))?(?:;o=(\d))?")
 _ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}")
-_REQUEST_ID = "embedder.request_id"  # in a WSGI environ
 
 
 def escape(text: str) -> str:
@@ -43,24 +43,20 @@ def escape(text: str) -> str:
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def request_id(environ: dict[str, Any]) -> str:
-    """The request's X-Request-Id where it is a sane one, else one of its own: 32 hex digits."""
-    known: str | None = environ.get(_REQUEST_ID)
-    if known is None:
-        sent = environ.get("HTTP_X_REQUEST_ID", "")
-        known = sent if sent and _ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
-        environ[_REQUEST_ID] = known
-    return known
+def request_id(request: Request) -> str:
+    """The request's X-Request-Id if it is valid, else a new random id of 32 hex digits."""
+    sent = request.headers.get("x-request-id")
+    return sent if sent and _ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
 
 
-def trace_fields(environ: Mapping[str, Any], project: str) -> dict[str, object]:
+def trace_fields(headers: Mapping[str, str], project: str) -> dict[str, object]:
     """What links an entry to its trace and to Cloud Run's own entry for the request. A trace's name
     needs the project; without it the id goes into a field of our own.
     """
     fields: dict[str, object] = {}
-    if found := _TRACEPARENT.match(environ.get("HTTP_TRACEPARENT", "")):
+    if found := _TRACEPARENT.match(headers.get("traceparent", "")):
         trace, span, sampled = found[1], found[2], int(found[3], 16) & 1 == 1
-    elif found := _CLOUD_TRACE.match(environ.get("HTTP_X_CLOUD_TRACE_CONTEXT", "")):
+    elif found := _CLOUD_TRACE.match(headers.get("x-cloud-trace-context", "")):
         trace, span, sampled = found[1], f"{int(found[2] or 0):016x}", found[3] == "1"
     else:
         return fields
@@ -95,11 +91,11 @@ class Formatter(logging.Formatter):
             trace = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n").split("\n")
             lines = [escape(line) for line in self.blot("\n".join(trace)).split("\n")]
             message = "\n".join([message, *lines])
-        environ = request.environ if has_request_context() else {}
+        request = current.get(None)
         name = "gunicorn" if record.name == "gunicorn.error" else record.name
         when = datetime.datetime.fromtimestamp(record.created, _UTC)
         if not self._json:
-            known = f" (request {request_id(environ)})" if environ else ""
+            known = f" (request {request.id})" if request and request.id else ""
             stamp = when.isoformat(timespec="milliseconds")[:-6]
             body = message.replace("\n", "\n    ")
             return f"{stamp}Z {record.levelname} {name}: {body}{known}"
@@ -109,8 +105,8 @@ class Formatter(logging.Formatter):
             "time": when,
             "logger": name,
         }
-        if environ:
-            entry |= {"requestId": request_id(environ), **trace_fields(environ, self._project)}
+        if request and request.id:
+            entry |= {"requestId": request.id, **trace_fields(request.headers, self._project)}
         return orjson.dumps(entry, option=orjson.OPT_UTC_Z).decode()
 
 
@@ -210,12 +206,12 @@ class RequestLog:
         self._level = getattr(logging, level.upper())
         self._keys = tuple(keys)
         self._project = environ.get("GOOGLE_CLOUD_PROJECT", "")
-        # Cloud Run's front end adds the client's address as the last; elsewhere anybody may have.
+        # Cloud Run's front end adds the client's address as the last; elsewhere it can be forged.
         self._front_end = "K_SERVICE" in environ
 
     def write(
         self,
-        environ: dict[str, Any],
+        request: Request,
         status: int,
         size: int,
         seconds: float | None,
@@ -224,9 +220,9 @@ class RequestLog:
         why: str = "",
     ) -> None:
         """Args:
-        environ: WSGI's; what is missing in it is left out.
-        size: bytes of the answer's body.
-        seconds: from the request's last byte to the answer; None where it was never whole.
+        request: it may be incomplete.
+        size: bytes of the response's body.
+        seconds: from the request's last byte to the response; None where it was never whole.
         level: info becomes warning for a status of 4xx, error for 5xx.
         why: what was wrong, in a word.
         """
@@ -235,28 +231,28 @@ class RequestLog:
         if level < self._level:
             return
         severity = logging.getLevelName(level)
-        get = environ.get
-        method, path = escape(get("REQUEST_METHOD", "-")[:32]), self._path(environ)
-        address, known = self._address(environ), request_id(environ)
+        # Without the query, which may hold a key.
+        path = self._clean(request.path or "-", _MAX_PATH)
+        address = self._address(request)
         now = datetime.datetime.now(_UTC)
-        line = f"{method} {path} {status}"
+        line = f"{request.method} {path} {status}"
         if seconds is not None:
             line += f" {seconds * 1000:.1f} ms"
         if why:
             line += f" {why}"
         if not self._json:
             stamp = now.isoformat(timespec="milliseconds")[:-6]
-            _write(f"{stamp}Z {severity} {line} {size} bytes {address} {known}\n".encode())
+            _write(f"{stamp}Z {severity} {line} {size} bytes {address} {request.id}\n".encode())
             return
         http = {
-            "requestMethod": method,
+            "requestMethod": request.method,
             "requestUrl": path,
             "status": status,
-            "requestSize": get("CONTENT_LENGTH") or "0",
+            "requestSize": str(request.length),
             "responseSize": str(size),
-            "userAgent": self._clean(get("HTTP_USER_AGENT", ""), _MAX_AGENT),
+            "userAgent": self._clean(request.headers.get("user-agent", ""), _MAX_AGENT),
             "remoteIp": address,
-            "protocol": escape(get("SERVER_PROTOCOL", "")[:32]),
+            "protocol": f"HTTP/{request.version}",
         }
         if seconds is not None:
             http["latency"] = f"{seconds:.6f}s"
@@ -265,19 +261,12 @@ class RequestLog:
             "message": line,
             "time": now,
             "httpRequest": http,
-            "requestId": known,
+            "requestId": request.id,
         }
-        if "HTTP_TRACEPARENT" in environ or "HTTP_X_CLOUD_TRACE_CONTEXT" in environ:
-            entry |= trace_fields(environ, self._project)
+        if "traceparent" in request.headers or "x-cloud-trace-context" in request.headers:
+            entry |= trace_fields(request.headers, self._project)
         option = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
         _write(orjson.dumps(entry, option=option))
-
-    def _path(self, environ: Mapping[str, Any]) -> str:
-        """Without the query, which may hold a key."""
-        path: str = environ.get("PATH_INFO", "-")
-        if not path.isascii():  # WSGI gives UTF-8 as Latin-1
-            path = path.encode("latin-1").decode(errors="replace")
-        return self._clean(path, _MAX_PATH)
 
     def _clean(self, sent: str, limit: int) -> str:
         """What a client sent, fit for a line: cut, escaped, and without any configured key."""
@@ -286,10 +275,9 @@ class RequestLog:
                 return "***"  # before it is cut: a part of a key says much of it
         return escape(sent if len(sent) <= limit else sent[:limit] + "…")
 
-    def _address(self, environ: Mapping[str, Any]) -> str:
+    def _address(self, request: Request) -> str:
         if self._front_end:
-            last: str = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
+            last = request.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
             if _ADDRESS.fullmatch(last):
                 return last
-        address: str = environ.get("REMOTE_ADDR", "-")
-        return address
+        return request.client

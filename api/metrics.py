@@ -18,25 +18,27 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from flask import Blueprint, Response
+from flask import Blueprint
 from werkzeug.routing import Map
 
-from api.service import Embedders, endpoint
-from api.tasks import in_thread
-from engine.protocol import Batch
-from engine.queue import Queue
+from api.endpoint import endpoint
+from api.service import Embedders
 from engine.errors import ModelNotReady
 from engine.models import Models
+from engine.protocol import Batch
+from engine.queue import Queue
+from server.messages import Response
+from server.tasks import in_thread
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-UNKNOWN = "unknown"  # the route of a path that is none
+UNKNOWN = "unknown"  # the label of unknown paths
 PROBES = ("/health", "/health/ready", "/healthcheck")
 # Upper bounds of the histograms' buckets.
 LATENCIES = (
@@ -56,6 +58,7 @@ _SPARE_ROWS = 16  # for workers that are added by a signal
 _PID, _IN_FLIGHT, _WAITING_JOBS, _WAITING_TOKENS, _THREADS, _FIRST_FREE = range(6)
 
 Float64 = npt.NDArray[np.float64]
+Labelled = Iterable[tuple[list[str], float]]  # the values of the labels, and the number
 
 
 class Table:
@@ -189,9 +192,14 @@ class Metrics:
             self._row[_IN_FLIGHT] += 1.0
 
     def end(self, path: str, status: int, seconds: float) -> None:
-        """It has answered."""
+        """A request has been answered."""
         reason = None if path in PROBES else _REASON.get(status)
         self._answered(path, status, seconds, reason, 1.0)
+
+    def dropped(self) -> None:
+        """It has ended after it had been refused."""
+        with self._lock:
+            self._row[_IN_FLIGHT] -= 1.0
 
     def refused(self, path: str, status: int, reason: str | None = None) -> None:
         """A request was answered before the application saw it; `reason` is one of REASONS."""
@@ -251,139 +259,104 @@ class Metrics:
         registry.register(self)
         return generate_latest(registry)
 
-    def collect(self) -> Iterator["Metric"]:
+    def collect(self) -> "Iterator[Metric]":
         """For prometheus-client."""
-        from prometheus_client.core import CounterMetricFamily as Counter
-        from prometheus_client.core import GaugeMetricFamily as Gauge
-        from prometheus_client.core import HistogramMetricFamily as Histograms
-
         total: Float64 = self._table.rows[:, : self._columns].sum(axis=0)
+        write = _Writer(total)
+        yield from self._requests(write)
+        yield from self._queue(write)
+        yield from self._models(write)
+        yield from self._processes(write)
 
-        def value(kind: Any, name: str, help: str, column: int) -> Any:
-            return kind(f"embedder_{name}", help, float(total[column]))
-
-        def values(
-            kind: Any, name: str, help: str, labels: Sequence[str], found: Iterable[Any]
-        ) -> Any:
-            family = kind(f"embedder_{name}", help, labels=labels)
-            for labelled, number in found:
-                family.add_metric(labelled, number)
-            return family
-
-        def histograms(
-            name: str, help: str, labels: Sequence[str], found: Iterable[tuple[Any, Histogram]]
-        ) -> Any:
-            family = Histograms(f"embedder_{name}", help, labels=labels)
-            for labelled, histogram in found:
-                buckets = histogram.buckets(total)
-                family.add_metric(labelled, buckets, float(total[histogram.sum]))
-            return family
-
+    def _requests(self, write: "_Writer") -> "Iterator[Metric]":
         routes = [self._unknown, *self._routes.values(), *self._prefixes.values()]
-        yield values(
-            Counter,
-            "requests",
-            "Requests answered, by route and status.",
-            ["route", "status"],
-            (
-                ([route.name, str(status)], total[column])
-                for route in routes
-                for status, column in route.statuses.items()
-                if total[column]
-            ),
+        counts = (
+            ([route.name, str(status)], write.total[column])
+            for route in routes
+            for status, column in route.statuses.items()
+            if write.total[column]
         )
-        yield histograms(
-            "request_duration_seconds",
-            "From a request's last byte to its answer, without what was refused unread.",
-            ["route"],
-            (
-                ([route.name], route.seconds)
-                for route in routes
-                if route.seconds.buckets(total)[-1][1]
-            ),
+        help = "Requests answered, by route and status."
+        yield write.counters("requests", help, ["route", "status"], counts)
+        durations = (
+            ([route.name], route.seconds)
+            for route in routes
+            if route.seconds.buckets(write.total)[-1][1]
         )
-        yield value(
-            Gauge, "requests_in_flight", "Requests being worked on, this one too.", _IN_FLIGHT
-        )
-        yield values(
-            Counter,
-            "requests_rejected",
+        help = "From a request's last byte to its response, without what was refused unread."
+        yield write.histograms("request_duration_seconds", help, ["route"], durations)
+        help = "Requests being worked on, this one too."
+        yield write.gauge("requests_in_flight", help, _IN_FLIGHT)
+        help = (
             "Requests answered without their work being done: queue_full and memory (429), "
             "deadline (504), unavailable (503: loading or"
-            " shutting down), stalled_client (408), client_gone (499, never sent).",
-            ["reason"],
-            (([reason], total[column]) for reason, column in self._rejected.items()),
+            " shutting down), stalled_client (408), client_gone (499, never sent)."
         )
-        yield value(Counter, "cache_hits", "Chunks of text found in the cache.", self._cache_hits)
-        yield value(
-            Counter, "cache_misses", "Chunks of text not found in the cache.", self._cache_misses
-        )
-        yield value(
-            Gauge, "queue_requests", "Requests with inputs waiting for the engine.", _WAITING_JOBS
-        )
-        yield value(Gauge, "queue_tokens", "Tokens waiting for the engine.", _WAITING_TOKENS)
-        yield histograms(
-            "queue_wait_seconds",
-            "From a request's entry into the queue to the start of its last engine call.",
-            [],
-            [([], self._wait)],
-        )
-        yield histograms(
-            "batch_items",
-            "Chunks of text, or pictures, in an engine call.",
-            [],
-            [([], self._items)],
-        )
-        yield histograms(
-            "batch_tokens",
-            "Tokens in an engine call, without padding; a picture counts what it costs.",
-            [],
-            [([], self._tokens)],
-        )
+        rejected = (([reason], write.total[column]) for reason, column in self._rejected.items())
+        yield write.counters("requests_rejected", help, ["reason"], rejected)
+
+    def _queue(self, write: "_Writer") -> "Iterator[Metric]":
+        yield write.counter("cache_hits", "Chunks of text found in the cache.", self._cache_hits)
+        help = "Chunks of text not found in the cache."
+        yield write.counter("cache_misses", help, self._cache_misses)
+        help = "Requests with inputs waiting for the engine."
+        yield write.gauge("queue_requests", help, _WAITING_JOBS)
+        yield write.gauge("queue_tokens", "Tokens waiting for the engine.", _WAITING_TOKENS)
+        for name, help, histogram in (
+            (
+                "queue_wait_seconds",
+                "From a request's entry into the queue to the start of its last engine call.",
+                self._wait,
+            ),
+            ("batch_items", "Chunks of text, or pictures, in an engine call.", self._items),
+            (
+                "batch_tokens",
+                "Tokens in an engine call, without padding; a picture counts what it costs.",
+                self._tokens,
+            ),
+        ):
+            yield write.histograms(name, help, [], [([], histogram)])
+
+    def _models(self, write: "_Writer") -> "Iterator[Metric]":
         engines = list(self._engines.values())
-        texts = [engine for engine in engines if engine.modality == "text"]
-        images = [engine for engine in engines if engine.modality == "image"]
-        yield histograms(
-            "engine_call_seconds",
-            "How long an engine call took.",
-            ["model", "modality"],
-            (([engine.model, engine.modality], engine.seconds) for engine in engines),
+        labels = ["model", "modality"]
+        seconds = (([engine.model, engine.modality], engine.seconds) for engine in engines)
+        help = "How long an engine call took."
+        yield write.histograms("engine_call_seconds", help, labels, seconds)
+        failures = (
+            ([engine.model, engine.modality], write.total[engine.failures]) for engine in engines
         )
-        yield values(
-            Counter,
-            "engine_failures",
-            "Engine calls that failed.",
-            ["model", "modality"],
-            (([engine.model, engine.modality], total[engine.failures]) for engine in engines),
-        )
-        for name, help, kinds, column in (
-            ("chunks", "Chunks of text embedded; most texts are one.", texts, "items"),
-            ("tokens", "Tokens of texts embedded, without padding.", texts, "tokens"),
+        yield write.counters("engine_failures", "Engine calls that failed.", labels, failures)
+        for name, help, modality, column in (
+            ("chunks", "Chunks of text embedded; most texts are one.", "text", "items"),
+            ("tokens", "Tokens of texts embedded, without padding.", "text", "tokens"),
             (
                 "padded_tokens",
                 "Tokens of texts computed, with as much of the padding as is.",
-                texts,
+                "text",
                 "padded",
             ),
-            ("images", "Pictures embedded.", images, "items"),
+            ("images", "Pictures embedded.", "image", "items"),
         ):
-            found = (([engine.model], total[getattr(engine, column)]) for engine in kinds)
-            yield values(Counter, name, help, ["model"], found)
-        yield value(Gauge, "inference_threads", "Cores that all workers compute on.", _THREADS)
-        yield values(
-            Gauge,
-            "model_info",
-            "Each model that is loaded.",
-            ["model", "precision", "revision", "dimensions", "max_tokens", "modalities"],
-            ((labels, 1) for labels in self._loaded()),
-        )
+            found = (
+                ([engine.model], write.total[getattr(engine, column)])
+                for engine in engines
+                if engine.modality == modality
+            )
+            yield write.counters(name, help, ["model"], found)
+        labels = ["model", "precision", "revision", "dimensions", "max_tokens", "modalities"]
+        loaded = ((values, 1.0) for values in self._loaded())
+        yield write.gauges("model_info", "Each model that is loaded.", labels, loaded)
+
+    def _processes(self, write: "_Writer") -> "Iterator[Metric]":
+        yield write.gauge("inference_threads", "Cores that all workers compute on.", _THREADS)
         running = list(self._workers())
-        for kind, name, help, at in (
-            (Gauge, "worker_resident_memory_bytes", "Resident memory of a worker.", 1),
-            (Counter, "worker_cpu_seconds", "CPU time of a worker.", 2),
-            (Gauge, "worker_start_time_seconds", "Unix time at which a worker began.", 3),
+        for make, name, help, at in (
+            (write.gauges, "worker_resident_memory_bytes", "Resident memory of a worker.", 0),
+            (write.counters, "worker_cpu_seconds", "CPU time of a worker.", 1),
+            (write.gauges, "worker_start_time_seconds", "Unix time at which a worker began.", 2),
         ):
-            yield values(kind, name, help, ["worker"], (([row[0]], row[at]) for row in running))
+            yield make(name, help, ["worker"], (([row], numbers[at]) for row, numbers in running))
 
     def _loaded(self) -> Iterator[list[str]]:
         for name, bundle in sorted(self.models.bundles.items()):
@@ -394,8 +367,8 @@ class Metrics:
                 kinds = ",".join(manifest.modalities)
                 yield [name, precision, manifest.revision or "", *sizes, kinds]
 
-    def _workers(self) -> Iterator[tuple[str, float, float, float]]:
-        """Of each running worker: its row, resident bytes, CPU seconds, start as Unix time."""
+    def _workers(self) -> Iterator[tuple[str, tuple[float, float, float]]]:
+        """Of each running worker: its row; resident bytes, CPU seconds, start as Unix time."""
         page, tick = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         for row, pid in enumerate(self._table.rows[:, _PID].astype(int).tolist()):
@@ -404,7 +377,49 @@ class Metrics:
                     # proc_pid_stat(5), from field 3 on: the name before may hold anything.
                     fields = file.read().rpartition(b")")[2].split()
                 cpu, began = int(fields[11]) + int(fields[12]), int(fields[19])
-                yield str(row), int(fields[21]) * page, cpu / tick, booted + began / tick
+                resident = int(fields[21]) * page
+                yield str(row), (resident, cpu / tick, booted + began / tick)
+
+
+class _Writer:
+    """Makes prometheus-client's metrics of the numbers of all workers."""
+
+    def __init__(self, total: Float64) -> None:
+        # Only now: the import takes 30 ms, which a start would pay for.
+        from prometheus_client import core
+
+        self.total, self._core = total, core
+
+    def counter(self, name: str, help: str, column: int) -> "Metric":
+        return self._core.CounterMetricFamily(f"embedder_{name}", help, float(self.total[column]))
+
+    def gauge(self, name: str, help: str, column: int) -> "Metric":
+        return self._core.GaugeMetricFamily(f"embedder_{name}", help, float(self.total[column]))
+
+    def counters(self, name: str, help: str, labels: list[str], found: Labelled) -> "Metric":
+        family = self._core.CounterMetricFamily(f"embedder_{name}", help, labels=labels)
+        for values, number in found:
+            family.add_metric(values, float(number))
+        return family
+
+    def gauges(self, name: str, help: str, labels: list[str], found: Labelled) -> "Metric":
+        family = self._core.GaugeMetricFamily(f"embedder_{name}", help, labels=labels)
+        for values, number in found:
+            family.add_metric(values, float(number))
+        return family
+
+    def histograms(
+        self,
+        name: str,
+        help: str,
+        labels: list[str],
+        found: Iterable[tuple[list[str], Histogram]],
+    ) -> "Metric":
+        family = self._core.HistogramMetricFamily(f"embedder_{name}", help, labels=labels)
+        for values, histogram in found:
+            buckets = histogram.buckets(self.total)
+            family.add_metric(values, buckets, float(self.total[histogram.sum]))
+        return family
 
 
 def blueprint(metrics: Metrics) -> Blueprint:

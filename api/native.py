@@ -3,8 +3,9 @@
 from flask import Blueprint
 
 from api.codec import encode_chunks, encode_vector
+from api.endpoint import endpoint
 from api.schemas import BatchEmbeddings, ChunkRequest, Embeddings, EmbedText, EmbedTexts
-from api.service import Service, endpoint, listed
+from api.service import Service
 
 
 def blueprint(service: Service) -> Blueprint:
@@ -12,11 +13,14 @@ def blueprint(service: Service) -> Blueprint:
     routes = Blueprint("native", __name__)
 
     def embed(
-        texts: list[str], path: str, options: ChunkRequest
+        sent: str | list[str], name: str, options: ChunkRequest
     ) -> tuple[list[object], dict[str, object]]:
-        embedder, waiting = service.embedder(options.model, path)
-        embedded = embedder.embed(
-            texts, **waiting, prompt_name=options.prompt_name, dimensions=options.dimensions
+        _, embedded = service.embed_texts(
+            sent,
+            name,
+            options.model,
+            prompt_name=options.prompt_name,
+            dimensions=options.dimensions,
         )
         form = options.encoding_format
         chunks = [encode_chunks(embedding, form) for embedding in embedded if options.chunks]
@@ -27,14 +31,14 @@ def blueprint(service: Service) -> Blueprint:
     @endpoint(Embeddings, EmbedText)
     def embed_text(body: EmbedText) -> object:
         """Embed one text."""
-        vectors, chunks = embed(*listed(body.text, "text"), body)
+        vectors, chunks = embed(body.text, "text", body)
         return {"embeddings": vectors, **chunks}
 
     @routes.post("/embeddings/batch")
     @endpoint(BatchEmbeddings, EmbedTexts)
     def embed_texts(body: EmbedTexts) -> object:
         """Embed several texts, each alone, in order."""
-        vectors, chunks = embed(*listed(body.texts, "texts"), body)
+        vectors, chunks = embed(body.texts, "texts", body)
         return {"embeddings": [[vector] for vector in vectors], **chunks}
 
     return routes

@@ -22,7 +22,7 @@ class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChunkRequest(Request, kw_only=True):
-    """What the native and OpenAI's calls take beside."""
+    """What the native and OpenAI's calls take in addition."""
 
     chunks: bool | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -76,7 +76,8 @@ class Ready(msgspec.Struct):
 
 
 class OpenAIEmbedRequest(ChunkRequest):
-    input: str | list[str]
+    # Token ids are refused with advice: they are of another model's tokenizer.
+    input: str | list[str | int | list[int]]
     user: str | None = None  # for OpenAI's own records; nothing here depends on it
     modality: Literal["text", "image"] | None = None
 

@@ -8,6 +8,7 @@ import msgspec
 from flask import Blueprint
 
 from api.codec import read_json
+from api.endpoint import VERSION, endpoint
 from api.schemas import (
     Info,
     PlainRequest,
@@ -17,7 +18,9 @@ from api.schemas import (
     Token,
     TokenizeRequest,
 )
-from api.service import VERSION, Service, endpoint, listed
+from api.service import Service
+from embeddings import TextEmbedder
+from server.messages import Request
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 # One vector a text of `inputs`, or the numbers of a single vector or of similarities.
@@ -31,12 +34,12 @@ class _Shape(msgspec.Struct):
     inputs: msgspec.Raw = msgspec.Raw()
 
 
-def _embed_body() -> type:
-    return PlainRequest if bytes(read_json(_Shape).text) else TEIEmbedRequest
+def _embed_body(request: Request) -> type:
+    return PlainRequest if bytes(read_json(request, _Shape).text) else TEIEmbedRequest
 
 
-def _root_body() -> type:
-    compares = bytes(read_json(_Shape).inputs).startswith(b"{")
+def _root_body(request: Request) -> type:
+    compares = bytes(read_json(request, _Shape).inputs).startswith(b"{")
     return SimilarityRequest if compares else TEIEmbedRequest
 
 
@@ -44,40 +47,18 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
     """The routes; `limits` are what /info tells of the configuration."""
     routes = Blueprint("tei", __name__)
 
-    def embed(body: TEIEmbedRequest) -> object:
-        texts, path = listed(body.inputs, "inputs")
-        embedder, waiting = service.embedder(body.model, path)
-        embedded = embedder.embed(
-            texts,
-            **waiting,
-            prompt_name=body.prompt_name,
-            dimensions=body.dimensions,
-            normalize=body.normalize,
-            truncate=body.side,
-        )
-        return [embedding.vector for embedding in embedded]
-
-    def compare(body: SimilarityRequest) -> object:
-        options = body.parameters or SimilarityParameters()
-        embedder, waiting = service.embedder(body.model, "$.inputs.sentences[{}]")
-        return embedder.similarities(
-            body.inputs.sentences,
-            body.inputs.source_sentence,
-            **waiting,
-            prompt_name=options.prompt_name,
-            truncate=options.side,
-        )
-
     @routes.post("/embed")
     @endpoint(Numbers, TEIEmbedRequest, PlainRequest, choose=_embed_body)
     def embed_inputs(body: TEIEmbedRequest | PlainRequest) -> object:
         """Embed `inputs`, a text or several: a vector for each. Or `text`: its vector alone."""
         if isinstance(body, TEIEmbedRequest):
-            return embed(body)
-        texts, path = listed(body.text, "text")
-        embedder, waiting = service.embedder(body.model, path)
-        (embedding,) = embedder.embed(
-            texts, **waiting, prompt_name=body.prompt_name, dimensions=body.dimensions
+            return _embed(service, body)
+        _, (embedding,) = service.embed_texts(
+            body.text,
+            "text",
+            body.model,
+            prompt_name=body.prompt_name,
+            dimensions=body.dimensions,
         )
         return embedding.vector
 
@@ -85,39 +66,75 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
     @endpoint(Numbers, TEIEmbedRequest, SimilarityRequest, choose=_root_body)
     def embed_or_compare(body: TEIEmbedRequest | SimilarityRequest) -> object:
         """What /embed or /similarity answers to the same body."""
-        return embed(body) if isinstance(body, TEIEmbedRequest) else compare(body)
+        if isinstance(body, TEIEmbedRequest):
+            return _embed(service, body)
+        return _compare(service, body)
 
     @routes.post("/similarity")
     @endpoint(list[float], SimilarityRequest)
     def similarity(body: SimilarityRequest) -> object:
         """The cosine of each sentence to the source sentence."""
-        return compare(body)
+        return _compare(service, body)
 
     @routes.post("/tokenize")
     @endpoint(list[list[Token]], TokenizeRequest)
     def tokenize(body: TokenizeRequest) -> object:
         """The tokens of each text, and of the prompt before it."""
-        texts, path = listed(body.inputs, "inputs")
-        embedder, _ = service.embedder(body.model, path)
-        return embedder.tokenize(
-            texts, prompt_name=body.prompt_name, add_special_tokens=body.add_special_tokens
+        return service.run(
+            body.model,
+            "$.inputs" if isinstance(body.inputs, str) else "$.inputs[{}]",
+            lambda embedders, _: embedders.texts.tokenize(
+                [body.inputs] if isinstance(body.inputs, str) else body.inputs,
+                prompt_name=body.prompt_name,
+                add_special_tokens=body.add_special_tokens,
+            ),
         )
 
     @routes.get("/info")
     @endpoint(Info, further={503: None})
     def info() -> object:
         """The default model and the service's limits."""
-        embedder, _ = service.embedder(None)
-        manifest = embedder.manifest
-        return {
-            "model_id": manifest.source,
-            "model_sha": manifest.revision,
-            "model_dtype": _DTYPES[embedder.precision],
-            "model_type": {"embedding": {"pooling": "in the model's graph"}},
-            "max_input_length": manifest.max_tokens,
-            "auto_truncate": False,
-            "version": VERSION,
-            **limits,
-        }
+        return {**_describe(service.embedder(None)), **limits}
 
     return routes
+
+
+def _embed(service: Service, body: TEIEmbedRequest) -> object:
+    _, embedded = service.embed_texts(
+        body.inputs,
+        "inputs",
+        body.model,
+        prompt_name=body.prompt_name,
+        dimensions=body.dimensions,
+        normalize=body.normalize,
+        truncate=body.side,
+    )
+    return [embedding.vector for embedding in embedded]
+
+
+def _compare(service: Service, body: SimilarityRequest) -> object:
+    options = body.parameters or SimilarityParameters()
+    return service.run(
+        body.model,
+        "$.inputs.sentences[{}]",
+        lambda embedders, waiting: embedders.texts.similarities(
+            body.inputs.sentences,
+            body.inputs.source_sentence,
+            **waiting,
+            prompt_name=options.prompt_name,
+            truncate=options.side,
+        ),
+    )
+
+
+def _describe(embedder: TextEmbedder) -> dict[str, object]:
+    manifest = embedder.manifest
+    return {
+        "model_id": manifest.source,
+        "model_sha": manifest.revision,
+        "model_dtype": _DTYPES[embedder.precision],
+        "model_type": {"embedding": {"pooling": "in the model's graph"}},
+        "max_input_length": manifest.max_tokens,
+        "auto_truncate": False,
+        "version": VERSION,
+    }

@@ -13,10 +13,10 @@ from bake import BakeError, refusing, stage
 from bake.samples import Modality, Sample
 from bake.source import pools_at_the_end
 from embeddings import TextEmbedder, TextLimits
-from engine.encoder import encoder_engine
-from engine.queue import Queue
 from engine.bundle import PARITY_FLOOR, Bundle, Parity, Precision
+from engine.encoder import encoder_engine
 from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine, available_precisions
+from engine.queue import Queue
 from image_embeddings import ImageEmbedder, ImageLimits
 from tokens import load_tokenizer
 

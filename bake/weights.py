@@ -13,12 +13,12 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from bake.source import modules
 from engine.bundle import Encoder
 
-# transformers' models that compute what engine/encoder.c does; some count positions like RoBERTa.
+# transformers' models that compute what engine/encoder does; some count positions like RoBERTa.
 _ROBERTAS = ("RobertaModel", "XLMRobertaModel", "CamembertModel")
 _MODELS = ("BertModel", *_ROBERTAS)
 _PLAIN = {"method": "forward", "method_output_name": "last_hidden_state"}
 _HALF = re.compile(r'<data element_type="f16" shape="([^"]*)" offset="(\d+)" size="(\d+)"')
-# encoder.c's tiles need the width of a head to be a multiple of 32, the other widths of 64.
+# The encoder's tiles need the width of a head to be a multiple of 32, the other widths of 64.
 _HEAD_STEP, _WIDTH_STEP = 32, 64
 
 
@@ -74,7 +74,7 @@ def describe(model: Any, tokenizer: Any, graph: pathlib.Path) -> Encoder | None:
 
 
 def _runs(config: Any) -> bool:
-    """Whether engine/encoder.c can run a BERT of this configuration."""
+    """Whether engine/encoder can run a BERT of this configuration."""
     return (
         config.hidden_act == "gelu"
         and getattr(config, "position_embedding_type", "absolute") == "absolute"

@@ -1,6 +1,6 @@
-"""Checks what no ready-made validator knows: cloudrun.yaml against Google's own description of the
-Cloud Run API, baseten/config.yaml as `truss push` does, and that *.json is JSON. `make lint` runs
-it, in the validators' environment (requirements-lint.txt).
+"""Checks the files that no ready-made validator covers: cloudrun.yaml against Google's description
+of the Cloud Run API, baseten/config.yaml as `truss push` does, and that *.json is JSON. `make lint`
+runs it in the validators' environment (requirements-lint.txt).
 """
 
 import json
@@ -24,8 +24,8 @@ def schema_errors(schema: dict[str, Any], document: Any) -> list[str]:
 
 
 def cloud_run_schema(types: dict[str, Any]) -> dict[str, Any]:
-    """Returns: JSON Schema of a Cloud Run service, made of the API's own `types`. It knows no other
-    property, none that the API's text calls unsupported, and wants those it calls required.
+    """Returns: JSON Schema of a Cloud Run service, made of the API's own `types`. It refuses other
+    properties and those that the API's text calls unsupported; it requires those it calls required.
     """
     for kind in types.values():
         required = []
@@ -44,8 +44,8 @@ def cloud_run_schema(types: dict[str, Any]) -> dict[str, Any]:
 
 
 def unknown_annotations(types: dict[str, Any], service: dict[str, Any]) -> list[str]:
-    """Annotations of Cloud Run's own that its API does not take where they stand. The API lists
-    them in its text, as "* `name`: Service, Revision.".
+    """Cloud Run's annotations that stand on an object that does not take them. The API's text lists
+    annotations as "* `name`: Service, Revision.".
     """
     text = types["ObjectMeta"]["properties"]["annotations"]["description"]
     takers = {name: kinds.split(", ") for name, kinds in re.findall(r"\* `(.+?)`: ([\w, ]+)", text)}

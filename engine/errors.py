@@ -2,7 +2,12 @@
 
 
 class EmbedderError(Exception):
-    """Base class of what the service raises on purpose; `str(error)` is written for the caller."""
+    """Base class of what the service raises on purpose; `str(error)` is written for the caller.
+
+    `field` names the option of the request that is wrong, where it is one.
+    """
+
+    field: str | None = None
 
 
 class InvalidInput(EmbedderError):
@@ -15,6 +20,18 @@ class InvalidInput(EmbedderError):
     def __init__(self, message: str, index: int | None = None, *, field: str | None = None) -> None:
         super().__init__(message)
         self.index, self.field = index, field
+
+    def at(self, path: str) -> "InvalidInput":
+        """The same error, with the place of the inputs.
+
+        Args:
+            path: where the inputs stand in the request's body, `{}` for their index, such as
+                "$.texts[{}]".
+        """
+        if self.field is not None:
+            return self
+        message = str(self) if self.index is None else f"{path.format(self.index)}: {self}"
+        return type(self)(message, self.index, field=path.removeprefix("$.").partition("[")[0])
 
 
 class InputTooLarge(InvalidInput):

@@ -366,7 +366,7 @@ class Queue:
 
     def _put_batches(self) -> None:
         """Put a batch to each of the engines' own threads that is free, and one more ahead."""
-        for threads in {job.threads for job in self._jobs if job.threads}:
+        for threads in filter(None, self._own.values()):
             while (busy := self._busy(threads)) <= self.threads:
                 self._drop_abandoned()
                 if not (lead := self._first(threads)):

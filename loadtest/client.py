@@ -323,13 +323,15 @@ async def _drive(
             connection = await Connection.connect(url)
             loops.append(closed_loop(url, client.requests, own, until, connection=connection))
     cpu, deadline = time.thread_time(), time.perf_counter() + seconds
-    running = asyncio.gather(*loops)
-    await asyncio.sleep(seconds)
-    # Every connection has one request under way at the deadline.
-    while not all(own and own[-1].done >= deadline for all_own in by_connection for own in all_own):
-        await asyncio.sleep(0.002)
-    until.set()
-    await running
+    async with asyncio.TaskGroup() as group:
+        for loop in loops:
+            group.create_task(loop)
+        await asyncio.sleep(seconds)
+        # Every connection has one request under way at the deadline.
+        every = [own for all_own in by_connection for own in all_own]
+        while not all(own and own[-1].done >= deadline for own in every):
+            await asyncio.sleep(0.002)
+        until.set()
     cpu = time.thread_time() - cpu
     return [Outcomes(itertools.chain(*all_own)) for all_own in by_connection], deadline, cpu
 

@@ -16,13 +16,12 @@ import main
 import settings as configuration
 from api.service import Embedders
 from embeddings import TextEmbedder, TextLimits
-from engine.protocol import Engine
-from engine.queue import Queue
-from tokens import Int64, load_tokenizer
 from engine.bundle import Bundle, Precision, discover
 from engine.choice import text_engine
 from engine.models import Models
 from engine.openvino_backend import available_precisions
+from engine.protocol import Engine
+from engine.queue import Queue
 from image_embeddings import ImageEmbedder
 from loadtest.client import Result
 from loadtest.loads import IMAGES, Load, exact_texts, images, texts
@@ -30,6 +29,7 @@ from loadtest.reference import Reference
 from loadtest.report import Row, row
 from loadtest.rounds import Progress, alternate, call_repeatedly, in_threads
 from settings import Settings
+from tokens import Int64, load_tokenizer
 
 DEADLINE = 600.0  # seconds; nothing here should wait that long
 TEXTS = 64  # of one length, sent in turn

@@ -175,11 +175,13 @@ def fairness(target: Target, seconds: float, rounds: int, stream: Load = STREAM)
         return drive(target.url, [client(LOADS["query"], seed)], seconds)
 
     def batches(seed: int, seconds: float) -> list[Result]:
-        return drive(target.url, [client(stream, seed)], seconds * stream.times)
+        longer = seconds * stream.times if seed else seconds  # round 0 warms up
+        return drive(target.url, [client(stream, seed)], longer)
 
     def both(seed: int, seconds: float) -> list[Result]:
+        longer = seconds * stream.times if seed else seconds
         clients = [client(stream, seed), client(LOADS["query"], seed)]
-        return drive(target.url, clients, seconds * stream.times)
+        return drive(target.url, clients, longer)
 
     progress = Progress(rounds + 1)
     sides = {"queries": queries, "batches": batches, "both": both}

@@ -24,7 +24,7 @@ class Service:
     """A service in processes of its own, started at once and not yet ready. Times are in seconds.
 
     Args:
-        log_path: the file its output is appended to.
+        log_path: the file for its output, made anew.
         environ: variables that differ from this process's environment.
         port: to listen on; None means a free one.
         cores: the cores it may run on; None means those of this process.
@@ -49,7 +49,7 @@ class Service:
         os.sched_setaffinity(0, cores or usual)  # a child process inherits it
         self._started = time.perf_counter()
         try:
-            with log_path.open("ab") as log:
+            with log_path.open("wb") as log:
                 self.process = subprocess.Popen(
                     [*prefix, sys.executable, "-m", "gunicorn", "main:app"],
                     cwd=ROOT,
@@ -109,7 +109,8 @@ class Service:
     def connections(self) -> dict[int, int]:
         """How many clients' connections each worker holds."""
         port, held = f":{self.port:04X}", {}
-        rows = [line.split() for line in _read("/proc/net/tcp").splitlines()[1:]]
+        tables = _read("/proc/net/tcp") + _read("/proc/net/tcp6")
+        rows = [line.split() for line in tables.splitlines()]
         inodes = {row[9] for row in rows if row[3] == _TCP_ESTABLISHED and row[1].endswith(port)}
         for pid in self.workers():
             held[pid] = 0

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tiny_models as tiny
 
 import bake_model
-import tiny_models as tiny
 from embeddings import TextEmbedder, TextLimits
 from engine import bundle as bundles
-from engine.queue import Queue
 from engine.bundle import Bundle
 from engine.openvino_backend import OpenVINOTextEngine
+from engine.queue import Queue
 from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]

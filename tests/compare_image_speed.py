@@ -17,13 +17,13 @@ import time
 from typing import Any
 
 from PIL import Image
+from servers import KEY, ROOT, free_port, serve
 
 from loadtest import measures
 from loadtest.client import get
 from loadtest.loads import IMAGES, Target
 from loadtest.report import table
 from loadtest.service import children, cpu_seconds
-from servers import KEY, ROOT, free_port, serve
 
 CONNECTIONS, SECONDS = 8, 4.0
 
@@ -45,10 +45,9 @@ def plain() -> Any:
 
 
 def save_model(folder: pathlib.Path) -> None:
+    import tiny_clip
     import torch
     import transformers
-
-    import tiny_clip
 
     torch.manual_seed(0)
     words = tiny_clip.tokenizer()

@@ -1,5 +1,6 @@
 """What the tests share: the real model, bundles baked from it, services that run."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -7,12 +8,12 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
-
+from echo_server import serve_echo
 from servers import ROOT, Server, serve
 
 # No telemetry from any test, in whatever order they import (see engine/openvino_backend.py).
@@ -214,3 +215,19 @@ def baked(bert: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     import baking
 
     return baking.bake_bert(bert, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def echo_server_limits(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., tuple[str, int]]]:
+    """Starts an echo server with given limits and returns its address."""
+    with contextlib.ExitStack() as stack:
+        folder = tmp_path_factory.mktemp("echo")
+        yield lambda **limits: stack.enter_context(serve_echo(folder, **limits))
+
+
+@pytest.fixture(scope="session")
+def echo_server(echo_server_limits: Callable[..., tuple[str, int]]) -> tuple[str, int]:
+    """The address of a server whose application echoes each request as JSON."""
+    return echo_server_limits()

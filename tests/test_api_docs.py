@@ -7,14 +7,14 @@ import time
 import httpx
 import pytest
 import schemathesis
+import werkzeug.test
+from conftest import NAME
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
+from servers import KEY, Server
 
 import main
-import settings as configuration
-from conftest import NAME
-from servers import KEY, Server
 
 EXAMPLES = settings(
     max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -63,13 +63,14 @@ def test_every_route_answers_as_documented(service: Server, mode: GenerationMode
 
 
 def test_every_route_is_documented(models_dir: pathlib.Path) -> None:
-    app = main.create_app(configuration.load({"MODELS_DIR": str(models_dir)}))
-    client = app.test_client()
+    app = main.Application({"MODELS_DIR": str(models_dir)})
+    app.start()
+    client = werkzeug.test.Client(app)
     while client.get("/health/ready").status_code != 200:
         time.sleep(0.05)
     routes = {
         re.sub("<(?:path:)?(.*)>", r"{\1}", rule.rule)
-        for rule in app.url_map.iter_rules()
+        for rule in app.flask.url_map.iter_rules()
         if not rule.endpoint.startswith("docs.")
     }
     assert client.get("/openapi.json").json["paths"].keys() == routes

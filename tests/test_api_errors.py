@@ -1,14 +1,15 @@
 """api/errors.py: every error there is, in the form of the dialect it answers."""
 
+import json
 from typing import Any
 
 import pytest
-from flask import Flask
+from werkzeug.exceptions import MethodNotAllowed, NotFound
 
 from api import errors as api_errors
-from api.application import LOADING
-from api.errors import RequestError
 from engine import errors
+from server.messages import HttpError, Request, Response
+from server.tasks import Busy
 
 CASES: list[tuple[Exception, int, str, str, str]] = [
     (errors.InvalidInput("m"), 400, "validation", "invalid_request_error", "invalid_value"),
@@ -25,7 +26,7 @@ CASES: list[tuple[Exception, int, str, str, str]] = [
     (errors.DeadlineExceeded("m"), 504, "timeout", "server_error", "timeout"),
     (errors.EngineFailed("m"), 500, "backend", "server_error", "backend"),
     (
-        RequestError(415, "unsupported_media_type", "m"),
+        HttpError(415, "unsupported_media_type", "m"),
         415,
         "unsupported_media_type",
         "invalid_request_error",
@@ -34,43 +35,55 @@ CASES: list[tuple[Exception, int, str, str, str]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def failing() -> Any:
-    """An application that raises what it is told to."""
-    app = Flask(__name__)
-    api_errors.register(app)
-
-    def fail(number: int) -> str:
-        raise CASES[number][0] if number < len(CASES) else KeyError("a secret")
-
-    app.add_url_rule("/<int:number>", "own", fail)
-    app.add_url_rule("/v1/<int:number>", "openai", fail)
-    return app.test_client()
+def written(error: Exception, path: str) -> tuple[Response, Any]:
+    """The response to a request for `path` that failed with `error`, and its decoded body."""
+    response = api_errors.response(error, Request("POST", path, path))
+    assert response.content_type == "application/json"
+    return response, json.loads(response.body)
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: type(CASES[n][0]).__name__)
-def test_every_error_in_both_forms(failing: Any, number: int) -> None:
-    error, status, error_type, kind, code = CASES[number]
-    own, openai = failing.get(f"/{number}"), failing.get(f"/v1/{number}")
-    assert own.status_code == openai.status_code == status
-    assert own.json == {"error": "m", "error_type": error_type}
-    assert openai.json == {"error": {"message": "m", "type": kind, "param": None, "code": code}}
-    for answer in (own, openai):
-        assert answer.content_type == "application/json"
-        assert answer.headers.get("x-should-retry") == ("false" if status in (501, 504) else None)
-        retry = {429: "7", 503: "1"}.get(status)
-        assert answer.headers.get("Retry-After") == retry
+@pytest.mark.parametrize("case", CASES, ids=lambda case: type(case[0]).__name__)
+def test_every_error_in_both_forms(case: tuple[Exception, int, str, str, str]) -> None:
+    error, status, error_type, kind, code = case
+    own, own_body = written(error, "/embeddings")
+    openai, openai_body = written(error, "/v1/embeddings")
+    assert own.status == openai.status == status
+    assert own_body == {"error": "m", "error_type": error_type}
+    assert openai_body == {"error": {"message": "m", "type": kind, "param": None, "code": code}}
+    for response in (own, openai):
+        headers = dict(response.headers)
+        assert headers.get("x-should-retry") == ("false" if status in (501, 504) else None)
+        assert headers.get("Retry-After") == {429: "7", 503: "1"}.get(status)
 
 
-def test_time_that_went_by_while_the_model_was_loading_is_worth_another_try(failing: Any) -> None:
-    number = [type(case[0]) for case in CASES].index(errors.DeadlineExceeded)
-    answer = failing.get(f"/{number}", environ_overrides={LOADING: True})
-    assert (answer.status_code, answer.json["error_type"]) == (503, "not_ready")
-    assert answer.headers["Retry-After"] == "1" and "x-should-retry" not in answer.headers
+def test_openais_form_names_the_field_that_the_error_carries() -> None:
+    of_an_option = errors.InvalidInput("dimensions is 9", field="dimensions").at("$.input[{}]")
+    of_an_input = errors.InvalidInput("is empty", 2).at("$.input[{}]")
+    of_all_inputs = errors.InvalidInput("9 texts; the limit is 8").at("$.input[{}]")
+    of_the_body = HttpError(400, "validation", "wrong type", field="user")
+    fields = [
+        written(error, "/v1/embeddings")[1]["error"]["param"]
+        for error in (of_an_option, of_an_input, of_all_inputs, of_the_body)
+    ]
+    assert fields == ["dimensions", "input", "input", "user"]
+    assert str(of_an_input) == "$.input[2]: is empty"
 
 
-def test_the_unexpected_leaks_nothing(failing: Any) -> None:
-    own, openai = failing.get(f"/{len(CASES)}"), failing.get(f"/v1/{len(CASES)}")
-    assert own.status_code == openai.status_code == 500
-    assert own.json["error_type"] == openai.json["error"]["code"] == "internal"
-    assert "secret" not in own.text + openai.text
+@pytest.mark.parametrize("error, status", [(NotFound(), 404), (MethodNotAllowed(["POST"]), 405)])
+def test_errors_of_flasks_routing(error: Exception, status: int) -> None:
+    response, body = written(error, "/nowhere")
+    assert response.status == status and body.keys() == {"error", "error_type"}
+    assert dict(response.headers).get("Allow") == ("POST" if status == 405 else None)
+
+
+def test_no_free_thread_is_worth_another_try() -> None:
+    response, body = written(Busy("all 4 threads are busy"), "/embeddings")
+    assert response.status == 429 and body["error_type"] == "overloaded"
+    assert dict(response.headers)["Retry-After"] == "1"
+
+
+def test_the_unexpected_leaks_nothing() -> None:
+    for path in ("/embeddings", "/v1/embeddings"):
+        response, _ = written(KeyError("a secret"), path)
+        assert response.status == 500
+        assert b"internal" in response.body and b"secret" not in response.body

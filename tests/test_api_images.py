@@ -17,13 +17,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
-
 import tiny_clip
+from PIL import Image
+from servers import KEY, Server, serve
+
 from bake.samples import sample_pictures
 from engine.bundle import PARITY_FLOOR
 from main import WIDEN_AFTER
-from servers import KEY, Server, serve
 
 SHAPE = (120, 90)
 
@@ -348,7 +348,7 @@ def test_a_bomb_is_refused_from_its_header(clip_service: Server, bomb: bytes) ->
 
 
 def test_a_picture_of_many_pixels_holds_nobody_up(clip_service: Server) -> None:
-    """By a path, too, that is not recognised before it is decoded (api/worker.py)."""
+    """By a path, too, that is not recognised before it is decoded (api/routes.py)."""
     data = encoded(Image.new("1", (7000, 7100)), "TIFF", compression="group4")
     assert len(data) < 3000
     for path in ("/embeddings/image", "/embeddings/%69mage"):

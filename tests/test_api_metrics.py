@@ -15,14 +15,14 @@ from typing import Any
 import httpx
 import promql_parser
 import pytest
+from conftest import NAME, WIDE
 from prometheus_client.parser import text_string_to_metric_families
+from servers import KEY, ROOT, Server, letters, serve
+from test_server import Client, children, head
 
 from api.metrics import REASONS, UNKNOWN
-from conftest import NAME, WIDE
 from image_embeddings import probe_picture
 from main import WARM_UP_REQUESTS
-from servers import KEY, ROOT, Server, letters, serve
-from test_api_worker import Client, children, head
 
 Sample = tuple[str, frozenset[tuple[str, str]]]
 TEXTS = ["one", "two words", "three words here"]
@@ -154,13 +154,13 @@ def test_paths_that_are_no_route_share_one_label(own: Server) -> None:
     assert routes <= {*document, UNKNOWN, "/openapi.json", "/docs", "/docs/{name}"}
 
 
-def test_what_the_worker_answers_itself_is_counted_too(own: Server) -> None:
+def test_what_the_server_answers_itself_is_counted_too(own: Server) -> None:
     def act() -> None:
         for sent, status in {
             head("Content-Length: 9") + b"{": 400,  # broken off
             head("Content-Length: 1", "Content-Length: 1"): 400,
             b"POST /embeddings HTTP/1.1\r\nA: " + b"x" * 70_000: 431,
-            b"POST /embeddings HTTP/1.1\r\n no header\r\n\r\n": 400,  # gunicorn's own
+            b"no request\r\n\r\n": 400,
         }.items():
             with Client(own, sent) as client:
                 client.finish()
@@ -369,10 +369,10 @@ def test_the_dashboard_asks_only_for_what_there_is(own: Server) -> None:
     assert ours - families == set()  # and every metric is on it
 
 
-def test_the_readme_has_every_metric_and_its_labels(own: Server) -> None:
+def test_the_page_has_every_metric_and_its_labels(own: Server) -> None:
     own.embed("a text")
-    readme = (ROOT / "README.md").read_text()
-    section = readme.partition("\n## Watch it\n")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "operate.md").read_text()
+    section = page.partition("\n## Metrics\n")[2].partition("\n## ")[0]
     told: dict[str, set[str]] = {}
     for row in re.findall(r"^\| (`[a-z].*?) \|", section, re.MULTILINE):
         for name, labels in re.findall(r"`(\w+)(?:{([\w, ]+)})?`", row):

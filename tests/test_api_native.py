@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import httpx
 import numpy as np
 import pytest
+from conftest import NAME, WIDE
+from servers import Server, letters, serve
 
 import main
 import settings
-from conftest import NAME, WIDE
-from engine.queue import Queue
 from engine.bundle import discover
-from servers import Server, letters, serve
+from engine.queue import Queue
 
 MIB = 1 << 20
 DEEP = b"[" * 10_000 + b"]" * 10_000

@@ -16,10 +16,9 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from tokenizers import Tokenizer
-
 from conftest import NAME, WIDE
 from servers import KEY, Server, letters, serve, wait_ready
+from tokenizers import Tokenizer
 
 ALIAS = "text-embedding-3-small"
 TEXTS = ["a cat", "quarterly results", "😀 naïve"]
@@ -186,8 +185,8 @@ def test_an_unknown_model(client: Any, call: str) -> None:
     [
         ({"input": ""}, "input", r"\$.input: text is empty"),
         ({"input": ["a", " "]}, "input", r"\$.input\[1\]: text is empty"),
-        ({"input": []}, None, "send at least one"),
-        ({"input": ["a"] * 101}, None, "101 texts; the limit is 100"),
+        ({"input": []}, "input", "send at least one"),
+        ({"input": ["a"] * 101}, "input", "101 texts; the limit is 100"),
         ({"input": [1, 2, 3]}, "input", "token ids .* send the text itself"),
         ({"input": [[1, 2], [3]]}, "input", "token ids .* send the text itself"),
         ({"input": "a", "dimensions": 385}, "dimensions", "1 to 384"),

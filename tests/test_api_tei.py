@@ -9,10 +9,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from conftest import NAME, WIDE
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
-
-from conftest import NAME, WIDE
 from servers import KEY, Server, serve
 
 LONG = "the river rose " * 200

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Module
-
 import tiny_models as tiny
 from baking import bake, cosines, embed, refusal, serving
 from conftest import NAME
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Module
+
 from engine.bundle import Bundle, read
 from tokens import load_tokenizer
 

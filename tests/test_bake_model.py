@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-
 import tiny_models as tiny
 from baking import FAR, OWN, Baked, bake, content, refusal
+from servers import ROOT
+
 from engine import bundle as bundles
 from engine.bundle import PARITY_FLOOR
-from servers import ROOT
 
 
 def test_the_summary_names_what_was_made(baked: Baked) -> None:

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
+from test_embeddings import embedder_for
 
 import bake_model
-import tiny_models
 from embeddings import TextEmbedder
-from engine.queue import Queue
 from engine.bundle import Bundle, read
-from test_embeddings import embedder_for
+from engine.queue import Queue
 
 TEXT = "What is deep learning?"
 LONG = "the river rose after three days of rain " * 12

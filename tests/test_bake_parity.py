@@ -5,11 +5,11 @@ import re
 from typing import Any
 
 import pytest
-
 import tiny_models as tiny
-from bake.export import trace_pictures
 from baking import Baked, cosines, embed, refusal, serving
 from conftest import NAME
+
+from bake.export import trace_pictures
 from engine import bundle as bundles
 from engine.bundle import PARITY_FLOOR
 from engine.errors import PrecisionUnavailable

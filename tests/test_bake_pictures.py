@@ -4,17 +4,17 @@ import pathlib
 from typing import Any
 
 import pytest
+import tiny_clip
 import torch
 import transformers
+from baking import bake
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from transformers.image_utils import SizeDict
 
-import tiny_clip
 from bake import BakeError
 from bake.pictures import check_processor, read_processor
 from bake.samples import sample_pictures
-from baking import bake
 from engine.bundle import PARITY_FLOOR, Bundle, read
 from engine.openvino_backend import available_precisions
 

@@ -1,9 +1,9 @@
 """bake/samples.py: the lengths of the texts."""
 
 import pytest
+from baking import PROMPTS, Baked
 
 from bake.samples import beginning, sample_texts
-from baking import PROMPTS, Baked
 from tokens import load_tokenizer
 
 

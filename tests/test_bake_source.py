@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models as tiny
 import transformers
+from baking import FAR, PROMPTS, Baked, bake, cosines, embed, refusal, serving
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-import tiny_models as tiny
 from bake.samples import PROBE_TEXT
 from bake.source import location
-from baking import FAR, PROMPTS, Baked, bake, cosines, embed, refusal, serving
 from engine.bundle import Bundle
 from tokens import load_tokenizer
 

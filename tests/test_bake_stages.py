@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import NAME, WIDE
 
 from bake.samples import PROBE_TEXT
-from conftest import NAME, WIDE
 from engine import bundle as bundles
 
 

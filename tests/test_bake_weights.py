@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models as tiny
 import torch
 import transformers
+from baking import bake
 from sentence_transformers import SentenceTransformer
 
-import tiny_models as tiny
-from baking import bake
 from engine.bundle import Bundle, Encoder
 
 WIDTH, HEAD = 64, 32  # the least that encoder.c takes

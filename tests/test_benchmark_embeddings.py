@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from conftest import NAME
 from PIL import Image
+from servers import KEY, Server, free_port
 
 import benchmark_embeddings as command
-from conftest import NAME
 from engine.bundle import Manifest
 from engine.openvino_backend import available_precisions
 from loadtest import client, in_process, loads, measures, plot, recommend, report, rounds
@@ -21,7 +22,6 @@ from loadtest.client import Client, Result
 from loadtest.loads import LOADS, STREAM, Dialect, Load, Target
 from loadtest.recommend import Point, Setting
 from loadtest.service import available, serve
-from servers import KEY, Server, free_port
 from tokens import load_tokenizer
 
 QUICK = ["--seconds", "0.2", "--rounds", "1"]

@@ -4,15 +4,15 @@ import pathlib
 
 import numpy as np
 import pytest
+from conftest import NAME
 from hypothesis import example, given
 from hypothesis import strategies as st
+from test_embeddings import ROOM, SPECIALS, TEXTS, WINDOW, WORD, words
 
 import chunks
 from chunks import Chunker, cut
-from conftest import NAME
 from engine.bundle import read
 from engine.errors import InvalidInput
-from test_embeddings import ROOM, SPECIALS, TEXTS, WINDOW, WORD, words
 from tokens import TextTokenizer, load_tokenizer
 
 PROMPTS = {None: "", "short": "query: ", "odd": "in", "long": "to find what answers "}

@@ -1,5 +1,5 @@
-"""deploy/ and the README's commands: they agree with the service, with each other, and with the
-platforms' own limits. Their form is checked by `make lint`.
+"""deploy/ and the commands of docs/deploy.md: they agree with the service, with each other, and
+with the platforms' own limits. `make lint` checks their form.
 """
 
 import json
@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-
 from servers import KEY, ROOT, Server
+
 from settings import Settings
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "deploy.md").read_text()
 IMAGE = "ghcr.io/OWNER/REPO:latest"
 DEFAULTS = Settings()
 
@@ -88,8 +88,8 @@ def test_cloud_run_waits_longer_than_the_service() -> None:
     assert REVISION["timeoutSeconds"] > DEFAULTS.request_timeout
 
 
-def test_the_readme_deploys_to_cloud_run_what_the_manifest_says() -> None:
-    match = re.search(r"^(gcloud run deploy (?:.+\\\n)*.+)", README, re.MULTILINE)
+def test_the_page_deploys_to_cloud_run_what_the_manifest_says() -> None:
+    match = re.search(r"^(gcloud run deploy (?:.+\\\n)*.+)", PAGE, re.MULTILINE)
     assert match
     name, *words = shlex.split(match[1].replace("\\\n", ""))[3:]
     flags = dict(word.removeprefix("--").partition("=")[::2] for word in words)
@@ -123,7 +123,7 @@ def test_the_readme_deploys_to_cloud_run_what_the_manifest_says() -> None:
         "liveness-probe": probe("livenessProbe"),
     }
     assert metadata["run.googleapis.com/startup-cpu-boost"] == "true"
-    assert f"gcloud secrets create {reference['name']} " in README
+    assert f"gcloud secrets create {reference['name']} " in PAGE
 
 
 def test_kubernetes_lets_what_was_accepted_be_answered() -> None:
@@ -142,8 +142,8 @@ def test_kubernetes_manifests_name_each_other() -> None:
     ports = {port["name"] for port in CONTAINERS["kubernetes"]["ports"]}
     assert {port["targetPort"] for port in KUBERNETES["Service"]["spec"]["ports"]} <= ports
     reference = CONTAINERS["kubernetes"]["env"][0]["valueFrom"]["secretKeyRef"]
-    assert f"create secret generic {reference['name']} " in README
-    assert f"--from-literal={reference['key']}=" in README
+    assert f"create secret generic {reference['name']} " in PAGE
+    assert f"--from-literal={reference['key']}=" in PAGE
 
 
 def test_baseten_asks_routes_that_there_are(service: Server) -> None:
@@ -151,7 +151,7 @@ def test_baseten_asks_routes_that_there_are(service: Server) -> None:
     assert service.post(server["predict_endpoint"], {"input": "a"}).status_code == 200
     for probe in ("readiness_endpoint", "liveness_endpoint"):
         assert httpx.get(service.url + server[probe]).status_code == 200
-    assert f"a-key-of-your-own {server['start_command']}\n" in README
+    assert f"a-key-of-your-own {server['start_command']}\n" in PAGE
 
 
 def test_baseten_starts_what_the_image_starts() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import tiny_clip
 from conftest import NAME, WIDE
 from servers import Server, serve

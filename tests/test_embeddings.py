@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import NAME
 
 from chunks import CHUNK_SLACK
-from conftest import NAME
 from embeddings import TextEmbedder, TextLimits, VectorCache
-from engine.queue import Queue
 from engine.bundle import Bundle, read
 from engine.errors import InputTooLarge, InvalidInput
 from engine.openvino_backend import OpenVINOTextEngine
+from engine.protocol import Engine
+from engine.queue import Queue
 from tokens import load_tokenizer
 
 WINDOW, SPECIALS = 256, 2
@@ -296,15 +297,15 @@ def test_tokens_have_the_same_limits(embedder: TextEmbedder) -> None:
 # -- what is not computed twice
 
 
-class Counting:
+class Counting(Engine):
     """An engine that counts what it is given."""
 
     def __init__(self, engine: OpenVINOTextEngine) -> None:
         self.engine, self.computed = engine, 0
         self.name, self.dimensions = engine.name, engine.dimensions
         self.precision, self.padding_cost = engine.precision, engine.padding_cost
-        self.share = engine.share
-        self.modality = engine.modality
+        self.min_batch_tokens = engine.min_batch_tokens
+        self.backend, self.modality = engine.backend, engine.modality
 
     def run(self, inputs: Any, *, alone: bool = False) -> Any:
         self.computed += len(inputs)

@@ -15,10 +15,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 import image_embeddings
 from bake.samples import sample_pictures
-from engine.queue import Queue
 from engine.bundle import Preprocessing, read
 from engine.errors import DeadlineExceeded, InputTooLarge, InvalidInput
 from engine.openvino_backend import OpenVINOImageEngine
+from engine.queue import Queue
 from image_embeddings import (
     ImageEmbedder,
     ImageLimits,

@@ -5,23 +5,26 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from conftest import NAME, WIDE
+from servers import KEY, ROOT, Server, free_port, launch, serve, wait_ready
 
 from bake.samples import sample_texts
-from conftest import NAME, WIDE
-from engine.encoder import encoder_engine
 from engine.bundle import PARITY_FLOOR, Precision
+from engine.encoder import encoder_engine
 from engine.openvino_backend import has_bf16
 from image_embeddings import probe_picture
-from servers import KEY, ROOT, Server, free_port, launch, serve, wait_ready
 from settings import available_cores
 
 TEXTS = 200
@@ -121,7 +124,7 @@ def test_serving_imports_no_torch_transformers_or_sentence_transformers(
     program = (
         "import sys, json, main\n"
         "from werkzeug.test import Client\n"
-        "client = Client(main.create_app())\n"
+        "client = Client(main.Application())\n"
         f"headers = {{'X-API-Key': '{KEY}'}}\n"
         f"answer = client.post('{route}', json={body}, headers=headers)\n"
         "modules = sorted({name.split('.')[0] for name, made in sys.modules.items() if made})\n"
@@ -156,6 +159,7 @@ def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) 
     ("env", "says"),
     [
         ({"PORT": "http"}, "cannot start: PORT='http'; it takes a whole number from 1 to 65535"),
+        ({"HOST": "192.0.2.1"}, "cannot start: HOST='192.0.2.1': cannot listen there"),
         ({"PRECISION": "fp8"}, "cannot start: PRECISION='fp8'; it takes one of auto, fp32"),
         ({"EMBEDDING_MODEL": "x"}, f"cannot start: no model 'x' here; there is: {NAME}, {WIDE}"),
         ({"MODEL_ALIASES": "a=x"}, f"cannot start: no model 'x' here; there is: {NAME}, {WIDE}"),
@@ -233,3 +237,31 @@ def test_several_workers_serve(models_dir: pathlib.Path) -> None:
         with ThreadPoolExecutor(16) as pool:
             vectors = np.array(list(pool.map(server.embed, ["the same"] * 64)))
         assert (vectors @ vectors[0]).min() >= 0.9999
+
+
+def test_gunicorns_own_options_divide_the_cores_and_may_preload(models_dir: pathlib.Path) -> None:
+    with serve(models_dir, GUNICORN_CMD_ARGS="--workers 2 --preload") as server:
+        assert len(server.embed("hello")) == 384
+        threads = max(1, -(-available_cores() // 2))
+        line = f"2 workers, in each {threads} inference threads"
+        deadline = time.monotonic() + 30
+        while server.log.count(line) < 2 and time.monotonic() < deadline:  # the other one loads yet
+            time.sleep(0.05)
+        assert server.log.count(line) == 2
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_both_kinds_of_addresses_are_listened_to_by_default(models_dir: pathlib.Path) -> None:
+    with serve(models_dir) as server:
+        for host in ("127.0.0.1", "[::1]"):
+            url = f"http://{host}:{server.port}/nowhere"
+            assert httpx.get(url, trust_env=False).status_code == 401
+        assert " 127.0.0.1 " in server.log and " ::1 " in server.log
+        assert "::ffff:" not in server.log
+
+
+def test_host_chooses_the_address(models_dir: pathlib.Path) -> None:
+    with serve(models_dir, HOST="127.0.0.1") as server:
+        assert f"http://127.0.0.1:{server.port}" in server.log
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://[::1]:{server.port}/health", trust_env=False)

@@ -5,8 +5,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-
 from conftest import NAME, WIDE
+
 from engine.bundle import Bundle, read
 from engine.errors import ModelNotFound, ModelNotReady
 from engine.models import Models

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-
 from conftest import NAME
+
 from engine import openvino_backend
 from engine.bundle import read
 from engine.errors import PrecisionUnavailable

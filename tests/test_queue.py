@@ -835,6 +835,7 @@ def test_close_waits_for_their_batches(attached: bool) -> None:
     queue.start()
     if attached:
         queue.attach(lambda call: None)
+    assert queue._collector.is_alive() != attached
     engine = HasOwn()
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(queue.submit, engine, [tokens(n, 5)], [5], NEVER) for n in (1, 2, 3)]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
+from baking import Baked
 
 from bake.rewrite import fold_scales, shrink_masks
-from baking import Baked
 
 WIDTH, HEADS = 8, 2
 WINDOW = 24

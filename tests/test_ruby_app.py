@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-
 from servers import KEY, ROOT, Server
 
 APP = ROOT / "examples" / "ruby-app" / "app.rb"

@@ -1,11 +1,11 @@
-"""settings.py: what is read, what is refused and how, and that the README tells the same."""
+"""settings.py: what is read, what is refused and how, and that docs/operate.md says the same."""
 
 import pathlib
 from dataclasses import fields
 
 import pytest
-
 from servers import ROOT
+
 from settings import Settings, SettingsError, available_cores, load
 
 KEY = "VECTOR_EMBEDDER_API_KEY"
@@ -123,9 +123,10 @@ def test_inference_threads_share_the_cores() -> None:
     assert load({"WEB_CONCURRENCY": "256"}).inference_threads == 1
 
 
-def test_the_readme_has_every_variable_its_default_and_its_help() -> None:
+def test_the_page_has_every_variable_its_default_and_its_help() -> None:
     rows = {}
-    section = (ROOT / "README.md").read_text().partition("## Configure it")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "operate.md").read_text()
+    section = page.partition("\n## Settings\n")[2].partition("\n## ")[0]
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("|") and len(cells) == 3 and cells[0].isupper():

@@ -4,6 +4,7 @@ import itertools
 import pathlib
 
 import pytest
+from conftest import NAME
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Encoding, Tokenizer
@@ -13,7 +14,6 @@ from tokenizers.processors import TemplateProcessing
 
 import tokens
 from chunks import Chunker
-from conftest import NAME
 from engine.bundle import Bundle, read
 from engine.errors import BundleError, InvalidInput
 from tokens import TextTokenizer, Words, load_tokenizer

@@ -1,52 +1,37 @@
-// Threads that compute batches from a FIFO. They need no Python interpreter: they take the next batch
-// at once, note that it has ended, and write to an eventfd. Python decides what is in a batch, and
-// hands over no more of them than the FIFO has room for.
+// Threads that compute batches from a FIFO. They need no Python interpreter: they take the next
+// batch at once, note that it has ended, and write to an eventfd. Python decides what is in a
+// batch, and puts no more of them than the FIFO has room for.
 
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t work;
-    int32_t capacity, wake;  // an eventfd, written to when there are ended batches
-    int32_t stop, first, waiting, ended;
-    Batch *batches;   // a ring of `capacity`, of which `waiting` from `first` on are filled
-    Ended *finished;  // `ended` of them, not yet collected
+    int32_t capacity, wake, stop;  // wake: the eventfd
+    int32_t first, waiting;
+    Batch *batches[];  // a ring of `capacity`, of which `waiting` from `first` on are filled
 } Fifo;
 
 // Bytes of memory for a FIFO.
 long encoder_fifo_size(int capacity) {
-    return (long)sizeof(Fifo) + capacity * (long)(sizeof(Batch) + sizeof(Ended));
+    return (long)sizeof(Fifo) + capacity * (long)sizeof(Batch *);
 }
 
-// `capacity`: batches that were put and not yet collected.
 void encoder_fifo_begin(Fifo *q, int capacity, int wake) {
     memset(q, 0, sizeof *q);
     pthread_mutex_init(&q->lock, 0);
     pthread_cond_init(&q->work, 0);
     q->capacity = capacity, q->wake = wake;
-    q->batches = (Batch *)(q + 1);
-    q->finished = (Ended *)(q->batches + capacity);
 }
 
-// Put a batch last. Its arrays are in use until it was collected. Returns what encoder_check returns;
-// if that is not -1, the batch was not put.
-int encoder_put(Fifo *q, const Batch *batch) {
+// Put a batch last. It and its arrays are in use until its `nanoseconds` are not 0. Returns what
+// encoder_check returns; if that is not -1, the batch was not put.
+int encoder_put(Fifo *q, Batch *batch) {
     int refused = encoder_check(batch);
     if (refused >= 0) return refused;
     pthread_mutex_lock(&q->lock);
-    q->batches[(q->first + q->waiting++) % q->capacity] = *batch;
+    q->batches[(q->first + q->waiting++) % q->capacity] = batch;
     pthread_mutex_unlock(&q->lock);
     pthread_cond_signal(&q->work);
     return -1;
-}
-
-// Copy to `to`, which has room for `capacity`, the batches that have ended since the last time.
-// Returns how many.
-int encoder_collect(Fifo *q, Ended *to) {
-    pthread_mutex_lock(&q->lock);
-    int ended = q->ended;
-    memcpy(to, q->finished, (size_t)ended * sizeof *to);
-    q->ended = 0;
-    pthread_mutex_unlock(&q->lock);
-    return ended;
 }
 
 void encoder_stop(Fifo *q) {
@@ -102,17 +87,14 @@ void encoder_serve(Fifo *q, long kept) {
     for (;;) {
         while (!q->waiting && !q->stop) pthread_cond_wait(&q->work, &q->lock);
         if (q->stop) break;
-        Batch batch = q->batches[q->first];
+        Batch *batch = q->batches[q->first];
         q->first = (q->first + 1) % q->capacity, q->waiting--;
         pthread_mutex_unlock(&q->lock);
-        int64_t took = compute(&batch, &memory);
+        int64_t took = compute(batch, &memory);
         if (memory.size > kept) unmap(&memory);
-        pthread_mutex_lock(&q->lock);
-        q->finished[q->ended++] = (Ended){batch.number, took};
-        if (q->ended > 1) continue;  // the eventfd was written to before
-        pthread_mutex_unlock(&q->lock);
+        atomic_store(&batch->nanoseconds, took);
         ssize_t written = write(q->wake, &one, sizeof one);
-        (void)written;  // it fails only if 2^64 - 1 calls were not read
+        (void)written;  // it fails only if 2^64 - 1 of them were not read
         pthread_mutex_lock(&q->lock);
     }
     pthread_mutex_unlock(&q->lock);

@@ -14,7 +14,7 @@
 // Sizes and offsets that library.py has to agree with; the first number says how many follow.
 #define AT(type, field) (int32_t)offsetof(type, field)
 const int32_t encoder_layout[] = {
-    42,
+    39,
     sizeof(Shape), AT(Shape, hidden), AT(Shape, heads), AT(Shape, inner), AT(Shape, layers),
     AT(Shape, first_position), AT(Shape, pad), AT(Shape, first_token), AT(Shape, int8),
     AT(Shape, vocabulary), AT(Shape, window), AT(Shape, epsilon),
@@ -24,8 +24,7 @@ const int32_t encoder_layout[] = {
     sizeof(Weights), AT(Weights, words), AT(Weights, positions), AT(Weights, types),
     AT(Weights, norm), AT(Weights, layers),
     sizeof(Batch), AT(Batch, shape), AT(Batch, weights), AT(Batch, ids), AT(Batch, starts),
-    AT(Batch, out), AT(Batch, crew), AT(Batch, number), AT(Batch, texts), AT(Batch, helpers),
-    sizeof(Ended), AT(Ended, number), AT(Ended, nanoseconds),
+    AT(Batch, out), AT(Batch, crew), AT(Batch, nanoseconds), AT(Batch, texts), AT(Batch, helpers),
 };
-_Static_assert(sizeof encoder_layout == 43 * sizeof(int32_t), "the first number is wrong");
+_Static_assert(sizeof encoder_layout == 40 * sizeof(int32_t), "the first number is wrong");
 const int32_t encoder_crew_size = sizeof(Crew);

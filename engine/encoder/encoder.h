@@ -1,12 +1,13 @@
 // A BERT encoder for x86 CPUs with AVX512-BF16 and AVX512-VNNI (AMD since Zen 4, Intel since Cooper
-// Lake): token ids in, one vector a text out. library.py declares the same structures for Python and
-// compares sizes and offsets when it loads the library.
+// Lake): token ids in, one vector a text out. library.py declares the same structures for Python
+// and compares sizes and offsets when it loads the library.
 //
-// The tokens of all texts of a batch lie one behind the other, so nothing is padded. Matrix products
-// are computed in bf16, or in int8 with a scale for every GROUP activations and for every column of
-// the weights. Sums, layer norms and softmax are float32.
+// The tokens of all texts of a batch lie one behind the other, so nothing is padded. Matrix
+// products are computed in bf16, or in int8 with a scale for every GROUP activations and for every
+// column of the weights. Sums, layer norms and softmax are float32.
 //
-// encoder.c includes all other files, so that the compiler sees one unit and can inline the kernels:
+// encoder.c includes all other files, so that the compiler sees one unit and can inline the
+// kernels:
 //   crew.c        several cores work on one batch
 //   arithmetic.c  exp2, GELU and conversions of 16 values
 //   products.c    matrix products
@@ -71,14 +72,9 @@ typedef struct {
     const int32_t *starts;  // texts + 1 of them
     float *out;             // [texts][hidden], not normalised
     struct Crew *crew;      // helps with this batch; null: one core computes it
-    int64_t number;         // Python's
+    _Atomic int64_t nanoseconds;  // 0 until the batch has ended; -1: there was no memory for it
     int32_t texts, helpers;
 } Batch;
-
-typedef struct {
-    int64_t number;       // of the batch
-    int64_t nanoseconds;  // that it took; -1: there was no memory for it
-} Ended;
 
 // -- crew.c
 

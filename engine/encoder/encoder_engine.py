@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from engine.bundle import Bundle, Precision
 from engine.encoder import library
-from engine.encoder.library import Batch, Bytes, Ended, Shape, aligned, pointer
+from engine.encoder.library import Batch, Bytes, Shape, aligned, pointer
 from engine.encoder.weights import LaidOut
 from engine.protocol import Engine, Float32, InputRefused
 
@@ -125,7 +125,7 @@ class EncoderEngine(Engine):
         a trailing Normalize.
         Raises: InputRefused for a text that the model cannot embed.
         """
-        batch, arrays = self.batch(0, inputs, alone)
+        batch, arrays = self.batch(inputs, alone)
         refused = self._quick.encoder_check(ctypes.byref(batch))
         if refused >= 0:
             raise _refusal(inputs, refused)
@@ -141,7 +141,7 @@ class EncoderEngine(Engine):
         return out
 
     def batch(
-        self, number: int, inputs: Sequence[Int64], alone: bool
+        self, inputs: Sequence[Int64], alone: bool
     ) -> tuple[Batch, tuple[Int64, npt.NDArray[np.int32], Float32]]:
         """What C gets, and the arrays that it reads and writes: ids, starts and the vectors."""
         ids = np.concatenate(inputs, dtype=np.int64)
@@ -149,7 +149,7 @@ class EncoderEngine(Engine):
         out = np.empty((len(inputs), self.dimensions), np.float32)
         crew = self._crew_address if alone else None
         data = ids.ctypes.data, starts.ctypes.data, out.ctypes.data
-        batch = Batch(*self._addresses, *data, crew, number, len(inputs), self.streams - 1)
+        batch = Batch(*self._addresses, *data, crew, 0, len(inputs), self.streams - 1)
         return batch, (ids, starts, out)
 
     def start_threads(self, count: int, wake: int) -> "EncoderThreads":
@@ -169,8 +169,7 @@ class EncoderThreads:
         self._fifo = fifo = aligned(quick.encoder_fifo_size(self._capacity))
         self._at = at = pointer(fifo)
         quick.encoder_fifo_begin(at, self._capacity, wake)
-        self._ended = (Ended * self._capacity)()
-        self._in_use: dict[int, object] = {}  # by number: the engine and the arrays
+        self._in_use: dict[int, tuple[Batch, object]] = {}  # by number, with what C reads
 
         def serve() -> None:
             slow.encoder_serve(pointer(fifo), ctypes.c_long(KEPT_MEMORY))
@@ -188,8 +187,11 @@ class EncoderThreads:
         """See protocol.Threads."""
         if len(self._in_use) == self._capacity:
             raise RuntimeError(f"{self._capacity} batches are here already")
-        batch, arrays = engine.batch(number, inputs, alone)
-        self._in_use[number] = engine, arrays  # first: the batch may end before this returns
+        batch, arrays = engine.batch(inputs, alone)
+        self._in_use[number] = batch, (
+            engine,
+            arrays,
+        )  # first: the batch may end before this returns
         refused = self._quick.encoder_put(self._at, ctypes.byref(batch))
         if refused >= 0:
             del self._in_use[number]
@@ -198,8 +200,8 @@ class EncoderThreads:
 
     def ended(self) -> list[tuple[int, float | None]]:
         """See protocol.Threads."""
-        count = self._quick.encoder_collect(self._at, self._ended)
-        ended = [(batch.number, batch.nanoseconds) for batch in self._ended[:count]]
+        in_use = list(self._in_use.items())
+        ended = [(number, took) for number, (batch, _) in in_use if (took := batch.nanoseconds)]
         for number, _ in ended:
             del self._in_use[number]
         return [(number, None if took < 0 else took / 1e9) for number, took in ended]

@@ -41,16 +41,12 @@ class Weights(ctypes.Structure):
 class Batch(ctypes.Structure):
     _fields_ = [
         *((name, Pointer) for name in ("shape", "weights", "ids", "starts", "out", "crew")),
-        ("number", ctypes.c_int64),
+        ("nanoseconds", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("texts", "helpers")),
     ]
 
 
-class Ended(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("number", "nanoseconds")]
-
-
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Shape, Linear, Layer, Weights, Batch, Ended)
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Shape, Linear, Layer, Weights, Batch)
 
 
 def load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:

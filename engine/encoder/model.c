@@ -41,7 +41,8 @@ long encoder_helper_memory(const Shape *shape) {
     return attention_memory(shape->window, shape->hidden / shape->heads);
 }
 
-// Returns the first text that the model cannot embed, for its length or its ids; -1 if there is none.
+// Returns the first text that the model cannot embed, for its length or its ids; -1 if there is
+// none.
 int encoder_check(const Batch *b) {
     for (int i = 0; i < b->texts; i++) {
         int first = b->starts[i], end = b->starts[i + 1];
@@ -101,8 +102,8 @@ static void run_layers(const Batch *b, const Memory *m, Crew *crew) {
     }
 }
 
-// Embed a batch, with its crew unless another batch has that. `memory` begins at a cache line and has
-// encoder_memory() bytes.
+// Embed a batch, with its crew unless another batch has that. `memory` begins at a cache line and
+// has encoder_memory() bytes.
 void encoder_run(const Batch *b, char *memory) {
     const Shape *shape = b->shape;
     long width = shape->hidden;

@@ -1,7 +1,7 @@
-// Matrix products C = A W^T, panel by panel: PANEL columns of W are laid out so that one load brings
-// the next 2 (bf16) or 4 (int8) values of k of 16 columns. A panel is multiplied with up to ROWS rows
-// of A at a time, whose sums stay in registers. Goto & van de Geijn, "Anatomy of High-Performance
-// Matrix Multiplication", 2008.
+// Matrix products C = A W^T, panel by panel: PANEL columns of W are laid out so that one load
+// brings the next 2 (bf16) or 4 (int8) values of k of 16 columns. A panel is multiplied with up to
+// ROWS rows of A at a time, whose sums stay in registers. Goto & van de Geijn, "Anatomy of
+// High-Performance Matrix Multiplication", 2008.
 
 // Store two registers of sums: columns 0-15 and 16-31 of one row of a panel.
 INLINE void put(int mode, void *c, long at, __m512 low, __m512 high, const float *bias) {
@@ -24,8 +24,8 @@ INLINE void put(int mode, void *c, long at, __m512 low, __m512 high, const float
     store_bf16((uint16_t *)c + at, low, high);
 }
 
-// Multiply `rows` rows of A, `lda` pairs apart, with a panel of `pairs` pairs. `extra` is the bias, or
-// for WEIGHTED a factor for each row. `next` is prefetched.
+// Multiply `rows` rows of A, `lda` pairs apart, with a panel of `pairs` pairs. `extra` is the bias,
+// or for WEIGHTED a factor for each row. `next` is prefetched.
 INLINE void tile(int mode, int rows, const uint32_t *a, long lda, const uint32_t *w, long pairs,
                  void *c, long ldc, const float *extra, const char *next) {
     __m512 sums[ROWS][2];
@@ -52,8 +52,8 @@ INLINE void tile(int mode, int rows, const uint32_t *a, long lda, const uint32_t
     }
 }
 
-// The same in int8. VPDPBUSD needs one unsigned operand, so weights are stored with 128 added. `start`,
-// of each row and group, subtracts it again.
+// The same in int8. VPDPBUSD needs one unsigned operand, so weights are stored with 128 added.
+// `start`, of each row and group, subtracts it again.
 INLINE void tile_int8(int mode, int rows, const uint32_t *a, long lda, const uint32_t *w,
                       long groups, const float *scales, const int32_t *start, void *c, long ldc,
                       const float *bias, const float *columns, const char *next) {

@@ -1,7 +1,7 @@
 // The layout of weights in panels, which products.c reads.
 
-// Lay out n rows of k float16 values (n a multiple of PANEL, k of 32) in bf16, multiplied by `factor`:
-// n * k * 2 bytes.
+// Lay out n rows of k float16 values (n a multiple of PANEL, k of 32) in bf16, multiplied by
+// `factor`: n * k * 2 bytes.
 void encoder_lay_out_bf16(uint32_t *to, const uint16_t *from, long n, long k, float factor) {
     for (long column = 0; column < n; column++)
         for (long i = 0; i < k; i += 32) {

@@ -30,8 +30,8 @@ class Spread:
         self._counts[age % len(self._counts)] = _ABSENT
 
     def excess(self, age: int) -> int:
-        """How many connections a worker holds beyond the fewest that any holds and an eighth of
-        them; 0 or less when it may take the next.
+        """How many connections a worker holds beyond 9/8 of the smallest count of any worker; 0 or
+        less when it may take the next.
         """
         fewest = min(self._counts)
         return self._counts[age % len(self._counts)] - fewest - fewest // 8

@@ -1,6 +1,6 @@
-"""api/spread.py: who holds more than its part."""
+"""server/spread.py: who holds more than its part."""
 
-from api.spread import Spread
+from server.spread import Spread
 
 
 def test_a_lone_worker_never_holds_too_many() -> None:

@@ -1,0 +1,315 @@
+"""How the application handles every request: the table of routes, the API key, the limits,
+errors, the access log and the metrics.
+
+Every route is registered with Flask. The table holds the views that need none of Flask's dispatch,
+and calls them directly; everything else passes through Flask. When somebody adds code of their own
+to Flask (CORS, an `after_request`, WSGI middleware), the table is left empty, so that it works on
+every route and its errors. Not on what is refused before the application sees the request: broken
+HTTP, no free thread, no memory.
+"""
+
+import hmac
+import http
+import io
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+from urllib.parse import quote
+from wsgiref.types import StartResponse
+
+import flask
+from werkzeug.exceptions import HTTPException
+
+from api import errors
+from api.endpoint import to_flask
+from api.logs import RequestLog, request_id
+from api.metrics import PROBES, Metrics
+from engine.errors import CallerGone
+from engine.queue import Queue
+from server.messages import OWN, HttpError, Request, Response, current
+from server.tasks import in_thread
+
+log = logging.getLogger(__name__)
+
+# Bodies up to this size are handled in the event loop's own thread: a full one takes 3 ms (Zen 5).
+# Larger ones, and pictures, get a thread.
+MAX_INLINE_BODY = 16_384
+
+View = Callable[[Request], Response]
+_NO_REQUEST = Request()
+
+
+class Router:
+    """Answers requests. `respond` may wait: the server runs it as a task."""
+
+    def __init__(
+        self,
+        app: flask.Flask,
+        keys: Sequence[str],
+        open_paths: Collection[str],
+        max_body: int,
+        queue: Queue,
+        metrics: Metrics,
+        requests: RequestLog,
+    ) -> None:
+        """Args:
+        keys: a request needs one of them.
+        open_paths: need none.
+        max_body: bytes.
+        """
+        self._app, self._open = app, frozenset(open_paths)
+        self._keys = [key.encode() for key in keys]
+        self._max_body, self._queue = max_body, queue
+        self._metrics, self._log = metrics, requests
+        self._table: dict[tuple[str, str], View] | None = None
+
+    # -- what the server calls
+
+    def respond(self, request: Request) -> Response:
+        """Answer a request. Raises nothing."""
+        self._begin(request)
+        try:
+            response = self._dispatch(request)
+        except Exception as error:
+            response = errors.response(error, request)
+        current.set(_NO_REQUEST)  # else an idle task keeps the last body
+        return _with_id(response, request)
+
+    def refuse(self, request: Request, error: HttpError) -> Response:
+        """Write an error of the server's own; the request may be incomplete."""
+        request.id = request.id or request_id(request)
+        return _with_id(errors.response(error, request), request)
+
+    def sent(self, request: Request, response: Response, error: HttpError | None) -> None:
+        """Count and log a response that has been handed to its connection."""
+        if request.client == OWN:
+            return
+        path, size = request.path, len(response.body)
+        if error:
+            self._metrics.refused(path, response.status, error.reason)
+            self._log.write(request, response.status, size, None, why=error.error_type)
+            return
+        seconds = time.perf_counter() - request.arrived
+        self._metrics.end(path, response.status, seconds)
+        level = logging.DEBUG if path in PROBES else logging.INFO
+        self._log.write(request, response.status, size, seconds, level=level)
+
+    def dropped(self, request: Request) -> None:
+        """The request was refused while it was worked on."""
+        self._metrics.dropped()
+
+    # -- the way of a request
+
+    def _begin(self, request: Request) -> None:
+        current.set(request)
+        request.id = request_id(request)
+        if request.client != OWN:
+            self._metrics.begin()
+
+    def _in_thread(self, view: View, request: Request) -> Response:
+        current.set(request)
+        try:
+            if request.gone():
+                raise CallerGone("the client closed before its request had a thread")
+            return view(request)
+        finally:
+            current.set(_NO_REQUEST)  # else an idle thread keeps the last body
+
+    def _dispatch(self, request: Request) -> Response:
+        if self._table is None:
+            self._table = {} if has_hooks(self._app) else direct_views(self._app)
+        # The server sends no body after HEAD.
+        method = "GET" if request.method == "HEAD" else request.method
+        view = self._table.get((method, request.path))
+        if view:
+            self.check(request)
+        view = view or self._through_flask
+        if MAX_INLINE_BODY < request.length <= self._max_body:
+            return in_thread(lambda: self._in_thread(view, request))
+        return view(request)
+
+    def check(self, request: Request) -> None:
+        """What every request has to pass before its view, by either way.
+
+        Raises: HttpError 401 and 413; QueueFull, before any work is spent on a body.
+        """
+        if request.path not in self._open and not is_preflight(request):
+            self._check_key(request)
+        if request.length > self._max_body:
+            raise HttpError(
+                *(413, "too_large"),
+                f"the body has more than {self._max_body} bytes, the limit (MAX_BODY_SIZE)",
+            )
+        if request.length and (full := self._queue.full()):
+            raise full
+
+    def _check_key(self, request: Request) -> None:
+        """X-API-Key decides when it is not empty, else Authorization: Bearer."""
+        sent = request.headers.get("x-api-key")
+        if not sent:
+            scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer":
+                raise _unauthorized("no API key; send it as X-API-Key, or as Authorization: Bearer")
+        given = sent.strip().encode()
+        # Every key is compared, so that the time taken does not tell which one matched.
+        if not sum([hmac.compare_digest(given, key) for key in self._keys]):
+            raise _unauthorized("wrong API key")
+
+    def _through_flask(self, request: Request) -> Response:
+        """Flask's whole dispatch, with whatever has been added to it."""
+        response = Response()
+
+        def start(
+            status: str, headers: list[tuple[str, str]], *error: object
+        ) -> Callable[[bytes], object]:
+            response.status, response.headers = int(status[:3]), []
+            for name, value in headers:
+                if name.lower() == "content-type":
+                    response.content_type = value
+                elif name.lower() != "content-length":
+                    response.headers.append((name, value))
+            return _no_write
+
+        parts = self._app.wsgi_app(environ_of(request), start)
+        try:
+            response.body = b"".join(parts)
+        finally:
+            if hasattr(parts, "close"):
+                parts.close()
+        return response
+
+    # -- other servers and tests
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        """The same as WSGI."""
+        request = request_of(environ)
+        response = self.respond(request)
+        self.sent(request, response, None)
+        phrase = http.HTTPStatus(response.status).phrase if response.status != 499 else "Gone"
+        headers = [
+            ("Content-Type", response.content_type),
+            ("Content-Length", str(len(response.body))),
+            *response.headers,
+        ]
+        start_response(f"{response.status} {phrase}", headers)
+        return [response.body]
+
+
+class CheckedFlask(flask.Flask):
+    """Flask that calls `check` before the view of every request; `before_request` functions run
+    before that."""
+
+    check: Callable[[Request], None]
+
+    def dispatch_request(self) -> Any:
+        self.check(current.get())
+        return super().dispatch_request()
+
+
+def register_errors(app: flask.Flask) -> None:
+    """Answer every error of Flask's dispatch in the dialect's form."""
+
+    def handle(error: Exception) -> flask.Response:
+        return to_flask(errors.response(error, current.get()))
+
+    app.register_error_handler(Exception, handle)
+    app.register_error_handler(HTTPException, handle)
+
+
+def has_hooks(app: flask.Flask) -> bool:
+    """Whether somebody has added code that Flask would run around requests."""
+    hooks = (
+        app.before_request_funcs,
+        app.after_request_funcs,
+        app.teardown_request_funcs,
+        app.teardown_appcontext_funcs,
+        app.url_value_preprocessors,
+    )
+    return any(hooks) or "wsgi_app" in vars(app)
+
+
+def direct_views(app: flask.Flask) -> dict[tuple[str, str], View]:
+    """The views that can be called without Flask: those of api.endpoint.endpoint whose route has no
+    parameters."""
+    table: dict[tuple[str, str], View] = {}
+    for rule in app.url_map.iter_rules():
+        view = getattr(app.view_functions[rule.endpoint], "direct", None)
+        if view and not rule.arguments:
+            for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}:
+                table[method, rule.rule] = view
+    return table
+
+
+def is_preflight(request: Request) -> bool:
+    """Whether a browser asks if it may send a request from another origin; it sends no key then."""
+    return request.method == "OPTIONS" and "access-control-request-method" in request.headers
+
+
+def environ_of(request: Request) -> dict[str, Any]:
+    """WSGI's environ of a request (PEP 3333)."""
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": "GET" if request.method == "HEAD" else request.method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": request.wsgi_path,
+        "QUERY_STRING": request.query,
+        "CONTENT_TYPE": request.headers.get("content-type", ""),
+        "CONTENT_LENGTH": str(len(request.body)),
+        "SERVER_NAME": "localhost",  # HTTP_HOST has what the client sent
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": f"HTTP/{request.version}",
+        "REMOTE_ADDR": request.client,
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(request.body),
+        "wsgi.errors": io.StringIO(),
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+    }
+    for name, value in request.headers.items():
+        # A name with an underscore could be taken for one with a dash.
+        if "_" not in name and name not in ("content-type", "content-length"):
+            environ[f"HTTP_{name.upper().replace('-', '_')}"] = value
+    return environ
+
+
+def request_of(environ: dict[str, Any]) -> Request:
+    """A request from WSGI's environ."""
+    headers = {
+        name[5:].replace("_", "-").lower(): value
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+    }
+    headers |= {
+        name.replace("_", "-").lower(): environ[name]
+        for name in ("CONTENT_TYPE", "CONTENT_LENGTH")
+        if environ.get(name)
+    }
+    body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    query = environ.get("QUERY_STRING", "")
+    return Request(
+        method=environ["REQUEST_METHOD"],
+        target=quote(environ["PATH_INFO"].encode("latin-1")) + (f"?{query}" if query else ""),
+        path=environ["PATH_INFO"].encode("latin-1").decode(errors="replace"),
+        headers=headers,
+        body=body,
+        length=len(body),
+        client=environ.get("REMOTE_ADDR", "-"),
+        arrived=time.perf_counter(),
+    )
+
+
+def _with_id(response: Response, request: Request) -> Response:
+    """Add the headers that every response has."""
+    response.headers.append(("X-Request-Id", request.id))
+    return response
+
+
+def _unauthorized(message: str) -> HttpError:
+    return HttpError(401, "authentication", message, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _no_write(data: bytes) -> object:
+    """PEP 3333's old way to send a body, which Flask does not use."""
+    raise NotImplementedError

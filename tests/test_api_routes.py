@@ -1,0 +1,188 @@
+"""api/routes.py: one way for every request, with and without code that was added to Flask."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import flask
+import pytest
+from servers import KEY
+from werkzeug.test import Client
+
+import main
+from api.routes import CheckedFlask, direct_views, environ_of, has_hooks, request_of
+from server.messages import Request
+
+AUTH = {"X-API-Key": KEY}
+ORIGIN = "https://example.org"
+
+
+class WithCORS(main.Application):
+    """The service with what flask-cors adds: fields for every response."""
+
+    def make_flask(self) -> CheckedFlask:
+        app = super().make_flask()
+
+        @app.after_request
+        def allow(response: flask.Response) -> flask.Response:
+            response.headers["Access-Control-Allow-Origin"] = ORIGIN
+            return response
+
+        return app
+
+
+def started(application: main.Application) -> Iterator[main.Application]:
+    application.start()
+    client = Client(application)
+    while client.get("/health/ready").status_code != 200:
+        pass
+    yield application
+    application.close()
+
+
+@pytest.fixture(scope="module")
+def environ(models_dir: pathlib.Path) -> dict[str, str]:
+    return {
+        "MODELS_DIR": str(models_dir),
+        "VECTOR_EMBEDDER_API_KEY": KEY,
+        "PRECISION": "fp32",
+        "MAX_BODY_SIZE": "100000",
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(environ: dict[str, str]) -> Iterator[main.Application]:
+    yield from started(main.Application(environ))
+
+
+@pytest.fixture(scope="module")
+def hooked(environ: dict[str, str]) -> Iterator[main.Application]:
+    yield from started(WithCORS(environ))
+
+
+# method, path, headers, body
+REQUESTS: list[tuple[str, str, dict[str, str], bytes]] = [
+    ("POST", "/embeddings", AUTH, b'{"text": "hello"}'),
+    ("POST", "/embeddings", AUTH, b'{"text": " "}'),
+    ("POST", "/embeddings", AUTH, b"{"),
+    ("POST", "/embeddings", {}, b'{"text": "hello"}'),
+    ("POST", "/embeddings", {"X-API-Key": "wrong"}, b'{"text": "hello"}'),
+    ("POST", "/embeddings", AUTH, b" " * 100_001),
+    ("POST", "/embeddings", AUTH, b'{"text": "hello"}'.ljust(20_000)),
+    ("POST", "/embeddings?a=b", AUTH, b'{"text": "hello"}'),
+    ("POST", "/v1/embeddings", AUTH, b'{"input": ["hello", "world"]}'),
+    ("POST", "/v1/embeddings", AUTH, b'{"input": [1]}'),
+    ("POST", "/embeddings/image", AUTH, b'{"image": "AAAA"}'),
+    ("PUT", "/embeddings", AUTH, b""),
+    ("GET", "/v1/models", AUTH, b""),
+    ("GET", "/v1/models/none", AUTH, b""),
+    ("GET", "/nowhere", AUTH, b""),
+    ("GET", "/nowhere", {}, b""),
+    ("GET", "/health", {}, b""),
+    ("GET", "/health/ready", {}, b""),
+    ("GET", "/docs", {}, b""),
+    ("OPTIONS", "/embeddings", {}, b""),
+]
+
+
+@pytest.mark.parametrize("method, path, headers, body", REQUESTS, ids=lambda part: str(part)[:30])
+def test_code_added_to_flask_works_on_every_route_and_changes_nothing_else(
+    plain: main.Application,
+    hooked: main.Application,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    body: bytes,
+) -> None:
+    first, second = (
+        Client(application).open(
+            path,
+            method=method,
+            headers={**headers, "X-Request-Id": "one"},
+            data=body,
+            content_type="application/json",
+        )
+        for application in (plain, hooked)
+    )
+    assert second.headers["Access-Control-Allow-Origin"] == ORIGIN
+    assert "Access-Control-Allow-Origin" not in first.headers
+    assert first.status_code == second.status_code
+    assert first.data == second.data
+    assert first.content_type == second.content_type
+    assert second.headers["X-Request-Id"] == first.headers["X-Request-Id"] == "one"
+
+
+def test_a_browser_may_ask_before_it_sends_a_key(hooked: main.Application) -> None:
+    asked = Client(hooked).options(
+        "/embeddings", headers={"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    )
+    assert asked.status_code == 200 and "POST" in asked.headers["Allow"]
+    assert asked.headers["Access-Control-Allow-Origin"] == ORIGIN
+
+
+def test_hot_routes_do_not_pass_flask_unless_something_was_added(
+    plain: main.Application, hooked: main.Application
+) -> None:
+    assert not has_hooks(plain.flask) and has_hooks(hooked.flask)
+    views = direct_views(plain.flask)
+    for route in ("/embeddings", "/v1/embeddings", "/embed", "/"):
+        assert ("POST", route) in views
+    assert ("GET", "/v1/models/<path:model>") not in views
+
+
+def wrap(app: flask.Flask) -> None:
+    app.wsgi_app = app.wsgi_app  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda app: app.before_request(lambda: None),
+        lambda app: app.after_request(lambda response: response),
+        lambda app: app.teardown_request(lambda error: None),
+        wrap,
+    ],
+)
+def test_every_kind_of_added_code_is_seen(add: Any) -> None:
+    app = flask.Flask(__name__)
+    assert not has_hooks(app)
+    add(app)
+    assert has_hooks(app)
+
+
+def test_head_is_answered_like_get(plain: main.Application) -> None:
+    response = Client(plain).head("/health")
+    assert response.status_code == 200
+    assert int(response.headers["Content-Length"]) == len(Client(plain).get("/health").data)
+
+
+def test_a_request_survives_wsgis_environ() -> None:
+    request = Request(
+        "POST",
+        "/a%20b/%C3%A9?c=d%20e",
+        "/a b/é",
+        headers={"host": "h:81", "x-request-id": "1", "content-type": "a/b", "x_api_key": "no"},
+        body=b"body",
+        length=4,
+        client="10.0.0.1",
+    )
+    environ = environ_of(request)
+    assert environ["PATH_INFO"] == "/a b/\xc3\xa9" and environ["QUERY_STRING"] == "c=d%20e"
+    assert environ["HTTP_HOST"] == "h:81"
+    # A name with an underscore would pass for one with a dash.
+    assert "HTTP_X_API_KEY" not in environ
+    again = request_of(environ)
+    assert again.headers == {"host": "h:81", "x-request-id": "1", "content-type": "a/b"} | {
+        "content-length": "4"
+    }
+    assert (again.method, again.path, again.target) == ("POST", request.path, request.target)
+    assert (again.body, again.client) == (b"body", "10.0.0.1")
+
+
+def test_the_openapi_document_is_made_once(plain: main.Application) -> None:
+    client = Client(plain)
+    document = client.get("/openapi.json").data
+    assert json.loads(document)["openapi"] == "3.1.0"
+    response = plain.respond(Request("GET", "/openapi.json", "/openapi.json"))
+    assert response.body == document
