@@ -1,6 +1,7 @@
 """server/connection.py: what a connection does between two requests."""
 
 import base64
+import contextlib
 import json
 import os
 import pathlib
@@ -65,6 +66,9 @@ def test_the_next_of_two_pipelined_requests_is_told_to_continue(echo_server: Add
 def test_a_connection_keeps_no_body_that_was_answered(echo_server_limits: Any) -> None:
     """Its memory would count for nothing, and idle connections are many."""
     address = echo_server_limits(max_body=4_000_000)
+    first, file = connect(address, GET % 0)
+    with first:
+        assert read(file)[0] == 200  # the worker runs
     before = resident(address)
     kept = []
     for _ in range(50):
@@ -78,12 +82,13 @@ def test_a_connection_keeps_no_body_that_was_answered(echo_server_limits: Any) -
 
 def resident(address: Address) -> int:
     """Bytes of memory of the server's worker. Its configuration names the port (echo_server.py)."""
-    for status in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        command = status.read_bytes().split(b"\0")
-        config = next((part for part in command if b"gunicorn-" in part), b"").decode()
-        if config and str(address[1]) in pathlib.Path(config).read_text():
-            pages = int(status.with_name("statm").read_text().split()[1])
-            if parent(status.parent) != os.getpid():
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            config = next((part for part in command if b"gunicorn-" in part), b"").decode()
+            named = config and f":{address[1]}'" in pathlib.Path(config).read_text()
+            if named and parent(process) != os.getpid():
+                pages = int((process / "statm").read_text().split()[1])
                 return pages * os.sysconf("SC_PAGE_SIZE")
     raise AssertionError("no such server")
 
