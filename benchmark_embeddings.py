@@ -30,8 +30,7 @@ from collections.abc import Iterator, Sequence
 from engine.bundle import Manifest
 from engine.errors import EmbedderError
 from loadtest import in_process, measures, recommend, report
-from loadtest.loads import DIALECTS, IMAGES, LOADS, Target
-from loadtest.plot import plot
+from loadtest.loads import DIALECTS, IMAGES, LOADS, Target, usual
 from loadtest.recommend import Advice
 from loadtest.reference import Reference
 from loadtest.report import Row
@@ -70,13 +69,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--plot", type=pathlib.Path, metavar="FILE.png", help="throughput and p99 as a picture")
     options = parser.parse_args(arguments)
     options.what = "recommend" if options.recommend else options.what
-    defaults = {"start": 10, "recommend": 1}
-    options.rounds = options.rounds or defaults.get(options.what, 3)
-    usual = RECOMMEND_CONNECTIONS if options.what == "recommend" else [1, 16]
-    options.connections = options.connections or usual
+    options.rounds = options.rounds or {"start": 10, "recommend": 1}.get(options.what, 3)
+    defaults = {"texts": [1, 16], "recommend": RECOMMEND_CONNECTIONS}
+    options.connections = options.connections or defaults.get(options.what)
     known = [*LOADS, IMAGES]
-    if options.what in ("ceiling", "padding"):
-        known = [*LOADS, *(f"{name}-c{number}" for name, number in measures.usual_loads())]
+    if options.what != "recommend":
+        known += [f"{name}-c{number}" for name, number in usual([], options.connections)]
     unknown = [name for name in options.loads if name not in known]
     if unknown:
         parser.error(f"no load {unknown[0]!r}; there is: {', '.join(known)}")
@@ -101,62 +99,69 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 and one line when something needed is not there."""
     options = parse(arguments)
     try:
-        conditions, rows, advised = measure(options)
+        conditions, rows, advice = measure(options)
+        if not rows:
+            raise ValueError("none of these loads is measured here")
         if options.plot:
-            plot(report.series(rows), options.plot)
+            report.plot(rows, options.plot)
     except (OSError, ValueError, EmbedderError, SettingsError) as error:
         sys.exit(f"cannot measure: {error}")
     if options.json:
-        more = {"recommended": advised.fields()} if advised else {}
+        more = {"recommended": advice._asdict()} if advice else {}
         print(report.as_json(options.what, conditions, rows, **more))
         return
     print(f"{options.what}: {conditions}\n\n{report.table(rows)}")
-    if advised:
-        print("\n" + recommend.text(advised, len(available())))
+    if advice:
+        print("\n" + recommend.text(advice, len(available())))
 
 
 def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]:
     """Returns: the machine and model, the rows, and for `recommend` the advice."""
     what, seconds, rounds = options.what, options.seconds, options.rounds
+    loads = usual(options.loads, options.connections)
     if options.url and what != "ceiling":
-        target = Target(options.url, options.dialect, options.path, options.model_name)
-        if what == "fairness":
-            return f"client on {report.machine()}", measures.fairness(target, seconds, rounds), None
-        targets = [target]
-        if options.against:
-            dialect, path = options.against_dialect, options.against_path
-            targets.append(Target(options.against, dialect, path, options.model_name))
-        loads = measures.http_loads(options.loads, options.connections, target)
-        rows = measures.http(targets, loads, seconds, rounds)
-        return f"client on {report.machine()}", rows, None
+        with _target(options) as target:
+            return f"client on {report.machine()}", _measure_service(options, target, loads), None
     settings = in_process.settings()
     bundle = in_process.default_bundle(settings)
-    conditions = f"{bundle.manifest.name}, {report.machine()}"
-    pairs, advised = measures.usual_loads(options.loads), None
+    advice = None
     if what == "texts":
         with _reference(bundle.manifest, options.model) as reference:
-            rows = in_process.speed(
-                settings, bundle, reference, options.tokens, options.connections, seconds, rounds
-            )
-    elif what == "ceiling":
-        ceilings = in_process.ceilings(settings, bundle, {name: LOADS[name] for name, _ in pairs})
-        with _target(options) as target:
-            rows = measures.ceiling(target, ceilings, pairs, seconds, rounds)
-    elif what == "padding":
-        several = [pair for pair in pairs if pair[1] > 1]
-        with _target(options) as target:
-            rows = measures.padding(target, several, seconds)
-    elif what == "fairness":
-        with _target(options) as target:
-            rows = measures.fairness(target, seconds, rounds)
+            lengths, callers = options.tokens, options.connections
+            rows = in_process.speed(settings, bundle, reference, lengths, callers, seconds, rounds)
     elif what == "start":
         rows = measures.start(rounds)
-    else:
+    elif what == "recommend":
         load = options.loads[0] if options.loads else RECOMMEND_LOAD
-        measured = recommend.measure(bundle, load, options.connections, seconds, rounds)
-        rows = recommend.rows(measured, load)
-        advised = recommend.recommend(measured, recommend.parity(bundle), options.p99)
-    return conditions, rows, advised
+        points = recommend.measure(bundle, load, options.connections, seconds, rounds)
+        rows = [point._asdict() for point in points]
+        advice = recommend.recommend(points, recommend.parity(bundle), options.p99)
+    elif what == "ceiling":
+        ceilings = in_process.ceilings(settings, bundle, {name for name, _ in loads})
+        with _target(options) as target:
+            rows = measures.ceiling(target, ceilings, loads, seconds, rounds)
+    else:
+        with _target(options) as target:
+            rows = _measure_service(options, target, loads)
+    return f"{bundle.manifest.name}, {report.machine()}", rows, advice
+
+
+def _measure_service(
+    options: argparse.Namespace, target: Target, loads: list[tuple[str, int]]
+) -> list[Row]:
+    """Texts, padding or fairness."""
+    if options.what == "fairness":
+        return measures.fairness(target, options.seconds, options.rounds)
+    if options.what == "padding":
+        several = [(name, number) for name, number in loads if number > 1]
+        return measures.padding(target, several, options.seconds)
+    if IMAGES in options.loads or not options.loads and measures.takes_images(target):
+        loads = loads + [(IMAGES, number) for number in options.connections]
+    targets = [target]
+    if options.against:
+        dialect, path = options.against_dialect, options.against_path
+        targets.append(Target(options.against, dialect, path, options.model_name))
+    return measures.http(targets, loads, options.seconds, options.rounds)
 
 
 @contextlib.contextmanager

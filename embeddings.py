@@ -87,17 +87,17 @@ class TextEmbedder:
         cache: VectorCache | None = None,
     ) -> None:
         self.manifest, self.limits = bundle.manifest, limits
-        self._engine, self._queue, self._cache = engine, queue, cache
+        self.engine, self._queue, self._cache = engine, queue, cache
         self._tokenizer = TextTokenizer(tokenizer)
         self._chunker = Chunker(self._tokenizer, self.manifest.max_tokens)
 
     @property
     def precision(self) -> str:
-        return self._engine.precision
+        return self.engine.precision
 
     def widen(self) -> None:
         """Prepare the engine for calls that have all cores to themselves."""
-        self._engine.widen()
+        self.engine.widen()
 
     def embed(
         self,
@@ -154,7 +154,7 @@ class TextEmbedder:
         """The engine's vectors of chunks' token ids, shape (len(chunks), dimensions). Equal chunks
         are computed once, cached ones not at all.
         """
-        engine, cache = self._engine, self._cache
+        engine, cache = self.engine, self._cache
         if len(chunks) == 1 and cache is None:
             return self._queue.submit(engine, chunks, [len(chunks[0])], deadline, gone)
         keys = [ids.tobytes() for ids in chunks]

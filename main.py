@@ -79,21 +79,8 @@ class Application:
             {**self._environ, "WEB_CONCURRENCY": str(workers)}
         )
         logs.configure(settings.log_format, settings.log_level, settings.api_keys)
-        self.models: Models[Embedders] = Models(
-            discover(pathlib.Path(settings.models_dir)),
-            settings.embedding_model or None,
-            settings.aliases,
-            tasks.event,
-        )
-        self.queue = Queue(
-            max_batch_size=settings.max_batch_size,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_queue_tokens=settings.max_queue_tokens,
-            threads=settings.inference_threads,
-            max_queue_seconds=settings.max_queue_seconds,
-            event=tasks.event,
-            others=loop.busy_threads if loop else lambda: 0,
-        )
+        self.models = make_models(settings)
+        self.queue = make_queue(settings, loop.busy_threads if loop else lambda: 0)
         self.metrics = metrics.Metrics(self.models, self.queue)
         self.flask = self.make_flask()
         self.metrics.add_routes(self.flask.url_map)
@@ -150,13 +137,8 @@ class Application:
         cached = self.metrics.cached
         cache = VectorCache(settings.cache_size, cached) if settings.cache_size else None
 
-        def load_model(bundle: Bundle) -> Embedders:
-            pictures = "image" in bundle.manifest.modalities
-            embedder = load_image_embedder(bundle, settings, self.queue) if pictures else None
-            return Embedders(load_embedder(bundle, settings, self.queue, cache), embedder)
-
         try:
-            models.load(load_model)
+            models.load(lambda bundle: load_embedders(bundle, settings, self.queue, cache))
             log.info("serving %s", _describe(settings, models))
         except Exception as error:
             if self._leaving.is_set():
@@ -232,6 +214,37 @@ def _describe(settings: Settings, models: Models[Embedders]) -> str:
         f"and {settings.max_body_size} bytes; a queue of {settings.max_queue_tokens} tokens; "
         f"{settings.request_timeout:g} s a request"
     )
+
+
+def make_models(settings: Settings) -> Models[Embedders]:
+    """The bundles of MODELS_DIR, not loaded. Raises: BundleError, ModelNotFound."""
+    bundles = discover(pathlib.Path(settings.models_dir))
+    return Models(bundles, settings.embedding_model or None, settings.aliases, tasks.event)
+
+
+def make_queue(settings: Settings, others: Callable[[], int] = lambda: 0) -> Queue:
+    """The queue of all models, not started. `others`: threads that are busy with other work."""
+    return Queue(
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_queue_tokens=settings.max_queue_tokens,
+        threads=settings.inference_threads,
+        max_queue_seconds=settings.max_queue_seconds,
+        event=tasks.event,
+        others=others,
+    )
+
+
+def load_embedders(
+    bundle: Bundle, settings: Settings, queue: Queue, cache: VectorCache | None = None
+) -> Embedders:
+    """Load one model for texts, and for pictures where it takes them.
+
+    Raises: BundleError, PrecisionUnavailable.
+    """
+    pictures = "image" in bundle.manifest.modalities
+    embedder = load_image_embedder(bundle, settings, queue) if pictures else None
+    return Embedders(load_embedder(bundle, settings, queue, cache), embedder)
 
 
 def load_embedder(

@@ -3,60 +3,53 @@
 """
 
 import dataclasses
-import functools
 import itertools
+import math
 import os
-import pathlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import main
 import settings as configuration
 from api.service import Embedders
-from embeddings import TextEmbedder, TextLimits
-from engine.bundle import Bundle, Precision, discover
-from engine.choice import text_engine
-from engine.models import Models
+from embeddings import TextEmbedder
+from engine.bundle import Bundle, Precision
 from engine.openvino_backend import available_precisions
 from engine.protocol import Engine
-from engine.queue import Queue
 from image_embeddings import ImageEmbedder
 from loadtest.client import Result
-from loadtest.loads import IMAGES, Load, exact_texts, images, texts
+from loadtest.loads import IMAGES, LOADS, exact_texts, images, texts
 from loadtest.reference import Reference
-from loadtest.report import Row, row
-from loadtest.rounds import Progress, alternate, call_repeatedly, in_threads
+from loadtest.report import Row, compare
+from loadtest.rounds import Side, call_repeatedly
 from settings import Settings
 from tokens import Int64, load_tokenizer
 
 DEADLINE = 600.0  # seconds; nothing here should wait that long
 TEXTS = 64  # of one length, sent in turn
+PICTURES = 16
 REFERENCE = "sentence-transformers"
 SAMPLE_TOKENS = 24_000  # of a load, for the ceiling: some seconds of work
-Side = Callable[[int, float], Result]  # concurrency, seconds
 
 
 def settings() -> Settings:
-    """The service's configuration, from the environment. Raises: SettingsError."""
-    return configuration.load(os.environ)
+    """The service's configuration, from the environment, without a limit to waiting.
+
+    Raises: SettingsError.
+    """
+    return dataclasses.replace(configuration.load(os.environ), max_queue_seconds=math.inf)
 
 
 def default_bundle(options: Settings) -> Bundle:
     """The bundle that answers requests without `model`. Raises: BundleError, ModelNotFound."""
-    bundles = discover(pathlib.Path(options.models_dir))
-    return Models[object](bundles, options.embedding_model or None, options.aliases).bundle()
+    return main.make_models(options).bundle()
 
 
-def make_queue(options: Settings) -> Queue:
-    """As `main.create_app` makes it, not started."""
-    return Queue(
-        max_batch_size=options.max_batch_size,
-        max_batch_tokens=options.max_batch_tokens,
-        max_queue_tokens=options.max_queue_tokens,
-        threads=options.inference_threads,
-    )
+def precisions(bundle: Bundle) -> list[Precision]:
+    """The precisions that both this CPU and this bundle offer."""
+    return [precision for precision in available_precisions() if bundle.offers(precision)]
 
 
 class Ceiling:
@@ -85,77 +78,52 @@ class Ceiling:
 
     def best(self, number: int, seconds: float) -> Result:
         """All cores, at the best batch size. Round 0 looks for it among the powers of two."""
-        if not number and not self.batch_size:
-            sizes = [1 << power for power in range(12) if 1 << power <= self.limits[0]]
-            rates = {size: self.run(size, seconds / 2) for size in sizes}
-            self.batch_size = max(rates, key=rates.__getitem__)
-        return Result(self.run(self.batch_size, seconds) if number else 0.0)
+        if number:
+            return self.run(self.batch_size, seconds)
+        sizes = [1 << power for power in range(self.limits[0].bit_length())]
+        rates = {size: self.run(size, seconds / 2).rate for size in sizes}
+        self.batch_size = max(rates, key=rates.__getitem__)
+        return Result(0.0)
 
-    def alone(self, number: int, seconds: float) -> Result:
-        """One text a call, one call at a time."""
-        return Result(self.run(1, seconds, threads=1) if number else 0.0)
+    def run(self, batch_size: int, seconds: float) -> Result:
+        """Texts a second, from a call at a time in each thread."""
+        batches = self.batches(batch_size)
 
-    def run(self, batch_size: int, seconds: float, threads: int | None = None) -> float:
-        """Texts a second, from a call at a time in each thread; as many threads as usual or so
-        many.
-        """
-        calls: Iterator[list[Int64]] = itertools.cycle(self.batches(batch_size))
-        deadline = time.perf_counter() + seconds
+        def call(number: int) -> int:
+            batch = batches[number % len(batches)]
+            self.engine.run(batch)
+            return len(batch)
 
-        def caller() -> float:
-            begun, chunks = time.perf_counter(), 0
-            while time.perf_counter() < deadline:
-                batch = next(calls)
-                self.engine.run(batch)
-                chunks += len(batch)
-            return chunks / (time.perf_counter() - begun)
-
-        return sum(in_threads(caller, threads or self.threads)) * self.texts_a_chunk
+        result = call_repeatedly(call, self.threads, seconds)
+        return result._replace(rate=result.rate * self.texts_a_chunk)
 
 
-def ceilings(options: Settings, bundle: Bundle, loads: dict[str, Load]) -> dict[str, Ceiling]:
-    """One for each load, all on one engine. Raises: BundleError, PrecisionUnavailable."""
-    tokenizer, pad_id, pad_left = load_tokenizer(bundle)
-    engine = text_engine(
-        bundle,
-        options.precision,
-        pad_id=pad_id,
-        pad_left=pad_left,
-        streams=options.inference_threads,
-    )
-    limits = TextLimits(1 << 30, 1 << 30, 1 << 30)
-    embedder = TextEmbedder(bundle, tokenizer, engine, make_queue(options), limits)
+def ceilings(options: Settings, bundle: Bundle, names: Iterable[str]) -> dict[str, Ceiling]:
+    """One for each of LOADS named, all on one engine. Raises: BundleError, PrecisionUnavailable."""
+    queue = main.make_queue(options)
+    queue.start()  # for the probe of the bundle
+    embedder = main.load_embedder(bundle, options, queue)
+    queue.close()
     made = {}
-    for name, load in loads.items():
+    for name in names:
         chunks: list[list[Int64]] = []
-        source, tokens = texts(load, seed=1), 0
+        source, tokens = texts(LOADS[name], seed=1), 0
         while tokens < SAMPLE_TOKENS:
             (pieces,) = embedder.chunk([next(source)])
             chunks.append([chunk.token_ids for chunk in pieces])
             tokens += sum(chunk.tokens for chunk in pieces)
-        made[name] = Ceiling(engine, options, chunks)
+        made[name] = Ceiling(embedder.engine, options, chunks)
     return made
 
 
-def precisions(bundle: Bundle) -> list[Precision]:
-    """The precisions that both this CPU and this bundle offer."""
-    return [precision for precision in available_precisions() if bundle.offers(precision)]
+class Kind(NamedTuple):
+    """Texts of one length, or pictures."""
 
-
-def embedders(options: Settings, bundle: Bundle, queue: Queue) -> dict[str, Embedders]:
-    """The bundle at each precision, all behind one Queue as `main` has it.
-
-    Raises: BundleError.
-    """
-    made: dict[str, Embedders] = {}
-    for precision in precisions(bundle):
-        ours = dataclasses.replace(options, precision=precision)
-        pictures = "image" in bundle.manifest.modalities
-        made[precision] = Embedders(
-            main.load_embedder(bundle, ours, queue),
-            main.load_image_embedder(bundle, ours, queue) if pictures else None,
-        )
-    return made
+    name: str
+    tokens: int | None  # of each text
+    embedders: Mapping[Precision, TextEmbedder | ImageEmbedder]
+    inputs: Sequence[Any]
+    parts: Sequence[Sequence[str | bytes]]  # the same inputs for sentence-transformers
 
 
 def speed(
@@ -173,59 +141,53 @@ def speed(
 
     Raises: BundleError; ValueError for a length that this tokenizer cannot make.
     """
-    queue = make_queue(options)
+    queue = main.make_queue(options)
     queue.start()
-    made = embedders(options, bundle, queue)
-    loads: list[int | None] = [*lengths]  # tokens; None for pictures
-    if "image" in bundle.manifest.modalities:
-        loads.append(None)
-    progress, rows = Progress(len(loads) * len(concurrencies) * (rounds + 1)), []
-    for tokens in loads:
-        sides = _text_sides(bundle, made, reference, tokens) if tokens else {}
-        sides = sides or _image_sides(made, reference)
-        name = f"{tokens} tokens" if tokens else IMAGES
-        for number in concurrencies:
-            progress.doing = f"{name}, {number} at a time, "
-            bound = {side: _at_concurrency(run, number) for side, run in sides.items()}
-            results = alternate(bound, seconds, rounds, progress)
-            for side, own in results.items():
-                rates = row(side, name, number, own, results.get(REFERENCE, []))
-                rows.append({**rates, "tokens": rates["rate"] * tokens if tokens else None})
+    made: dict[Precision, Embedders] = {}
+    for precision in precisions(bundle):
+        ours = dataclasses.replace(options, precision=precision)
+        made[precision] = main.load_embedders(bundle, ours, queue)
+    rows = []
+    for kind, number in itertools.product(_kinds(bundle, made, lengths), concurrencies):
+        sides: list[tuple[str, Side]] = [
+            (precision, _embed(embedder, kind.inputs, number))
+            for precision, embedder in kind.embedders.items()
+        ]
+        if reference:
+            sides.append((REFERENCE, _encode(reference, kind.parts, number)))
+        for row in compare(kind.name, number, sides, reference is not None, seconds, rounds):
+            tokens = row["rate"] * kind.tokens if kind.tokens else None
+            rows.append({**row, "tokens": tokens})
     queue.close()
-    progress.close()
     return rows
 
 
-def _at_concurrency(run: Side, concurrency: int) -> Callable[[int, float], Result]:
-    return lambda _, seconds: run(concurrency, seconds)
-
-
-def _text_sides(
-    bundle: Bundle, made: dict[str, Embedders], reference: Reference | None, tokens: int
-) -> dict[str, Side]:
+def _kinds(
+    bundle: Bundle, made: Mapping[Precision, Embedders], lengths: Sequence[int]
+) -> Iterator[Kind]:
     tokenizer, _, _ = load_tokenizer(bundle)
-    sent = exact_texts(lambda text: len(tokenizer.encode(text).ids), tokens, TEXTS)
-    sides = {name: _side(each.texts, sent) for name, each in made.items()}
-    if reference:
-        split = next(iter(made.values())).texts.chunk
-        pieces = [[text[c.start : c.end] for c in split([text])[0]] for text in sent]
-        sides[REFERENCE] = functools.partial(reference.texts, pieces)
-    return sides
+    embedders = {precision: each.texts for precision, each in made.items()}
+    for tokens in lengths:
+        sent = exact_texts(lambda text: len(tokenizer.encode(text).ids), tokens, TEXTS)
+        split = next(iter(embedders.values())).chunk
+        parts = [[text[c.start : c.end] for c in split([text])[0]] for text in sent]
+        yield Kind(f"{tokens} tokens", tokens, embedders, sent, parts)
+    if "image" in bundle.manifest.modalities:
+        files = images(PICTURES)
+        pictures = {precision: each.images for precision, each in made.items() if each.images}
+        yield Kind(IMAGES, None, pictures, files, [[file] for file in files])
 
 
-def _image_sides(made: dict[str, Embedders], reference: Reference | None) -> dict[str, Side]:
-    files = images(16)
-    sides = {name: _side(each.images, files) for name, each in made.items() if each.images}
-    if reference:
-        sides[REFERENCE] = functools.partial(reference.images, files)
-    return sides
+def _embed(embedder: TextEmbedder | ImageEmbedder, inputs: Sequence[Any], threads: int) -> Side:
+    """Callers that embed the inputs in turn, one a call."""
 
-
-def _side(embedder: TextEmbedder | ImageEmbedder, inputs: Sequence[Any]) -> Side:
-    """A caller that embeds the inputs in turn, one a call."""
-
-    def embed(number: int) -> None:
+    def embed(number: int) -> int:
         one = inputs[number % len(inputs)]
         embedder.embed([one], deadline=time.monotonic() + DEADLINE)
+        return 1
 
-    return functools.partial(call_repeatedly, embed)
+    return lambda _, seconds: call_repeatedly(embed, threads, seconds)
+
+
+def _encode(reference: Reference, parts: Sequence[Sequence[str | bytes]], concurrency: int) -> Side:
+    return lambda _, seconds: reference.encode(parts, concurrency, seconds)

@@ -2,7 +2,6 @@
 
 import base64
 import bisect
-import functools
 import io
 import itertools
 import json
@@ -92,8 +91,14 @@ class Target(NamedTuple):
         return self._send(path, "application/json", json.dumps(body, ensure_ascii=False).encode())
 
     def _send(self, path: str, content_type: str, body: bytes) -> bytes:
-        head = _head(self.url, self.path or path, content_type, key())
-        return b"%s%d\r\n\r\n%s" % (head, len(body), body)
+        address = urllib.parse.urlsplit(self.url)
+        head = (
+            f"POST {address.path.rstrip('/')}{self.path or path} HTTP/1.1\r\n"
+            f"Host: {address.netloc}\r\nContent-Type: {content_type}\r\n"
+            f"X-API-Key: {key()}\r\nAuthorization: Bearer {key()}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
 
 
 def key() -> str:
@@ -101,15 +106,19 @@ def key() -> str:
     return os.environ.get("VECTOR_EMBEDDER_API_KEY", "abc123").partition(",")[0].strip()
 
 
-@functools.cache
-def _head(url: str, path: str, content_type: str, key: str) -> bytes:
-    """A request up to the value of Content-Length."""
-    address = urllib.parse.urlsplit(url)
-    return (
-        f"POST {address.path.rstrip('/')}{path} HTTP/1.1\r\n"
-        f"Host: {address.netloc}\r\nContent-Type: {content_type}\r\n"
-        f"X-API-Key: {key}\r\nAuthorization: Bearer {key}\r\nContent-Length: "
-    ).encode()
+def usual(only: Sequence[str], connections: Sequence[int] | None = None) -> list[tuple[str, int]]:
+    """Loads and numbers of connections in the order in which they are measured.
+
+    Args:
+        only: some of them, as `query` or as `query-c16`; all if empty.
+        connections: for every load, instead of its own.
+    """
+    return [
+        (name, number)
+        for name, load in LOADS.items()
+        for number in connections or load.connections
+        if not only or name in only or f"{name}-c{number}" in only
+    ]
 
 
 def texts(load: Load, seed: int) -> Iterator[str]:
@@ -124,11 +133,6 @@ def requests(target: Target, load: Load, seed: int) -> Iterator[bytes]:
     source = texts(load, seed)
     while True:
         yield target.request(list(itertools.islice(source, load.texts)))
-
-
-def some_requests(target: Target, load: Load, number: int) -> list[bytes]:
-    """So many requests, to be sent again and again."""
-    return list(itertools.islice(requests(target, load, seed=0), number))
 
 
 def image_requests(target: Target) -> Iterator[bytes]:
@@ -147,12 +151,11 @@ def exact_texts(count: Callable[[str], int], tokens: int, number: int) -> list[s
     source, found = random.Random(tokens), []
     for _ in range(8 * number):
         words = source.choices(WORDS, k=tokens)
-        lengths = range(1, len(words) + 1)
+        lengths = range(1, tokens + 1)
         fit = bisect.bisect_right(lengths, tokens, key=lambda some: count(" ".join(words[:some])))
-        kept = words[:fit]
-        kept += ["the"] * (tokens - count(" ".join(kept)))
-        text = " ".join(kept)
-        if kept and count(text) == tokens:
+        missing = tokens - count(" ".join(words[:fit]))
+        text = " ".join(words[:fit] + ["the"] * missing)
+        if text and count(text) == tokens:
             found.append(text)
         if len(found) == number:
             return found

@@ -1,7 +1,8 @@
 """What to set Cloud Run to: settings of the service are measured, and stated rules choose one."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,8 +10,7 @@ from engine.bundle import Bundle
 from loadtest.in_process import precisions
 from loadtest.loads import Target
 from loadtest.measures import one
-from loadtest.report import Row
-from loadtest.rounds import Progress, alternate, combine
+from loadtest.rounds import alternate, combine
 from loadtest.service import available, serve
 
 PARITY = 0.999  # smallest cosine to sentence-transformers for a precision to be recommended
@@ -23,38 +23,18 @@ LEAST_MEMORY = ((8, 4096), (6, 4096), (4, 2048), (1, 512))  # cores, MiB: Cloud 
 
 
 class Point(NamedTuple):
-    """A setting of the service at one number of connections."""
+    """What was measured of a setting of the service at one number of connections."""
 
+    precision: str
+    cores: int
+    workers: int
+    load: str
     connections: int
     rate: float  # texts a second
     p50: float  # ms
     p99: float
-    failed: int = 0
-
-
-class Setting(NamedTuple):
-    """A setting of the service, measured at a rising number of connections."""
-
-    cores: int
-    workers: int
-    precision: str
-    memory: float  # MiB, the largest RSS of all processes
-    points: tuple[Point, ...]
-
-    def highest(self) -> float:
-        """The best rate at any number of connections."""
-        return max(point.rate for point in self.points)
-
-    def best(self, limit: float) -> Point | None:
-        """The fewest connections with ENOUGH of the best rate, among the points with p99 within
-        `limit` ms and no failure; None without such points.
-        """
-        good = [point for point in self.points if point.p99 <= limit and not point.failed]
-        most = max((point.rate for point in good), default=0.0)
-        return next((point for point in good if point.rate >= ENOUGH * most), None)
-
-
-Choice = tuple[Setting, Point]
+    failed: int  # requests
+    rss: float  # MiB, of all processes
 
 
 class Advice(NamedTuple):
@@ -67,29 +47,7 @@ class Advice(NamedTuple):
     p99: float
     kept: bool  # whether p99 is within the limit
     reasons: list[str]
-
-    def fields(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return {**self._asdict(), "command": self.command, "price": self.price}
-
-    @property
-    def command(self) -> str:
-        """The command that deploys it, without names and key."""
-        variables = f"PRECISION={self.precision},WEB_CONCURRENCY={self.workers}"
-        if self.concurrency > 64:
-            variables += f",REQUEST_THREADS={self.concurrency}"
-        return (
-            f"gcloud run deploy … --cpu {self.cores} --memory {self.memory}Mi "
-            f"--concurrency {self.concurrency} --set-env-vars {variables}"
-        )
-
-    @property
-    def price(self) -> str:
-        """The price of a million texts as a formula."""
-        return (
-            f"a million texts cost 1e6 / {self.rate:.1f} s x ({self.cores} x price of a vCPU-second"
-            f" + {self.memory / 1024:g} x price of a GiB-second) on instances that are always busy"
-        )
+    command: str  # that deploys it, without names and key
 
 
 def choose(parity: Mapping[str, float], rates: Mapping[str, float]) -> str:
@@ -105,119 +63,141 @@ def choose(parity: Mapping[str, float], rates: Mapping[str, float]) -> str:
     return max(exact, key=rates.__getitem__)
 
 
-def recommend(settings: Sequence[Setting], parity: Mapping[str, float], limit: float) -> Advice:
-    """Choose the precision, then the workers for each number of cores, then the cores.
+def recommend(points: Sequence[Point], parity: Mapping[str, float], limit: float) -> Advice:
+    """Choose the precision, the connections of each setting, the workers for each number of cores,
+    and then the cores.
 
     Args:
+        points: by setting at a rising number of connections.
         parity: smallest cosine to sentence-transformers at bake, by precision.
         limit: ms that p99 should not exceed.
 
     Raises: ValueError when requests failed at every setting.
     """
-    best: dict[str, float] = {}
-    for setting in settings:
-        best[setting.precision] = max(best.get(setting.precision, 0.0), setting.highest())
-    precision = choose(parity, best)
-    figures = (f"{name} {parity.get(name, 0.0):.5f}, {best[name]:.1f}/s" for name in best)
+    rates = _highest_rates(points)
+    precision = choose(parity, rates)
+    figures = (f"{name} {parity.get(name, 0.0):.5f}, {rate:.1f}/s" for name, rate in rates.items())
     reasons = [
         f"PRECISION={precision}: the fastest of those whose smallest cosine to "
         f"sentence-transformers at bake is {PARITY} or more ({', '.join(figures)})"
     ]
-    ours = [setting for setting in settings if setting.precision == precision]
-    kept = any(setting.best(limit) for setting in ours)
+    good = [point for point in points if point.precision == precision and not point.failed]
+    if not good:
+        raise ValueError("no setting answered every request")
+    least = min(point.p99 for point in good)
+    kept = least <= limit
     if not kept:
         reasons.append(f"no setting kept p99 within {limit:.0f} ms; this is the smallest p99")
-        good = [point.p99 for setting in ours for point in setting.points if not point.failed]
-        if not good:
-            raise ValueError("no setting answered every request")
-        limit = min(good)
-    setting, point = _choose_cores(ours, limit, reasons)
+        limit = least
+    within = [point for point in good if point.p99 <= limit]
+    settings = map(_fewest_connections, _groups(within, lambda point: (point.cores, point.workers)))
+    by_cores = _groups(settings, lambda point: point.cores)
+    chosen = _choose_cores([_choose_workers(each, reasons) for each in by_cores], reasons)
     reasons.append(
-        f"concurrency {point.connections}: the fewest connections with {ENOUGH:.0%} of the best "
-        f"rate within p99 <= {limit:.0f} ms ({point.rate:.1f}/s, p50 {point.p50:.0f} ms, p99 "
-        f"{point.p99:.0f} ms)"
+        f"concurrency {chosen.connections}: the fewest connections with {ENOUGH:.0%} of the best "
+        f"rate within p99 <= {limit:.0f} ms ({chosen.rate:.1f}/s, p50 {chosen.p50:.0f} ms, p99 "
+        f"{chosen.p99:.0f} ms)"
     )
-    least = next((mib for cores, mib in LEAST_MEMORY if setting.cores >= cores), MEMORY[0])
-    wanted = max(HEADROOM * setting.memory, least)
-    memory = next((mib for mib in MEMORY if mib >= wanted), math.ceil(wanted / 1024) * 1024)
     reasons.append(
-        f"memory: {setting.memory:.0f} MiB measured over all processes, times {HEADROOM}, "
-        "rounded up to a size that Cloud Run offers"
+        f"memory: {chosen.rss:.0f} MiB measured over all processes, times {HEADROOM}, rounded up "
+        "to a size that Cloud Run offers"
     )
-    shape = setting.cores, memory, point.connections, setting.workers
-    return Advice(*shape, precision, point.rate, point.p99, kept, reasons)
+    memory = _memory(chosen)
+    shape = chosen.cores, memory, chosen.connections, chosen.workers, precision
+    measured = chosen.rate, chosen.p99, kept
+    return Advice(*shape, *measured, reasons, _command(chosen, memory))
 
 
-def _choose_cores(settings: Sequence[Setting], limit: float, reasons: list[str]) -> Choice:
+def _command(chosen: Point, memory: int) -> str:
+    variables = f"PRECISION={chosen.precision},WEB_CONCURRENCY={chosen.workers}"
+    if chosen.connections > 64:
+        variables += f",REQUEST_THREADS={chosen.connections}"
+    return (
+        f"gcloud run deploy … --cpu {chosen.cores} --memory {memory}Mi "
+        f"--concurrency {chosen.connections} --set-env-vars {variables}"
+    )
+
+
+def _highest_rates(points: Iterable[Point]) -> dict[str, float]:
+    """By precision."""
+    groups = _groups(points, lambda point: point.precision)
+    return {group[0].precision: max(point.rate for point in group) for group in groups}
+
+
+def _groups(points: Iterable[Point], key: Callable[[Point], Any]) -> list[list[Point]]:
+    """Points of equal `key` together, the smallest first."""
+    return [list(group) for _, group in itertools.groupby(sorted(points, key=key), key)]
+
+
+def _fewest_connections(setting: Sequence[Point]) -> Point:
+    """The fewest connections with ENOUGH of the best rate."""
+    most = max(point.rate for point in setting)
+    return next(point for point in setting if point.rate >= ENOUGH * most)
+
+
+def _choose_workers(points: Sequence[Point], reasons: list[str]) -> Point:
+    """The fewest workers unless more are WORTH it."""
+    taken = points[0]
+    for point in points[1:]:
+        gain = point.rate / taken.rate
+        reasons.append(
+            f"WEB_CONCURRENCY={point.workers} at {point.cores} CPU: {gain:.2f} times the texts "
+            f"of {taken.workers}; it takes {WORTH} times to be worth the memory"
+        )
+        if gain >= WORTH:
+            taken = point
+    return taken
+
+
+def _choose_cores(points: Sequence[Point], reasons: list[str]) -> Point:
     """The most cores that keep NEAR of the best rate a core."""
-    by_cores = [
-        choice
-        for cores in sorted({setting.cores for setting in settings})
-        if (choice := _choose_workers([s for s in settings if s.cores == cores], limit, reasons))
-    ]
-    most = max(point.rate / setting.cores for setting, point in by_cores)
-    near = [choice for choice in by_cores if choice[1].rate / choice[0].cores >= NEAR * most]
-    each = (f"{setting.cores}: {point.rate / setting.cores:.1f}/s" for setting, point in by_cores)
+    each = {point.cores: point.rate / point.cores for point in points}
+    near = [point for point in points if each[point.cores] >= NEAR * max(each.values())]
+    figures = ", ".join(f"{cores}: {rate:.1f}/s" for cores, rate in each.items())
     reasons.append(
-        f"{near[-1][0].cores} CPU: the most cores that keep {NEAR:.0%} of the best rate a core "
-        f"({', '.join(each)} a core)"
+        f"{near[-1].cores} CPU: the most cores that keep {NEAR:.0%} of the best rate a core "
+        f"({figures} a core)"
     )
     return near[-1]
 
 
-def _choose_workers(settings: Sequence[Setting], limit: float, reasons: list[str]) -> Choice | None:
-    """The fewest workers unless more are WORTH it; None where none is within the limit."""
-    ordered = sorted(settings, key=lambda setting: setting.workers)
-    found = [(setting, point) for setting in ordered if (point := setting.best(limit))]
-    taken = found[0] if found else None
-    for setting, point in found[1:]:
-        assert taken
-        gain = point.rate / taken[1].rate
-        reasons.append(
-            f"WEB_CONCURRENCY={setting.workers} at {setting.cores} CPU: {gain:.2f} times the texts "
-            f"of {taken[0].workers}; it takes {WORTH} times to be worth the memory"
-        )
-        if gain >= WORTH:
-            taken = setting, point
-    return taken
+def _memory(point: Point) -> int:
+    """MiB, of what Cloud Run offers."""
+    least = next((mib for cores, mib in LEAST_MEMORY if point.cores >= cores), MEMORY[0])
+    wanted = max(HEADROOM * point.rss, least)
+    return next((mib for mib in MEMORY if mib >= wanted), math.ceil(wanted / 1024) * 1024)
 
 
 def measure(
     bundle: Bundle, load: str, connections: Sequence[int], seconds: float, rounds: int
-) -> list[Setting]:
+) -> list[Point]:
     """Every precision on all cores; the one that will be chosen also on fewer cores, and with a
     worker for each core.
 
     Raises: OSError when a service does not start.
     """
     cpus = available()
-    counts = [count for power in range(12) if (count := 1 << power) < len(cpus)]
-    offered = precisions(bundle)
-    number = len(offered) + len(counts) + (len(cpus) > 1)
-    progress = Progress(number * len(connections) * (rounds + 1))
+    points = []
 
-    def setting(cores: int, workers: int, precision: str) -> Setting:
+    def setting(cores: int, workers: int, precision: str) -> None:
         environ = {"PRECISION": precision, "WEB_CONCURRENCY": str(workers)}
         with serve(environ, cpus[:cores]) as running:
-            target, points, memory = Target(running.url), [], 0.0
-            for at in connections:
-                progress.doing = (
-                    f"{precision}, cores {cores}, workers {workers}, connections {at}, "
-                )
-                side = {"": partial(one, target, load, at)}
-                whole = combine(alternate(side, seconds, rounds, progress)[""])
-                points.append(Point(at, whole.rate, whole.p50, whole.p99, whole.failed))
-                memory = max(memory, running.memory()[1])
-        return Setting(cores, workers, precision, memory, tuple(points))
+            for at in sorted(connections):
+                title = f"{precision}, cores {cores}, workers {workers}, connections {at}"
+                side = partial(one, Target(running.url), load, at)
+                (results,) = alternate(title, [side], seconds, rounds)
+                whole = combine(results)
+                figures = whole.rate, whole.p50, whole.p99, whole.failed, running.memory()[1]
+                points.append(Point(precision, cores, workers, load, at, *figures))
 
-    measured = [setting(len(cpus), 1, precision) for precision in offered]
-    rates = {each.precision: each.highest() for each in measured}
-    precision = choose(parity(bundle), rates)
-    measured += [setting(count, 1, precision) for count in counts]
+    for precision in precisions(bundle):
+        setting(len(cpus), 1, precision)
+    chosen = choose(parity(bundle), _highest_rates(points))
+    for power in range((len(cpus) - 1).bit_length()):
+        setting(1 << power, 1, chosen)
     if len(cpus) > 1:
-        measured.append(setting(len(cpus), len(cpus), precision))
-    progress.close()
-    return measured
+        setting(len(cpus), len(cpus), chosen)
+    return points
 
 
 def parity(bundle: Bundle) -> dict[str, float]:
@@ -225,27 +205,10 @@ def parity(bundle: Bundle) -> dict[str, float]:
     return {name: figures.minimum for name, figures in bundle.manifest.parity.items()}
 
 
-def rows(settings: Sequence[Setting], load: str) -> list[Row]:
-    """A row for each point."""
-    return [
-        {
-            "precision": setting.precision,
-            "cores": setting.cores,
-            "workers": setting.workers,
-            "load": load,
-            **point._asdict(),
-            "rss": setting.memory,
-        }
-        for setting in settings
-        for point in setting.points
-    ]
-
-
 def text(advice: Advice, cores: int) -> str:
     """The advice with its reasons and its limits, to paste."""
     lines = [advice.command, "", *(f"- {reason}" for reason in advice.reasons)]
     lines += [
-        f"- price: {advice.price}",
         f"- measured: all of the above, on this machine, up to its {cores} cores; with all of them "
         "the service shares some hundredths of a core with the load client",
         "- not measured, so not advised: more cores than that; another processor (Cloud Run does "

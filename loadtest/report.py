@@ -1,41 +1,29 @@
-"""The results as rows, and the rows as a Markdown table, as JSON, and as the lines of a plot."""
+"""The results as rows, and the rows as a Markdown table, as JSON and as a plot."""
 
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from loadtest.client import Result
-from loadtest.rounds import combine, ratio
+from loadtest.rounds import Side, alternate, combine, ratio
 from settings import available_cores
 
-Row = dict[str, Any]  # the keys of HEADS
+Row = dict[str, Any]  # all rows of a measurement have the same keys, in the order of its columns
 
-HEADS = {  # in the order of a table's columns
+HEADS = {  # of columns; others are called as their keys
     "side": "what",
-    "precision": "precision",
-    "cores": "cores",
-    "workers": "workers",
-    "load": "load",
     "connections": "at a time",
     "rate": "a second",
     "tokens": "tokens/s",
     "served": "served/s",
     "ceiling": "ceiling/s",
-    "share": "share",
     "batch_size": "best batch",
-    "alone": "alone/s",
-    "share_alone": "share of alone",
     "p50": "p50 ms",
     "p99": "p99 ms",
-    "queries": "queries",
     "query_p50": "query p50 ms",
     "query_p99": "query p99 ms",
-    "query_alone_p50": "alone p50 ms",
     "stream_alone": "stream alone/s",
     "stream_beside": "beside queries/s",
-    "kept": "kept",
-    "starts": "starts",
     "ready": "to ready s",
     "ready_worst": "worst s",
     "pss": "PSS MiB",
@@ -45,47 +33,56 @@ HEADS = {  # in the order of a table's columns
     "stop": "to exit s",
     "real_tokens": "tokens",
     "padded_tokens": "padded",
-    "wasted": "wasted",
-    "failed": "failed",
-    "ratio": "ratio",
     "cpu": "client ms",
 }
-_SHARES = {"share", "share_alone", "kept", "wasted"}
+_SHARES = {"share", "kept", "wasted"}
 
 
-def row(
-    side: str, load: str, connections: int, results: Sequence[Result], others: Sequence[Result]
-) -> Row:
-    """Medians over rounds, and the ratio to `others`, the other side's results."""
-    whole = combine(results)
-    return {
-        "side": side,
-        "load": load,
-        "connections": connections,
-        "rate": whole.rate,
-        "p50": whole.p50,
-        "p99": whole.p99,
-        "failed": whole.failed + sum(other.failed for other in others),
-        "ratio": ratio(results, others),
-        "cpu": whole.cpu or None,
-    }
+def compare(
+    load: str,
+    connections: int,
+    sides: Sequence[tuple[str, Side]],
+    against: bool,
+    seconds: float,
+    rounds: int,
+) -> list[Row]:
+    """A row for each side of its name, measured in alternating rounds: medians over the rounds, and
+    with `against` the ratio to the last side.
+    """
+    title = f"{load}, {connections} at a time"
+    runs = alternate(title, [side for _, side in sides], seconds, rounds)
+    others, rows = runs[-1] if against else [], []
+    for (name, _), results in zip(sides, runs):
+        whole = combine(results)
+        rows.append(
+            {
+                "side": name,
+                "load": load,
+                "connections": connections,
+                "rate": whole.rate,
+                "p50": whole.p50,
+                "p99": whole.p99,
+                "failed": whole.failed + sum(other.failed for other in others),
+                "ratio": ratio(results, others),
+                "cpu": whole.cpu or None,
+            }
+        )
+    return rows
 
 
 def machine() -> str:
     """The processor and how many cores of it may be used."""
-    name = "unknown processor"
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
-    return f"{name}, {available_cores()} cores"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'}, {available_cores()} cores"
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown. Columns that every row leaves at None are dropped."""
-    keys = [key for key in HEADS if any(row.get(key) is not None for row in rows)]
-    lines = ["| " + " | ".join(HEADS[key] for key in keys) + " |", "|---" * len(keys) + "|"]
+    keys = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    lines = ["| " + " | ".join(HEADS.get(key, key) for key in keys) + " |"]
+    lines.append("|---" * len(keys) + "|")
     for row in rows:
         lines.append("| " + " | ".join(_cell(key, row[key]) for key in keys) + " |")
     return "\n".join(lines)
@@ -110,15 +107,30 @@ def as_json(what: str, conditions: str, rows: Sequence[Row], **more: Any) -> str
     return json.dumps(whole, indent=1)
 
 
-def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, float, float]]]:
-    """Rows with rate and p99 at several connections, as `plot` takes them: a line for each load and
-    setting of the service.
+def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Throughput and p99 against concurrency, a line for each load and setting of the service, by
+    matplotlib (requirements-plot.txt); a PNG.
+
+    Raises: ImportError without matplotlib; OSError when the file cannot be written.
     """
-    lines: dict[str, list[tuple[int, float, float]]] = {}
-    for row in rows:
+    from matplotlib.figure import Figure  # 0.5 s, and absent where nobody plots
+
+    lines: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: int(row["connections"])):
         parts = [row.get("side") or row.get("precision"), row["load"]]
         if row.get("cores"):
             parts.append(f"cores {row['cores']}, workers {row['workers']}")
-        points = lines.setdefault(", ".join(parts), [])
-        points.append((row["connections"], row["rate"], row["p99"]))
-    return {name: sorted(points) for name, points in lines.items()}
+        lines.setdefault(", ".join(map(str, parts)), []).append(row)
+    figure = Figure(figsize=(11, 4 + 0.25 * len(lines)), layout="constrained")
+    panels = figure.subplots(1, 2)
+    ticks = sorted({row["connections"] for row in rows})
+    for panel, key in zip(panels, ("rate", "p99")):
+        for name, points in lines.items():
+            xs, ys = [point["connections"] for point in points], [point[key] for point in points]
+            panel.plot(xs, ys, marker="o", label=name)
+        panel.set(title=HEADS[key], xlabel="connections", xscale="log", ylim=(0, None))
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.minorticks_off()
+        panel.grid(axis="y")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left")
+    figure.savefig(path, format="png")

@@ -6,81 +6,61 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from loadtest.client import Result
 
 WARM_UP = 1.0  # seconds of the round that does not count
+Side = Callable[[int, float], Result]  # the round's number, seconds
 T = TypeVar("T")
 
 
-class Progress:
-    """Says on stderr which of how many measurements runs."""
+def alternate(
+    what: str, sides: Sequence[Callable[[int, float], T]], seconds: float, rounds: int
+) -> list[list[T]]:
+    """Call every side once a round, with the round's number and its seconds. The order is reversed
+    each round, so that a machine whose speed drifts affects all sides alike. Round 0 warms up: its
+    results are dropped. Each round is announced on stderr.
 
-    def __init__(self, total: int) -> None:
-        self.done, self.total, self.doing = 0, total, ""
-
-    def __call__(self, step: str) -> None:
-        self.done += 1
-        line, wipe = f"[{self.done}/{self.total}] {self.doing}{step}", sys.stderr.isatty()
-        print(f"\r\x1b[K{line}" if wipe else line, end="" if wipe else "\n", file=sys.stderr)
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr)
-
-
-def in_threads(work: Callable[[], T], number: int) -> list[T]:
-    """Run `work` in so many threads at the same time. Raises: the first error of any."""
-    with ThreadPoolExecutor(number) as pool:
-        return [future.result() for future in [pool.submit(work) for _ in range(number)]]
+    Returns: each side's results, one a round.
+    """
+    runs = [(side, list[T]()) for side in sides]
+    for number in range(rounds + 1):
+        step = f"round {number} of {rounds}" if number else "warming up"
+        print(f"{what}: {step}", file=sys.stderr, flush=True)
+        for side, results in runs if number % 2 else reversed(runs):
+            result = side(number, seconds if number else min(WARM_UP, seconds))
+            if number:
+                results.append(result)
+    return [results for _, results in runs]
 
 
-def call_repeatedly(call: Callable[[int], None], threads: int, seconds: float) -> Result:
-    """Call it with 0, 1, 2 … from so many threads at once for some seconds, each at least once.
+def call_repeatedly(call: Callable[[int], int], threads: int, seconds: float) -> Result:
+    """Call it with 0, 1, 2 … from so many threads at once for some seconds, each at least once. It
+    returns how many texts or pictures it did. A thread's rate is taken over the time until its own
+    last call ended.
 
-    Returns: calls a second. A thread's rate is taken over the time until its own last call ended.
+    Raises: what a call raised.
     """
     numbers, deadline = itertools.count(), time.perf_counter() + seconds
 
     def caller() -> tuple[float, list[float]]:
         begun = done = time.perf_counter()
         latencies: list[float] = []
+        units = 0
         while not latencies or done < deadline:
             sent = done
-            call(next(numbers))
+            units += call(next(numbers))
             done = time.perf_counter()
             latencies.append((done - sent) * 1e3)
-        return len(latencies) / (done - begun), latencies
+        return units / (done - begun), latencies
 
-    callers = in_threads(caller, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        callers = [future.result() for future in [pool.submit(caller) for _ in range(threads)]]
     latencies = itertools.chain(*(latencies for _, latencies in callers))
     return Result(sum(rate for rate, _ in callers), tuple(latencies))
-
-
-def alternate(
-    sides: Mapping[str, Callable[[int, float], T]],
-    seconds: float,
-    rounds: int,
-    say: Callable[[str], None],
-) -> dict[str, list[T]]:
-    """Call every side once a round, with the round's number and its seconds. The order is reversed
-    each round, so that a machine whose speed drifts affects all sides alike. Round 0 warms up: its
-    results are dropped. `say` is told of each round.
-
-    Returns: each side's results, one a round.
-    """
-    results: dict[str, list[T]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        say(f"round {number}" if number else "warming up")
-        for name in list(sides) if number % 2 else list(sides)[::-1]:
-            result = sides[name](number, seconds if number else min(WARM_UP, seconds))
-            if number:
-                results[name].append(result)
-    return results
 
 
 def combine(results: Sequence[Result]) -> Result:

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from loadtest.client import get
@@ -17,7 +19,6 @@ from settings import available_cores
 ROOT = pathlib.Path(__file__).parent.parent
 START_TIMEOUT = 240.0  # seconds
 STOP_TIMEOUT = 60.0
-_TCP_ESTABLISHED = "01"
 
 
 class Service:
@@ -27,7 +28,6 @@ class Service:
         log_path: the file for its output, made anew.
         environ: variables that differ from this process's environment.
         port: to listen on; None means a free one.
-        cores: the cores it may run on; None means those of this process.
         prefix: a command that runs the service's command.
     """
 
@@ -37,7 +37,6 @@ class Service:
         environ: Mapping[str, str],
         *,
         port: int | None = None,
-        cores: Sequence[int] | None = None,
         prefix: Sequence[str] = (),
     ) -> None:
         self.log_path, self.port = log_path, port or free_port()
@@ -45,20 +44,15 @@ class Service:
         self.stop_seconds = 0.0  # from SIGTERM to the exit
         models_dir = str(pathlib.Path(os.environ.get("MODELS_DIR") or "models").resolve())
         variables = {"MODELS_DIR": models_dir, "PORT": str(self.port), **environ}
-        usual = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cores or usual)  # a child process inherits it
         self._started = time.perf_counter()
-        try:
-            with log_path.open("wb") as log:
-                self.process = subprocess.Popen(
-                    [*prefix, sys.executable, "-m", "gunicorn", "main:app"],
-                    cwd=ROOT,
-                    env={**os.environ, **variables},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-        finally:
-            os.sched_setaffinity(0, usual)
+        with log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "gunicorn", "main:app"],
+                cwd=ROOT,
+                env={**os.environ, **variables},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     @property
     def url(self) -> str:
@@ -106,42 +100,19 @@ class Service:
         """Process ids of the workers."""
         return children(self.process.pid)
 
-    def connections(self) -> dict[int, int]:
-        """How many clients' connections each worker holds."""
-        port, held = f":{self.port:04X}", {}
-        tables = _read("/proc/net/tcp") + _read("/proc/net/tcp6")
-        rows = [line.split() for line in tables.splitlines()]
-        inodes = {row[9] for row in rows if row[3] == _TCP_ESTABLISHED and row[1].endswith(port)}
-        for pid in self.workers():
-            held[pid] = 0
-            with contextlib.suppress(OSError):  # it has ended
-                for link in pathlib.Path(f"/proc/{pid}/fd").iterdir():
-                    held[pid] += os.readlink(link)[8:-1] in inodes  # socket:[inode]
-        return held
-
     def memory(self) -> tuple[float, float]:
         """PSS and RSS of all its processes, MiB."""
-        pss = rss = 0
+        total = Counter[str]()
         for pid in (self.process.pid, *self.workers()):
-            for line in _read(f"/proc/{pid}/smaps_rollup").splitlines()[1:]:
-                name, value = line.split(":", 1)
-                pss += int(value.split()[0]) if name == "Pss" else 0
-                rss += int(value.split()[0]) if name == "Rss" else 0
-        return pss / 1024, rss / 1024
-
-    def cpu_seconds(self) -> dict[int, float]:
-        """Processor time that each worker has used so far."""
-        return {pid: cpu_seconds(pid) for pid in self.workers()}
+            for name, kilobytes in re.findall(
+                r"^(Pss|Rss): +(\d+)", _read(f"/proc/{pid}/smaps_rollup"), re.MULTILINE
+            ):
+                total[name] += int(kilobytes)
+        return total["Pss"] / 1024, total["Rss"] / 1024
 
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in _read(f"/proc/{pid}/task/{pid}/children").split()]
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time of one process."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def _read(path: str) -> str:
@@ -169,14 +140,16 @@ def serve(
     environ: Mapping[str, str] | None = None, cores: Sequence[int] | None = None
 ) -> Iterator[Service]:
     """A service on a free port, ready, stopped at the end. It logs warnings only, unless `environ`
-    has LOG_LEVEL.
+    has LOG_LEVEL. It runs on all cores of this process, or on `cores`.
 
     Raises: OSError when it does not become ready or does not stop.
     """
     with tempfile.TemporaryDirectory() as folder:
         environ = {"LOG_LEVEL": "warning", **(environ or {})}
-        service = Service(pathlib.Path(folder) / "log", environ, cores=cores)
+        service = Service(pathlib.Path(folder) / "log", environ)
         try:
+            if cores:  # long before the service counts them
+                os.sched_setaffinity(service.process.pid, cores)
             service.wait_ready()
             yield service
         finally:

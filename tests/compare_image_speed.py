@@ -23,7 +23,7 @@ from loadtest import measures
 from loadtest.client import get
 from loadtest.loads import IMAGES, Target
 from loadtest.report import table
-from loadtest.service import children, cpu_seconds
+from tests.stress.common import cpu_seconds
 
 CONNECTIONS, SECONDS = 8, 4.0
 
@@ -60,7 +60,7 @@ def save_model(folder: pathlib.Path) -> None:
 
 def used(pid: int) -> float:
     """Processor time of gunicorn's workers."""
-    return sum(map(cpu_seconds, children(pid)))
+    return sum(cpu_seconds(pid).values())
 
 
 def main(folder: pathlib.Path, rounds: int) -> None:

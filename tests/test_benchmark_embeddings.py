@@ -17,10 +17,10 @@ from servers import KEY, Server, free_port
 import benchmark_embeddings as command
 from engine.bundle import Manifest
 from engine.openvino_backend import available_precisions
-from loadtest import client, in_process, loads, measures, plot, recommend, report, rounds
+from loadtest import client, in_process, loads, measures, recommend, report, rounds
 from loadtest.client import Client, Result
 from loadtest.loads import LOADS, STREAM, Dialect, Load, Target
-from loadtest.recommend import Point, Setting
+from loadtest.recommend import Point
 from loadtest.service import available, serve
 from tokens import load_tokenizer
 
@@ -159,23 +159,24 @@ def test_clients_of_different_kinds_at_the_same_time(service: Server) -> None:
     small = Client(loads.requests(target, LOADS["query"], 2), 2)
     results = client.drive(service.url, [large, small], 0.5)
     assert all(result.failed == 0 and result.rate > 0 for result in results)
-    assert results[0].p50 > results[1].p50
+    for sender, result in zip((large, small), results):
+        assert result.rate * 0.5 / sender.units <= len(result.latencies)
 
 
-def test_rounds_alternate() -> None:
+def test_rounds_alternate(capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[str, int, float]] = []
-    said: list[str] = []
 
     def side(name: str, number: int, seconds: float) -> str:
         calls.append((name, number, seconds))
         return f"{name}{number}"
 
-    sides = {name: functools.partial(side, name) for name in "ab"}
-    results = rounds.alternate(sides, 7.0, 2, said.append)
+    sides = [functools.partial(side, name) for name in "ab"]
+    results = rounds.alternate("both", sides, 7.0, 2)
     assert calls[:2] == [("b", 0, rounds.WARM_UP), ("a", 0, rounds.WARM_UP)]
     assert calls[2:] == [("a", 1, 7.0), ("b", 1, 7.0), ("b", 2, 7.0), ("a", 2, 7.0)]
-    assert results == {"a": ["a1", "a2"], "b": ["b1", "b2"]}
-    assert said == ["warming up", "round 1", "round 2"]
+    assert results == [["a1", "a2"], ["b1", "b2"]]
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["both: warming up", "both: round 1 of 2", "both: round 2 of 2"]
 
 
 # -- what is made of it
@@ -189,14 +190,22 @@ def test_rounds_are_combined_by_medians_and_all_latencies() -> None:
 def test_the_ratio_is_taken_round_by_round() -> None:
     here = [Result(rate, (2.0,), 0) for rate in (10.0, 100.0, 30.0)]
     there = [Result(rate, (1.0,), 0) for rate in (5.0, 25.0, 10.0)]
-    row = report.row("x", "query", 8, here, there)
+
+    def compared(others: list[Result]) -> dict[str, Any]:
+        sides = [
+            ("x", lambda number, _: here[number - 1]),
+            ("y", lambda number, _: others[number - 1]),
+        ]
+        return report.compare("query", 8, sides, True, 0.0, 3)[0]
+
+    row = compared(there)
     assert (row["rate"], row["p50"], row["p99"], row["ratio"]) == (30.0, 2.0, 2.0, 3.0)
-    failing = report.row("x", "query", 8, here, [*there[:2], Result(10.0, (1.0,), 1)])
+    failing = compared([*there[:2], Result(10.0, (1.0,), 1)])
     assert failing["ratio"] is None
 
 
 def test_a_table_has_no_empty_columns() -> None:
-    rows = [{"share": 0.5, "load": "query", "ratio": None, "rate": 1234.5}]
+    rows = [{"load": "query", "rate": 1234.5, "share": 0.5, "ratio": None}]
     assert report.table(rows).splitlines() == [
         "| load | a second | share |",
         "|---|---|---|",
@@ -205,8 +214,10 @@ def test_a_table_has_no_empty_columns() -> None:
 
 
 def test_a_plot_is_a_picture_with_its_lines(tmp_path: pathlib.Path) -> None:
-    file, lines = tmp_path / "curves.png", {"a": [(1, 10.0, 5.0), (16, 90.0, 80.0)]}
-    plot.plot({**lines, "one point": [(4, 0.0, 0.0)]}, file)
+    file = tmp_path / "curves.png"
+    points = [("a", 16, 90.0, 80.0), ("one point", 4, 0.0, 0.0), ("a", 1, 10.0, 5.0)]
+    keys = ("side", "connections", "rate", "p99")
+    report.plot([{**dict(zip(keys, point)), "load": "query"} for point in points], file)
     with Image.open(file) as picture:
         picture.load()
         assert picture.format == "PNG"
@@ -265,7 +276,7 @@ def test_a_table_to_paste_and_progress_beside_it(
     assert conditions.startswith("texts: ") and set(rule) == {"|", "-"} and len(rows) == 2
     assert header.startswith("| what | load | at a time | a second | p50 ms | p99 ms | failed |")
     assert rows[0].startswith(f"| {service.url} | query | 1 | ")
-    assert err.splitlines()[-1] == "[4/4] query at 2 connections, round 1"
+    assert err.splitlines()[-1] == "query, 2 at a time: round 1 of 1"
     with Image.open(file) as picture:
         assert picture.width > 500
 
@@ -280,6 +291,22 @@ def test_failures_are_counted_and_void_the_ratio(
     assert here["rate"] == 0 and here["ratio"] is there["ratio"] is None
 
 
+def test_a_service_says_whether_it_takes_pictures(service: Server, clip_service: Server) -> None:
+    assert measures.takes_images(Target(clip_service.url))
+    assert not measures.takes_images(Target(clip_service.url, "tei"))
+    assert not measures.takes_images(Target(service.url))
+
+
+def test_loads_may_be_named_with_their_connections(
+    service: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--loads", "query-c1", "passage-c16"]
+    rows = measured(capsys, "--url", service.url, *few, *QUICK)["rows"]
+    assert [(row["load"], row["connections"]) for row in rows] == [("query", 1), ("passage", 16)]
+    with pytest.raises(SystemExit, match="cannot measure: none of these loads"):
+        command.main(["padding", "--loads", "query-c1", *QUICK])
+
+
 def test_a_service_that_is_not_there_is_one_line() -> None:
     with pytest.raises(SystemExit, match="cannot measure: http.*refused"):
         command.main(["--url", f"http://127.0.0.1:{free_port()}", *QUICK])
@@ -289,7 +316,8 @@ def test_a_service_that_is_not_there_is_one_line() -> None:
     ("arguments", "says"),
     [
         (["start", "--plot", "x.png"], "--plot draws texts and recommend"),
-        (["--loads", "query-c16"], "no load 'query-c16'"),
+        (["--loads", "query-c2"], "no load 'query-c2'"),
+        (["recommend", "--loads", "query-c16"], "no load 'query-c16'"),
         (["--against", "http://127.0.0.1:1"], "--against needs --url"),
         (["--recommend", "--url", "http://127.0.0.1:1"], "recommend takes no --url"),
         (["--rounds", "0"], "'0' is not a whole number of 1 or more"),
@@ -311,15 +339,12 @@ def test_served_against_the_ceiling(service: Server, capsys: pytest.CaptureFixtu
         assert row["failed"] == 0
         assert row["share"] == pytest.approx(row["served"] / row["ceiling"], rel=0.01)
         assert 1 <= row["batch_size"] <= 64
-    assert rows[0]["share_alone"] == pytest.approx(rows[0]["served"] / rows[0]["alone"], rel=0.01)
-    assert rows[1]["alone"] is None is rows[2]["share_alone"]
 
 
 def test_perfect_batches_hold_every_chunk_once_and_keep_the_limits() -> None:
     options = in_process.settings()
-    (ceiling,) = in_process.ceilings(
-        options, in_process.default_bundle(options), {"long": LOADS["long"]}
-    ).values()
+    bundle = in_process.default_bundle(options)
+    (ceiling,) = in_process.ceilings(options, bundle, ["long"]).values()
     batches = ceiling.batches(64)
     assert sum(map(len, batches)) == len(ceiling.chunks)
     assert ceiling.texts_a_chunk < 1  # long texts are several
@@ -342,7 +367,7 @@ def test_queries_beside_a_stream_of_batches(service: Server) -> None:
     stream = Load(20, 20, (1,), texts=50)
     (row,) = measures.fairness(Target(service.url), 0.3, 1, stream)
     assert row["failed"] == 0 and row["queries"] > 0
-    assert row["query_p50"] <= row["query_p99"] and row["query_alone_p50"] > 0
+    assert row["query_p50"] <= row["query_p99"]
     assert row["kept"] == pytest.approx(row["stream_beside"] / row["stream_alone"])
 
 
@@ -434,56 +459,63 @@ def test_no_bundle_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
 PARITY = {"fp32": 0.99999, "bf16": 0.9999, "int8": 0.992}
 
 
-def setting(cores: int, workers: int, precision: str, rate: float, p99: float = 100.0) -> Setting:
+def setting(
+    cores: int, workers: int, precision: str, rate: float, p99: float = 100.0, rss: float = 250.0
+) -> list[Point]:
     """Half the rate at 1 connection, 97 % of it at 8, all of it at 64, where waiting is long."""
-    points = [Point(1, rate / 2, 5.0, p99 / 10), Point(8, rate * 0.97, 20.0, p99)]
-    return Setting(cores, workers, precision, 250.0, (*points, Point(64, rate, 90.0, 10 * p99)))
+    figures = [
+        (1, rate / 2, 5.0, p99 / 10),
+        (8, rate * 0.97, 20.0, p99),
+        (64, rate, 90.0, 10 * p99),
+    ]
+    return [Point(precision, cores, workers, "mixed", *each, 0, rss) for each in figures]
 
 
-def test_the_fewest_connections_that_bring_nearly_all_within_the_limit() -> None:
-    best = setting(1, 1, "fp32", 100.0)
-    assert best.best(2000.0) == best.points[1]  # 97 % is enough
-    assert best.best(50.0) == best.points[0]
-    assert best.best(1.0) is None
-    points = tuple(point._replace(failed=point.connections > 1) for point in best.points)
-    assert best._replace(points=points).best(2000.0) == best.points[0]
+@pytest.mark.parametrize(("limit", "connections"), [(2000.0, 8), (50.0, 1)])
+def test_the_fewest_connections_that_bring_nearly_all_within_the_limit(
+    limit: float, connections: int
+) -> None:
+    advised = recommend.recommend(setting(1, 1, "fp32", 100.0), PARITY, limit)
+    assert advised.concurrency == connections and advised.kept
+
+
+def test_points_with_failures_do_not_count() -> None:
+    points = [
+        point._replace(failed=point.connections > 1) for point in setting(1, 1, "fp32", 100.0)
+    ]
+    assert recommend.recommend(points, PARITY, 2000.0).concurrency == 1
 
 
 def test_advice_by_the_stated_rules() -> None:
-    settings = [
-        setting(2, 1, "fp32", 100.0),
-        setting(2, 1, "bf16", 200.0),
-        setting(2, 1, "int8", 400.0),  # the fastest, but not exact enough
-        setting(1, 1, "bf16", 105.0),  # a little more a core
-        setting(2, 2, "bf16", 215.0),  # not worth twice the memory
+    points = [
+        *setting(2, 1, "fp32", 100.0),
+        *setting(2, 1, "bf16", 200.0),
+        *setting(2, 1, "int8", 400.0),  # the fastest, but not exact enough
+        *setting(1, 1, "bf16", 105.0),  # a little more a core
+        *setting(2, 2, "bf16", 215.0),  # not worth twice the memory
     ]
-    advised = recommend.recommend(settings, PARITY, 500.0)
+    advised = recommend.recommend(points, PARITY, 500.0)
     assert advised[:6] == (2, 512, 8, 1, "bf16", 200.0 * 0.97) and advised.kept
     assert advised.command == (
         "gcloud run deploy … --cpu 2 --memory 512Mi --concurrency 8 "
         "--set-env-vars PRECISION=bf16,WEB_CONCURRENCY=1"
     )
-    assert "1e6 / 194.0 s x (2 x price of a vCPU-second + 0.5 x" in advised.price
     text = recommend.text(advised, 2)
     assert "int8 0.99200, 400.0/s" in text and "1.07 times the texts of 1" in text
     assert "not measured, so not advised: more cores than that" in text
 
 
 def test_workers_that_bring_enough_and_cores_that_do_not() -> None:
-    settings = [
-        setting(4, 1, "fp32", 200.0),
-        setting(1, 1, "fp32", 100.0),
-        setting(4, 4, "fp32", 300.0),
-    ]
-    advised = recommend.recommend(settings, PARITY, 500.0)
+    points = [*setting(4, 1, "fp32", 200.0), *setting(1, 1, "fp32", 100.0)]
+    advised = recommend.recommend([*points, *setting(4, 4, "fp32", 300.0)], PARITY, 500.0)
     assert (advised.cores, advised.workers) == (1, 1)  # 100 a core against 75
-    settings[2] = setting(4, 4, "fp32", 390.0)._replace(memory=900.0)
-    advised = recommend.recommend(settings, PARITY, 500.0)
+    points += setting(4, 4, "fp32", 390.0, rss=900.0)
+    advised = recommend.recommend(points, PARITY, 500.0)
     assert (advised.cores, advised.workers, advised.memory) == (4, 4, 2048)
 
 
 def test_a_limit_that_nothing_keeps_is_said() -> None:
-    advised = recommend.recommend([setting(1, 1, "int8", 10.0, p99=3000.0)], PARITY, 100.0)
+    advised = recommend.recommend(setting(1, 1, "int8", 10.0, p99=3000.0), PARITY, 100.0)
     assert not advised.kept and advised.concurrency == 1 and advised.precision == "int8"
     assert any("no setting kept p99 within 100 ms" in reason for reason in advised.reasons)
 
@@ -508,6 +540,6 @@ def test_recommended_from_what_is_measured_here(
 
 
 def test_a_service_that_fails_requests_everywhere_is_not_recommended() -> None:
-    failing = Setting(1, 1, "fp32", 250.0, (Point(1, 1.0, 1.0, 1.0, failed=1),))
+    failing = [point._replace(failed=1) for point in setting(1, 1, "fp32", 100.0)]
     with pytest.raises(ValueError, match="no setting answered every request"):
-        recommend.recommend([failing], PARITY, 500.0)
+        recommend.recommend(failing, PARITY, 500.0)

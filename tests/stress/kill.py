@@ -1,6 +1,6 @@
 """Kill a worker under load (SIGKILL), again and again, and check how many requests fail.
 
-    python -m loadtest.kill [--kills 5] [--connections 16] [--workers 1]
+    python -m tests.stress.kill [--kills 5] [--connections 16] [--workers 1]
 
 Only requests inside the killed worker may fail. With one worker good responses must come again
 within 2 s; with several they must never stop for as long as that. Exits with 1 otherwise.
@@ -12,9 +12,10 @@ import signal
 import time
 from typing import NamedTuple
 
-from loadtest import stress
-from loadtest.client import BROKEN, CLOSED, RESET, UNANSWERED, Outcomes, clients
+from loadtest.client import BROKEN, CLOSED
 from loadtest.service import serve
+from tests.stress import common
+from tests.stress.common import RESET, UNANSWERED, Outcomes, clients
 
 BACK = 2.0  # seconds
 
@@ -45,17 +46,17 @@ class Report(NamedTuple):
 
 
 async def kill(
-    *, kills: int, connections: int, workers: int, seconds: float = 3.0, **environ: str
+    *, kills: int = 5, connections: int = 16, workers: int = 1, seconds: float = 3.0, **environ: str
 ) -> Report:
     """Kill the worker that holds most connections, every `seconds`."""
     outcomes, held, killed_at = Outcomes(), [], []
     variables = {"WEB_CONCURRENCY": str(workers), "LOG_LEVEL": "info", **environ}
     with serve(variables) as service:
-        await stress.all_serving(service, workers)
-        async with clients(service.url, stress.queries(service.url), outcomes, connections):
+        await common.all_serving(service, workers)
+        async with clients(service.url, common.queries(service.url), outcomes, connections):
             for _ in range(kills):
                 await asyncio.sleep(seconds)
-                by_worker = service.connections()
+                by_worker = common.connections(service)
                 worker = max(by_worker, key=by_worker.__getitem__)
                 held.append(by_worker[worker])
                 killed_at.append(time.perf_counter())
@@ -69,4 +70,4 @@ async def kill(
 
 
 if __name__ == "__main__":
-    stress.run(__doc__, kill, kills=5, connections=16, workers=1)
+    common.run(__doc__, kill)

@@ -1,6 +1,6 @@
 """Stop the service again and again under load, and check that no accepted request is lost.
 
-    python -m loadtest.drain [--restarts 20] [--connections 32] [--workers 1] [--flood]
+    python -m tests.stress.drain [--restarts 20] [--connections 32] [--workers 1] [--flood]
 
 A request is accepted when its bytes reached the server before the server closed the connection. It
 is answered by a status: 200, or 503 for what could not be computed in time. A third of the clients
@@ -15,9 +15,10 @@ import pathlib
 import tempfile
 from typing import NamedTuple
 
-from loadtest import stress
-from loadtest.client import CLOSED, Outcomes, clients
+from loadtest.client import CLOSED
 from loadtest.service import Service, free_port
+from tests.stress import common
+from tests.stress.common import Outcomes, clients
 
 GRACE = 10.0  # seconds
 THINK = 3.0
@@ -45,8 +46,8 @@ class Report(NamedTuple):
 
 async def drain(
     *,
-    restarts: int,
-    connections: int,
+    restarts: int = 20,
+    connections: int = 32,
     workers: int = 1,
     flood: bool = False,
     seconds: float = 2.0,
@@ -58,9 +59,9 @@ async def drain(
     """
     port, outcomes, exits, stops = free_port(), Outcomes(), [], []
     url, environ = f"http://127.0.0.1:{port}", {"WEB_CONCURRENCY": str(workers), **environ}
-    requests = stress.mixed(url)
+    requests = common.mixed(url)
     if flood:
-        requests += stress.long_batches(url) * (len(requests) // 4)
+        requests += common.long_batches(url) * (len(requests) // 4)
     third = connections // 3
     with tempfile.TemporaryDirectory() as folder:
         async with (
@@ -82,4 +83,4 @@ async def drain(
 
 
 if __name__ == "__main__":
-    stress.run(__doc__, drain, restarts=20, connections=32, workers=1, flood=False)
+    common.run(__doc__, drain)

@@ -1,6 +1,6 @@
 """Send four times what the service can serve, and check that it refuses the rest and stays healthy.
 
-    python -m loadtest.overload [--seconds 60] [--times 4] [--at-once 1000] [--workers 1]
+    python -m tests.stress.overload [--seconds 60] [--times 4] [--at-once 1000] [--workers 1]
 
 The load is open: requests are sent at a fixed rate, whatever became of those before. Then --at-once
 connections send one each at the same moment. Every response must be 200, or 429 with Retry-After;
@@ -10,11 +10,13 @@ connections send one each at the same moment. Every response must be 200, or 429
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from loadtest import stress
-from loadtest.client import REFUSED, Connection, Outcome, Outcomes, clients, get, open_loop
+from loadtest.client import Outcome, get
 from loadtest.service import Service, serve
+from tests.stress import common
+from tests.stress.common import REFUSED, Outcomes, Witness, clients
 
 BOUND = 15.0  # seconds: MAX_QUEUE_SECONDS, and some
 BACK = 2.0  # seconds
@@ -48,7 +50,6 @@ class Report(NamedTuple):
         both = [*self.outcomes, *self.at_once]
         return (
             {outcome.what for outcome in both} <= {200, 429}
-            and all(outcome.retry_after for outcome in both if outcome.what == 429)
             and self.outcomes.latency(99) < BOUND
             and self.unsent == 0
             and max(self.health) < BACK
@@ -79,13 +80,18 @@ async def full_speed(service: Service, requests: list[bytes], seconds: float) ->
     """The speed with 64 closed loops, over so many seconds or until the first good response."""
     outcomes = Outcomes()
     async with clients(service.url, requests, outcomes, 64):
-        started, computed = time.perf_counter(), sum(service.cpu_seconds().values())
+        started, before = time.perf_counter(), computed(service)
         await asyncio.sleep(seconds)
         while not outcomes.counts()[200]:
             await asyncio.sleep(0.05)
         seconds, good = time.perf_counter() - started, outcomes.counts()[200]
-        computed = sum(service.cpu_seconds().values()) - computed
-    return Speed(good / seconds, good / max(computed, 0.01))
+        used = computed(service) - before
+    return Speed(good / seconds, good / max(used, 0.01))
+
+
+def computed(service: Service) -> float:
+    """Processor seconds that its workers have used so far."""
+    return sum(common.cpu_seconds(service.process.pid).values())
 
 
 async def probe(url: str, seconds: list[float]) -> None:
@@ -100,29 +106,86 @@ async def probe(url: str, seconds: list[float]) -> None:
         await asyncio.sleep(0.5)
 
 
-async def send_at_once(url: str, requests: list[bytes], count: int) -> Outcomes:
-    """`count` connections that send one request each at the same moment."""
+class Pool:
+    """Kept connections, as many as there are requests at the same time."""
 
-    async def one(request: bytes) -> Outcome:
+    def __init__(self, url: str) -> None:
+        self._url, self._idle = url, list[Witness]()
+
+    async def send(self, request: bytes) -> Outcome:
+        connection = None
+        while self._idle and (connection is None or not connection.open):
+            connection = self._idle.pop()
         try:
-            connection = await Connection.connect(url)
+            if connection is None or not connection.open:
+                connection = await Witness.connect(self._url)
         except OSError:
             return Outcome(REFUSED, now := time.perf_counter(), now)
         outcome = await connection.send(request)
-        connection.close()
+        self._idle.append(connection)
         return outcome
 
-    chosen = (requests[number % len(requests)] for number in range(count))
-    return Outcomes(await asyncio.gather(*map(one, chosen)))
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+
+
+async def open_loop(
+    url: str,
+    requests: Sequence[bytes],
+    outcomes: Outcomes,
+    *,
+    rate: float,
+    seconds: float,
+    connections: int,
+) -> int:
+    """Send `rate` requests a second whatever comes back, on as many kept connections as that takes.
+
+    Returns: how many were not sent because all `connections` were waiting.
+    """
+    pool, busy = Pool(url), set[asyncio.Task[None]]()
+    sent = unsent = 0
+
+    async def send(request: bytes) -> None:
+        outcomes.append(await pool.send(request))
+
+    started = time.perf_counter()
+    while (now := time.perf_counter()) < started + seconds:
+        while sent < (now - started) * rate:
+            sent += 1
+            if len(busy) >= connections:
+                unsent += 1
+                continue
+            task = asyncio.create_task(send(requests[sent % len(requests)]))
+            busy.add(task)
+            task.add_done_callback(busy.discard)
+        await asyncio.sleep(0.004)
+    await asyncio.gather(*busy)
+    pool.close()
+    return unsent
+
+
+async def send_at_once(url: str, requests: Sequence[bytes], count: int) -> Outcomes:
+    """`count` connections that send one request each at the same moment."""
+    pool = Pool(url)
+    sends = (pool.send(requests[number % len(requests)]) for number in range(count))
+    outcomes = Outcomes(await asyncio.gather(*sends))
+    pool.close()
+    return outcomes
 
 
 async def overload(
-    *, seconds: float, times: float = 4.0, at_once: int = 1000, workers: int = 1, **environ: str
+    *,
+    seconds: float = 60.0,
+    times: float = 4.0,
+    at_once: int = 1000,
+    workers: int = 1,
+    **environ: str,
 ) -> Report:
     """Measure what the service can serve, and send `times` as much for some seconds."""
     outcomes, health, unsent = Outcomes(), list[float](), 0
     with serve({"WEB_CONCURRENCY": str(workers), **environ}) as service:
-        url, requests = service.url, stress.mixed(service.url)
+        url, requests = service.url, common.mixed(service.url)
         await full_speed(service, requests, min(1.0, seconds))
         capacity = await full_speed(service, requests, min(8.0, seconds))
         memory = [service.memory()[1]]
@@ -146,4 +209,4 @@ async def overload(
 
 
 if __name__ == "__main__":
-    stress.run(__doc__, overload, seconds=60.0, times=4.0, at_once=1000, workers=1)
+    common.run(__doc__, overload)

@@ -1,6 +1,6 @@
 """Open kept connections at the same moment, and check how evenly the workers share them.
 
-    python -m loadtest.balance [--connections 32] [--workers 2] [--seconds 10]
+    python -m tests.stress.balance [--connections 32] [--workers 2] [--seconds 10]
 
 Every worker must hold an equal share of them within an eighth, when they are opened, and again some
 seconds after a worker was killed under load. Exits with 1 otherwise.
@@ -11,9 +11,9 @@ import os
 import signal
 from typing import NamedTuple
 
-from loadtest import stress
-from loadtest.client import Connection, Outcomes, clients
 from loadtest.service import Service, serve
+from tests.stress import common
+from tests.stress.common import Outcomes, Witness, clients
 
 
 class Report(NamedTuple):
@@ -39,34 +39,36 @@ class Report(NamedTuple):
 
 async def settled(service: Service, connections: int) -> list[int]:
     """Connections of each worker, once all are there and balanced, or after PATIENCE."""
-    for _ in range(int(stress.PATIENCE * 10)):
+    for _ in range(int(common.PATIENCE * 10)):
         await asyncio.sleep(0.1)
-        held = list(service.connections().values())
+        held = list(common.connections(service).values())
         if sum(held) == connections and max(held) - min(held) <= 4:
             break
     return held
 
 
-async def balance(*, connections: int, workers: int, seconds: float, **environ: str) -> Report:
+async def balance(
+    *, connections: int = 32, workers: int = 2, seconds: float = 10.0, **environ: str
+) -> Report:
     """Open connections, use them for some seconds, kill a worker, use them again."""
     outcomes = Outcomes()
     variables = {"WEB_CONCURRENCY": str(workers), "LOG_LEVEL": "info", **environ}
     with serve(variables) as service:
-        await stress.all_serving(service, workers)
-        idle = await asyncio.gather(*(Connection.connect(service.url) for _ in range(connections)))
+        await common.all_serving(service, workers)
+        idle = await asyncio.gather(*(Witness.connect(service.url) for _ in range(connections)))
         opened = await settled(service, connections)
         for connection in idle:
             connection.close()
-        before = service.cpu_seconds()
-        async with clients(service.url, stress.queries(service.url), outcomes, connections):
+        before = common.cpu_seconds(service.process.pid)
+        async with clients(service.url, common.queries(service.url), outcomes, connections):
             await asyncio.sleep(seconds)
             rate = outcomes.counts()[200] / seconds
-            computed = [after - before[pid] for pid, after in service.cpu_seconds().items()]
+            after = common.cpu_seconds(service.process.pid)
             os.kill(service.workers()[0], signal.SIGKILL)
             await asyncio.sleep(seconds)
             later = await settled(service, connections)
-    return Report(opened, later, rate, computed)
+    return Report(opened, later, rate, [after[pid] - before[pid] for pid in after])
 
 
 if __name__ == "__main__":
-    stress.run(__doc__, balance, connections=32, workers=2, seconds=10.0)
+    common.run(__doc__, balance)
