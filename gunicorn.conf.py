@@ -16,7 +16,7 @@ from api import logs, metrics
 from engine.bundle import discover
 from engine.errors import BundleError, ModelNotFound
 from engine.models import Models
-from server.messages import Limits
+from server.limits import Limits
 from server.spread import Spread
 from server.worker import Worker, drain_gently
 from settings import DEFAULT_API_KEY, SettingsError

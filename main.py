@@ -16,6 +16,7 @@ import numpy as np
 
 import settings as configuration
 from api import docs, health, images, logs, metrics, native, openai, tei
+from api.auth import KeyCheck
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service
 from embeddings import Float32, TextEmbedder, TextLimits, VectorCache
@@ -99,8 +100,7 @@ class Application:
         self.metrics.add_routes(self.flask.url_map)
         self._router = Router(
             self.flask,
-            settings.api_keys,
-            OPEN_PATHS,
+            KeyCheck(settings.api_keys, OPEN_PATHS),
             settings.max_body_size,
             self.queue,
             self.metrics,

@@ -13,7 +13,8 @@ from email.utils import formatdate
 from typing import Protocol, cast
 
 from server.framing import Framer
-from server.messages import HttpError, Limits, Request, Response
+from server.limits import Limits
+from server.messages import HttpError, Request, Response
 
 _UNREAD = 65_536  # bytes that may wait behind the request that is worked on
 _ONE_WRITE = 16_384  # bytes of a body that is sent together with its head

@@ -17,7 +17,8 @@ import uvloop
 from gunicorn.workers.base import Worker as BaseWorker
 
 from server.connection import Connection
-from server.messages import OWN, Application, HttpError, Limits, Request, Response
+from server.limits import Limits
+from server.messages import OWN, Application, HttpError, Request, Response
 from server.spread import Spread
 from server.tasks import Tasks
 
