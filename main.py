@@ -9,7 +9,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.types import StartResponse
 
 import numpy as np
@@ -25,11 +25,13 @@ from engine.choice import text_engine
 from engine.errors import BundleError, EmbedderError
 from engine.models import Models
 from engine.queue import Queue
-from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
 from server import tasks
 from server.messages import Loop
 from settings import Settings
 from tokens import load_tokenizer
+
+if TYPE_CHECKING:
+    from image_embeddings import ImageEmbedder
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,6 @@ WIDEN_AFTER = 1.0
 PROBE_TIMEOUT = 60  # seconds; a short REQUEST_TIMEOUT must not end the start on a busy machine
 # Requests of its own with which a worker begins: Python specialises code that has run eight times.
 WARM_UP_REQUESTS = 20
-_NO_LIMITS = ImageLimits(1, 1 << 30, 1 << 30, 1 << 30)
 
 
 class Application:
@@ -272,12 +273,14 @@ def load_embedder(
     return embedder
 
 
-def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> ImageEmbedder:
+def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "ImageEmbedder":
     """Load a model's image tower and see that it still gives its probe's vector.
 
     Raises: BundleError, PrecisionUnavailable.
     """
-    from engine.openvino_backend import OpenVINOImageEngine, choose_precision  # see text_engine
+    # Here, since Pillow and OpenVINO cost time and memory that a model of texts may do without.
+    from engine.openvino_backend import OpenVINOImageEngine, choose_precision
+    from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
 
     precision = choose_precision(settings.precision, bundle)
     engine = OpenVINOImageEngine(bundle, precision, streams=settings.inference_threads)
@@ -288,7 +291,8 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> Ima
         settings.max_request_tokens,
     )
     # The probe passes whatever limits were set.
-    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, _NO_LIMITS)
+    no_limits = ImageLimits(1, 1 << 30, 1 << 30, 1 << 30)
+    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, no_limits)
     (embedding,) = probe.embed([probe_picture()], deadline=time.monotonic() + PROBE_TIMEOUT)
     expected = bundle.manifest.image_probe or []
     _check_probe(bundle, precision, "probe picture", expected, embedding.vector)

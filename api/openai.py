@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from flask import Blueprint
 
@@ -12,7 +13,9 @@ from api.schemas import OpenAIEmbeddings, OpenAIEmbedRequest, OpenAIModel, OpenA
 from api.service import Service
 from embeddings import TextEmbedder, TextEmbedding
 from engine.errors import InvalidInput
-from image_embeddings import ImageEmbedding
+
+if TYPE_CHECKING:
+    from image_embeddings import ImageEmbedding
 
 _TOKEN_IDS = (
     "Expected `str`, got token ids; token ids belong to another model's tokenizer: send the text "
@@ -87,7 +90,7 @@ def _embed_images(service: Service, body: OpenAIEmbedRequest, uris: list[str]) -
 def _write(
     body: OpenAIEmbedRequest,
     model: str,
-    embedded: Sequence[TextEmbedding | ImageEmbedding],
+    embedded: "Sequence[TextEmbedding | ImageEmbedding]",
     chunks: list[list[dict[str, object]]],
 ) -> object:
     tokens = sum(embedding.tokens for embedding in embedded)
