@@ -8,7 +8,6 @@ every route and its errors. Not on what is refused before the application sees t
 HTTP, no free thread, no memory.
 """
 
-import http
 import io
 import logging
 import time
@@ -18,7 +17,9 @@ from urllib.parse import quote
 from wsgiref.types import StartResponse
 
 import flask
+from werkzeug.datastructures import EnvironHeaders
 from werkzeug.exceptions import HTTPException
+from werkzeug.test import run_wsgi_app
 
 from api import errors
 from api.auth import KeyCheck
@@ -140,26 +141,12 @@ class Router:
 
     def _through_flask(self, request: Request) -> Response:
         """Flask's whole dispatch, with whatever has been added to it."""
-        response = Response()
-
-        def start(
-            status: str, headers: list[tuple[str, str]], *error: object
-        ) -> Callable[[bytes], object]:
-            response.status, response.headers = int(status[:3]), []
-            for name, value in headers:
-                if name.lower() == "content-type":
-                    response.content_type = value
-                elif name.lower() != "content-length":
-                    response.headers.append((name, value))
-            return _no_write
-
-        parts = self._app.wsgi_app(environ_of(request), start)
-        try:
-            response.body = b"".join(parts)
-        finally:
-            if hasattr(parts, "close"):
-                parts.close()
-        return response
+        parts, status, headers = run_wsgi_app(
+            self._app.wsgi_app, environ_of(request), buffered=True
+        )
+        content_type = headers.pop("Content-Type", "application/json")
+        headers.pop("Content-Length", None)
+        return Response(b"".join(parts), int(status[:3]), content_type, [*headers])
 
     # -- other servers and tests
 
@@ -168,14 +155,7 @@ class Router:
         request = request_of(environ)
         response = self.respond(request)
         self.sent(request, response, None)
-        phrase = http.HTTPStatus(response.status).phrase if response.status != 499 else "Gone"
-        headers = [
-            ("Content-Type", response.content_type),
-            ("Content-Length", str(len(response.body))),
-            *response.headers,
-        ]
-        start_response(f"{response.status} {phrase}", headers)
-        return [response.body]
+        return to_flask(response)(environ, start_response)
 
 
 class CheckedFlask(flask.Flask):
@@ -253,30 +233,15 @@ def environ_of(request: Request) -> dict[str, Any]:
 
 def request_of(environ: dict[str, Any]) -> Request:
     """A request from WSGI's environ."""
-    headers = {
-        name[5:].replace("_", "-").lower(): value
-        for name, value in environ.items()
-        if name.startswith("HTTP_")
-    }
-    headers |= {
-        name.replace("_", "-").lower(): environ[name]
-        for name in ("CONTENT_TYPE", "CONTENT_LENGTH")
-        if environ.get(name)
-    }
     body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     query = environ.get("QUERY_STRING", "")
     return Request(
         method=environ["REQUEST_METHOD"],
         target=quote(environ["PATH_INFO"].encode("latin-1")) + (f"?{query}" if query else ""),
         path=environ["PATH_INFO"].encode("latin-1").decode(errors="replace"),
-        headers=headers,
+        headers={name.lower(): value for name, value in EnvironHeaders(environ)},
         body=body,
         length=len(body),
         client=environ.get("REMOTE_ADDR", "-"),
         arrived=time.perf_counter(),
     )
-
-
-def _no_write(data: bytes) -> object:
-    """PEP 3333's old way to send a body, which Flask does not use."""
-    raise NotImplementedError
