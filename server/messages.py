@@ -46,11 +46,8 @@ class Request:
     arrived: float = 0.0  # `time.perf_counter` at its last byte
     keep_alive: bool = False  # whether the client wants the connection kept
     id: str = ""  # of this request, set by the application
-    is_gone: Callable[[], bool] = lambda: False
-
-    def gone(self) -> bool:
-        """Whether the client has closed the connection, so that nobody waits for a response."""
-        return self.is_gone()
+    # Whether the client has closed the connection, so that nobody waits for a response.
+    gone: Callable[[], bool] = lambda: False
 
     @property
     def query(self) -> str:
