@@ -8,7 +8,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from wsgiref.types import StartResponse
 
@@ -50,25 +50,12 @@ class Application:
     started, before `start`, so that gunicorn's `--preload` works.
     """
 
-    def __init__(
-        self,
-        environ: Mapping[str, str] = os.environ,
-        on_failure: Callable[[str], None] | None = None,
-    ) -> None:
-        """Args:
-        on_failure: called with one line when a model cannot be loaded; by default the process ends
-            with code 3, the one on which gunicorn stops for good instead of starting the worker
-            again.
-        """
-        self._environ, self._on_failure = environ, on_failure or _stop_service
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self._environ = environ
         self._leaving = threading.Event()
         self._router: Router | None = None
 
-    def start(
-        self,
-        workers: int = 1,
-        loop: Loop | None = None,
-    ) -> None:
+    def start(self, workers: int = 1, loop: Loop | None = None) -> None:
         """Build the service and begin to load its models in a thread; it answers at once.
 
         Args:
@@ -164,7 +151,7 @@ class Application:
                 return
             if not isinstance(error, EmbedderError):
                 log.error("unexpected error while loading", exc_info=error)
-            self._on_failure(str(error))
+            _stop_service(str(error))
             return
         gc.freeze()  # what stays for good need not be looked through again and again
         if self._leaving.wait(WIDEN_AFTER):
@@ -314,6 +301,7 @@ def _check_probe(
 
 
 def _stop_service(line: str) -> None:
+    """End with code 3, on which gunicorn stops for good instead of starting the worker again."""
     log.critical("cannot serve: %s", line)
     logging.shutdown()
     os._exit(3)
