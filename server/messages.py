@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import unquote
 
 OWN = "warm-up"  # the `client` of the worker's own requests, which are not counted or logged
 
@@ -58,11 +58,6 @@ class Request:
     def media_type(self) -> str:
         """Content-Type without its parameters, in lower case; empty when there is none."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-    @property
-    def wsgi_path(self) -> str:
-        """The path as WSGI's PATH_INFO has it: bytes as Latin-1."""
-        return unquote_to_bytes(self.target.partition("?")[0]).decode("latin-1")
 
 
 def decoded_path(target: str) -> str:
