@@ -8,14 +8,15 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 from wsgiref.types import StartResponse
 
 import numpy as np
 
 import settings as configuration
 from api import docs, health, images, logs, metrics, native, openai, tei
+from api.auth import KeyCheck
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service
 from embeddings import Float32, TextEmbedder, TextLimits, VectorCache
@@ -24,11 +25,13 @@ from engine.choice import text_engine
 from engine.errors import BundleError, EmbedderError
 from engine.models import Models
 from engine.queue import Queue
-from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
 from server import tasks
 from server.messages import Loop
 from settings import Settings
 from tokens import load_tokenizer
+
+if TYPE_CHECKING:
+    from image_embeddings import ImageEmbedder
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,6 @@ WIDEN_AFTER = 1.0
 PROBE_TIMEOUT = 60  # seconds; a short REQUEST_TIMEOUT must not end the start on a busy machine
 # Requests of its own with which a worker begins: Python specialises code that has run eight times.
 WARM_UP_REQUESTS = 20
-_NO_LIMITS = ImageLimits(1, 1 << 30, 1 << 30, 1 << 30)
 
 
 class Application:
@@ -48,25 +50,12 @@ class Application:
     started, before `start`, so that gunicorn's `--preload` works.
     """
 
-    def __init__(
-        self,
-        environ: Mapping[str, str] = os.environ,
-        on_failure: Callable[[str], None] | None = None,
-    ) -> None:
-        """Args:
-        on_failure: called with one line when a model cannot be loaded; by default the process ends
-            with code 3, the one on which gunicorn stops for good instead of starting the worker
-            again.
-        """
-        self._environ, self._on_failure = environ, on_failure or _stop_service
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self._environ = environ
         self._leaving = threading.Event()
         self._router: Router | None = None
 
-    def start(
-        self,
-        workers: int = 1,
-        loop: Loop | None = None,
-    ) -> None:
+    def start(self, workers: int = 1, loop: Loop | None = None) -> None:
         """Build the service and begin to load its models in a thread; it answers at once.
 
         Args:
@@ -86,8 +75,7 @@ class Application:
         self.metrics.add_routes(self.flask.url_map)
         self._router = Router(
             self.flask,
-            settings.api_keys,
-            OPEN_PATHS,
+            KeyCheck(settings.api_keys, OPEN_PATHS),
             settings.max_body_size,
             self.queue,
             self.metrics,
@@ -145,7 +133,7 @@ class Application:
                 return
             if not isinstance(error, EmbedderError):
                 log.error("unexpected error while loading", exc_info=error)
-            self._on_failure(str(error))
+            _stop_service(str(error))
             return
         gc.freeze()  # what stays for good need not be looked through again and again
         if self._leaving.wait(WIDEN_AFTER):
@@ -285,12 +273,14 @@ def load_embedder(
     return embedder
 
 
-def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> ImageEmbedder:
+def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "ImageEmbedder":
     """Load a model's image tower and see that it still gives its probe's vector.
 
     Raises: BundleError, PrecisionUnavailable.
     """
-    from engine.openvino_backend import OpenVINOImageEngine, choose_precision  # see text_engine
+    # Here, since Pillow and OpenVINO cost time and memory that a model of texts may do without.
+    from engine.openvino_backend import OpenVINOImageEngine, choose_precision
+    from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
 
     precision = choose_precision(settings.precision, bundle)
     engine = OpenVINOImageEngine(bundle, precision, streams=settings.inference_threads)
@@ -301,7 +291,8 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> Ima
         settings.max_request_tokens,
     )
     # The probe passes whatever limits were set.
-    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, _NO_LIMITS)
+    no_limits = ImageLimits(1, 1 << 30, 1 << 30, 1 << 30)
+    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, no_limits)
     (embedding,) = probe.embed([probe_picture()], deadline=time.monotonic() + PROBE_TIMEOUT)
     expected = bundle.manifest.image_probe or []
     _check_probe(bundle, precision, "probe picture", expected, embedding.vector)
@@ -323,6 +314,7 @@ def _check_probe(
 
 
 def _stop_service(line: str) -> None:
+    """End with code 3, on which gunicorn stops for good instead of starting the worker again."""
     log.critical("cannot serve: %s", line)
     logging.shutdown()
     os._exit(3)

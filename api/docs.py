@@ -7,8 +7,8 @@ import http
 import importlib.util
 import pathlib
 import re
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import Any
 
 import msgspec
 from flask import Blueprint, Flask, Response, current_app
@@ -37,25 +37,22 @@ _BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503, 504)
 _REF = "#/components/schemas/{name}"
 
 
-class Documented(NamedTuple):
-    """A route, as /openapi.json describes it."""
-
-    path: str
-    method: str
-    operation: Operation
-    name: str
-    summary: str
-
-
 def document(app: Flask, open_paths: Collection[str]) -> dict[str, Any]:
     """The OpenAPI 3.1 document of every route made with `api.endpoint.endpoint`."""
-    routes = list(_routes(app))
-    bodies = list(dict.fromkeys(body for route in routes for body in route.operation.bodies))
-    _, schemas = msgspec.json.schema_components(bodies, ref_template=_REF)
     paths: dict[str, Any] = {}
-    for route in routes:
-        described = _describe(route, route.path in open_paths, schemas)
-        paths.setdefault(route.path, {})[route.method] = described
+    schemas: dict[str, Any] = {}
+    for rule in app.url_map.iter_rules():
+        view = app.view_functions[rule.endpoint]
+        if hasattr(view, "operation"):
+            (method,) = (rule.methods or set()) - {"HEAD", "OPTIONS"}
+            path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+            described = {
+                "operationId": rule.endpoint.replace(".", "_"),
+                "tags": [rule.endpoint.partition(".")[0]],
+                "summary": view.__doc__ or "",
+                **_describe(path, view.operation, path in open_paths, schemas),
+            }
+            paths.setdefault(path, {})[method.lower()] = described
     return {
         "openapi": "3.1.0",
         "info": {"title": "Vector embedder", "version": VERSION},
@@ -71,19 +68,14 @@ def document(app: Flask, open_paths: Collection[str]) -> dict[str, Any]:
     }
 
 
-def _routes(app: Flask) -> Iterator[Documented]:
-    for rule in app.url_map.iter_rules():
-        view = app.view_functions[rule.endpoint]
-        operation = getattr(view, "operation", None)
-        if operation is not None:
-            (method,) = (rule.methods or set()) - {"HEAD", "OPTIONS"}
-            path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
-            yield Documented(path, method.lower(), operation, rule.endpoint, view.__doc__ or "")
+def _describe(path: str, made: Operation, is_open: bool, schemas: dict[str, Any]) -> dict[str, Any]:
+    """What one operation takes and answers. The schemas that it refers to go to `schemas`."""
 
+    def refer(*kinds: Any) -> list[dict[str, Any]]:
+        references, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+        schemas.update(components)
+        return [*references]
 
-def _describe(route: Documented, is_open: bool, schemas: dict[str, Any]) -> dict[str, Any]:
-    """One operation. The schemas that it refers to are added to `schemas`."""
-    path, made = route.path, route.operation
     statuses: dict[int, Any] = {200: made.answer, 500: None, **made.further}
     if not is_open:
         statuses[401] = None
@@ -91,25 +83,14 @@ def _describe(route: Documented, is_open: bool, schemas: dict[str, Any]) -> dict
         statuses[404] = None
     if made.bodies:
         statuses |= dict.fromkeys(_BODY_ERRORS)
-
-    def content(status: int, kind: Any) -> dict[str, Any]:
-        kind = dialect(path)[1] if kind is None else kind
-        (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
-        schemas.update(components)
-        return {made.produces if status == 200 else JSON: {"schema": schema}}
-
-    described: dict[str, Any] = {
-        "operationId": route.name.replace(".", "_"),
-        "tags": [route.name.partition(".")[0]],
-        "summary": route.summary,
-        "responses": {
-            str(status): {
-                "description": http.HTTPStatus(status).phrase,
-                "content": content(status, kind),
-            }
-            for status, kind in sorted(statuses.items())
-        },
-    }
+    responses = {}
+    for status, kind in sorted(statuses.items()):
+        (schema,) = refer(dialect(path)[1] if kind is None else kind)
+        responses[str(status)] = {
+            "description": http.HTTPStatus(status).phrase,
+            "content": {made.produces if status == 200 else JSON: {"schema": schema}},
+        }
+    described: dict[str, Any] = {"responses": responses}
     if is_open:
         described["security"] = []
     if "{" in path:
@@ -118,14 +99,11 @@ def _describe(route: Documented, is_open: bool, schemas: dict[str, Any]) -> dict
             for field in re.findall(r"{(\w+)}", path)
         ]
     if made.bodies:
-        described["requestBody"] = {"required": True, "content": _body_content(made)}
+        kinds = refer(*made.bodies)
+        taken = {JSON: {"anyOf": kinds} if len(kinds) > 1 else kinds[0], **made.media}
+        content = {media: {"schema": schema} for media, schema in taken.items()}
+        described["requestBody"] = {"required": True, "content": content}
     return described
-
-
-def _body_content(made: Operation) -> dict[str, Any]:
-    kinds = [{"$ref": _REF.format(name=body.__name__)} for body in made.bodies]
-    schema = {"anyOf": kinds} if len(kinds) > 1 else kinds[0]
-    return {JSON: {"schema": schema}, **{kind: {"schema": one} for kind, one in made.media.items()}}
 
 
 def blueprint(open_paths: Collection[str]) -> Blueprint:

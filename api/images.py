@@ -4,6 +4,7 @@ import base64
 import binascii
 import io
 import re
+from collections.abc import Sequence
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
@@ -18,7 +19,6 @@ from api.endpoint import endpoint
 from api.schemas import BatchEmbeddings, Embeddings, EmbedImage, EmbedImages, ImageOptions
 from api.service import Service
 from engine.errors import InvalidInput
-from image_embeddings import FORMATS_SENTENCE
 from server.messages import HttpError, Request
 
 Options = TypeVar("Options", bound=ImageOptions)
@@ -71,10 +71,7 @@ def blueprint(service: Service) -> Blueprint:
             raise _unsupported(kind)
         body = read_json(request, schema)
         sent = body.images if isinstance(body, EmbedImages) else [body.image]
-        try:
-            return Pictures([picture_bytes(text, index) for index, text in enumerate(sent)], body)
-        except InvalidInput as error:
-            raise error.at(path) from None
+        return Pictures(decode_pictures(sent, path), body)
 
     @routes.post("/embeddings/image")
     @endpoint(
@@ -109,11 +106,21 @@ def blueprint(service: Service) -> Blueprint:
     return routes
 
 
-def picture_bytes(text: str, index: int = 0) -> bytes:
-    """What a JSON string stands for: base64 (line breaks are allowed) or a data URI with base64.
+def decode_pictures(sent: Sequence[str], path: str) -> list[bytes]:
+    """What JSON strings stand for: base64 (line breaks are allowed) or data URIs with base64.
 
-    Raises: InvalidInput, at `index`, for anything else; a URL is never fetched.
+    Args:
+        path: where they stand in the body, `{}` for their index, for errors.
+
+    Raises: InvalidInput for anything else; a URL is never fetched.
     """
+    try:
+        return [_decode(text, index) for index, text in enumerate(sent)]
+    except InvalidInput as error:
+        raise error.at(path) from None
+
+
+def _decode(text: str, index: int) -> bytes:
     if _URL.match(text):
         raise InvalidInput(
             "this is a URL; the service fetches nothing: send the picture itself, as base64", index
@@ -145,6 +152,8 @@ def _read_raw(request: Request) -> Pictures:
     content. SVG is refused by its Content-Type: it is a document.
     """
     if "svg" in request.media_type:
+        from image_embeddings import FORMATS_SENTENCE  # see main.load_image_embedder
+
         raise HttpError(
             415, "unsupported_media_type", f"{request.media_type} is not taken: {FORMATS_SENTENCE}"
         )

@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ from server.messages import Response
 from server.tasks import in_thread
 
 if TYPE_CHECKING:
-    from prometheus_client import Metric
+    from prometheus_client import Metric as Family
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 UNKNOWN = "unknown"  # the label of unknown paths
@@ -53,12 +53,94 @@ _STATUSES = (*(int(status) for status in http.HTTPStatus if status >= 200), 499)
 REASONS = ("queue_full", "memory", "deadline", "unavailable", "stalled_client", "client_gone")
 _REASON = {429: "queue_full", 499: "client_gone", 503: "unavailable", 504: "deadline"}
 
+
+class Metric(NamedTuple):
+    """What Prometheus is told of a metric."""
+
+    name: str
+    kind: str  # "counter", "gauge" or "histogram"
+    help: str
+    labels: tuple[str, ...] = ()
+    bounds: Sequence[float] = ()  # of a histogram's buckets
+
+
+METRICS = (
+    Metric("requests", "counter", "Requests answered, by route and status.", ("route", "status")),
+    Metric(
+        "request_duration_seconds",
+        "histogram",
+        "From a request's last byte to its response, without what was refused unread.",
+        ("route",),
+        LATENCIES,
+    ),
+    Metric("requests_in_flight", "gauge", "Requests being worked on, this one too."),
+    Metric(
+        "requests_rejected",
+        "counter",
+        "Requests answered without their work being done: queue_full and memory (429), "
+        "deadline (504), unavailable (503: loading or shutting down), stalled_client (408), "
+        "client_gone (499, never sent).",
+        ("reason",),
+    ),
+    Metric("cache_hits", "counter", "Chunks of text found in the cache."),
+    Metric("cache_misses", "counter", "Chunks of text not found in the cache."),
+    Metric("queue_requests", "gauge", "Requests with inputs waiting for the engine."),
+    Metric("queue_tokens", "gauge", "Tokens waiting for the engine."),
+    Metric(
+        "queue_wait_seconds",
+        "histogram",
+        "From a request's entry into the queue to the start of its last engine call.",
+        bounds=LATENCIES,
+    ),
+    Metric(
+        "batch_items", "histogram", "Chunks of text, or pictures, in an engine call.", bounds=ITEMS
+    ),
+    Metric(
+        "batch_tokens",
+        "histogram",
+        "Tokens in an engine call, without padding; a picture counts what it costs.",
+        bounds=TOKENS,
+    ),
+    Metric(
+        "engine_call_seconds",
+        "histogram",
+        "How long an engine call took.",
+        ("model", "modality"),
+        CALLS,
+    ),
+    Metric("engine_failures", "counter", "Engine calls that failed.", ("model", "modality")),
+    Metric("chunks", "counter", "Chunks of text embedded; most texts are one.", ("model",)),
+    Metric("tokens", "counter", "Tokens of texts embedded, without padding.", ("model",)),
+    Metric(
+        "padded_tokens",
+        "counter",
+        "Tokens of texts computed, with as much of the padding as is.",
+        ("model",),
+    ),
+    Metric("images", "counter", "Pictures embedded.", ("model",)),
+    Metric(
+        "model_info",
+        "gauge",
+        "Each model that is loaded.",
+        ("model", "precision", "revision", "dimensions", "max_tokens", "modalities"),
+    ),
+    Metric("inference_threads", "gauge", "Cores that all workers compute on."),
+    Metric("worker_resident_memory_bytes", "gauge", "Resident memory of a worker.", ("worker",)),
+    Metric("worker_cpu_seconds", "counter", "CPU time of a worker.", ("worker",)),
+    Metric("worker_start_time_seconds", "gauge", "Unix time at which a worker began.", ("worker",)),
+)
+_BOUNDS = {metric.name: metric.bounds for metric in METRICS}
+_SPARSE = ("requests", "request_duration_seconds")  # a route is listed once it was asked for
+
 _COLUMNS = 65_536  # of a row: 512 KiB, of which the system provides only the pages that are used
 _SPARE_ROWS = 16  # for workers that are added by a signal
-_PID, _IN_FLIGHT, _WAITING_JOBS, _WAITING_TOKENS, _THREADS, _FIRST_FREE = range(6)
+_PID = 0
+# What a worker is just doing; the columns after these outlive it.
+_GAUGES = ("requests_in_flight", "queue_requests", "queue_tokens", "inference_threads")
+_FIRST_FREE = 1 + len(_GAUGES)
 
 Float64 = npt.NDArray[np.float64]
-Labelled = Iterable[tuple[list[str], float]]  # the values of the labels, and the number
+Labelled = Iterable[tuple[tuple[str, ...], float]]  # the values of the labels, and the number
 
 
 class Table:
@@ -95,42 +177,11 @@ def share(workers: int) -> Table:
     return table
 
 
-class Histogram:
-    """Where a histogram stands in a row: a count for each bucket, not cumulative, then the sum."""
+class _Route(NamedTuple):
+    """Where a route's numbers begin."""
 
-    def __init__(self, bounds: Sequence[float], start: int) -> None:
-        self.bounds, self.start, self.sum = bounds, start, start + len(bounds) + 1
-
-    def observe(self, row: "memoryview[float]", value: float) -> None:
-        row[self.start + bisect.bisect_left(self.bounds, value)] += 1.0
-        row[self.sum] += value
-
-    def buckets(self, row: Float64) -> list[tuple[str, float]]:
-        """As prometheus-client takes them: cumulative, with their bounds as text."""
-        counts = np.cumsum(row[self.start : self.sum]).tolist()
-        return list(zip([*map(repr, self.bounds), "+Inf"], counts))
-
-
-class _Route:
-    """Where a route's numbers stand."""
-
-    def __init__(self, name: str, start: int) -> None:
-        self.name = name
-        self.statuses = {status: start + at for at, status in enumerate(_STATUSES)}
-        self.seconds = Histogram(LATENCIES, start + len(_STATUSES))
-
-    COLUMNS = len(_STATUSES) + len(LATENCIES) + 2
-
-
-class _Engine:
-    """Where an engine's numbers stand."""
-
-    def __init__(self, model: str, modality: str, start: int) -> None:
-        self.model, self.modality = model, modality
-        self.items, self.tokens, self.padded, self.failures = range(start, start + 4)
-        self.seconds = Histogram(CALLS, start + 4)
-
-    COLUMNS = 4 + len(CALLS) + 2
+    statuses: dict[int, int]
+    seconds: int
 
 
 class Metrics:
@@ -142,31 +193,44 @@ class Metrics:
         self._table = table
         self._row: memoryview[float] = memoryview(table.rows[table.mine])
         self._lock = threading.Lock()
-        self._columns = _FIRST_FREE
-        self._row[_PID] = os.getpid()
-        self._row[_THREADS] = batcher.threads
-        self._rejected = {reason: self._add(1) for reason in REASONS}
-        self._cache_hits, self._cache_misses = self._add(1), self._add(1)
-        self._wait = Histogram(LATENCIES, self._add(len(LATENCIES) + 2))
-        self._items = Histogram(ITEMS, self._add(len(ITEMS) + 2))
-        self._tokens = Histogram(TOKENS, self._add(len(TOKENS) + 2))
-        self._engines: dict[tuple[str, str], _Engine] = {
-            (name, modality): _Engine(name, modality, self._add(_Engine.COLUMNS))
-            for name, bundle in sorted(models.bundles.items())
-            for modality in sorted(bundle.manifest.modalities)
-        }
+        self._columns = 1  # that are taken; the first is _PID
+        # Where the numbers of each metric begin, by the values of its labels.
+        self._places: dict[str, dict[tuple[str, ...], int]] = {name: {} for name in _BOUNDS}
+        for name in (*_GAUGES, "cache_hits", "cache_misses"):
+            self._add(name)
+        for name in ("queue_wait_seconds", "batch_items", "batch_tokens"):
+            self._add(name)
+        for reason in REASONS:
+            self._add("requests_rejected", reason)
+        for model, bundle in sorted(models.bundles.items()):
+            for modality in sorted(bundle.manifest.modalities):
+                self._add("engine_call_seconds", model, modality)
+                self._add("engine_failures", model, modality)
+                texts = ("chunks", "tokens", "padded_tokens")
+                for name in texts if modality == "text" else ("images",):
+                    self._add(name, model)
+        self._in_flight = self._places["requests_in_flight"][()]
         self._routes: dict[str, _Route] = {}
         self._prefixes: dict[str, _Route] = {}
-        self._unknown = _Route(UNKNOWN, self._add(_Route.COLUMNS))
+        self._unknown = self._add_route(UNKNOWN)
+        self._row[_PID] = os.getpid()
+        self._set("inference_threads", batcher.threads)
         batcher.observe = self.batch
 
-    def _add(self, columns: int) -> int:
-        """Room for so many numbers, at the same place in every worker. Returns: where it begins."""
-        start = self._columns
-        self._columns += columns
+    def _add(self, name: str, *labels: str) -> int:
+        """Make room for a metric's numbers, at the same place in every worker. A histogram has a
+        count for each bucket, not cumulative, then the sum. Returns: where they begin.
+        """
+        start = self._places[name][labels] = self._columns
+        bounds = _BOUNDS[name]
+        self._columns += len(bounds) + 2 if bounds else 1
         if self._columns > _COLUMNS:
             raise ValueError(f"{len(self.models.bundles)} models are too many to count for")
         return start
+
+    def _add_route(self, route: str) -> _Route:
+        statuses = {status: self._add("requests", route, str(status)) for status in _STATUSES}
+        return _Route(statuses, self._add("request_duration_seconds", route))
 
     def add_routes(self, routes: Map) -> None:
         """Count for each of an application's routes; whatever else is asked for is `unknown`."""
@@ -174,7 +238,7 @@ class Metrics:
             name = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule)
             prefix, parameter, _ = rule.partition("<")
             known = self._prefixes if parameter else self._routes
-            known[prefix] = _Route(name, self._add(_Route.COLUMNS))
+            known[prefix] = self._add_route(name)
 
     def _route(self, path: str) -> _Route:
         if route := self._routes.get(path):
@@ -184,68 +248,81 @@ class Metrics:
                 return route
         return self._unknown
 
+    # -- one number; all but `_set` with the lock held
+
+    def _set(self, name: str, value: float) -> None:
+        self._row[self._places[name][()]] = value
+
+    def _count(self, name: str, amount: float, *labels: str) -> None:
+        self._row[self._places[name][labels]] += amount
+
+    def _observe(self, name: str, value: float, *labels: str) -> None:
+        self._observe_at(self._places[name][labels], _BOUNDS[name], value)
+
+    def _observe_at(self, start: int, bounds: Sequence[float], value: float) -> None:
+        self._row[start + bisect.bisect_left(bounds, value)] += 1.0
+        self._row[start + len(bounds) + 1] += value
+
     # -- what happens
 
     def begin(self) -> None:
         """The application gets a request."""
         with self._lock:
-            self._row[_IN_FLIGHT] += 1.0
+            self._row[self._in_flight] += 1.0
 
     def end(self, path: str, status: int, seconds: float) -> None:
         """A request has been answered."""
-        reason = None if path in PROBES else _REASON.get(status)
-        self._answered(path, status, seconds, reason, 1.0)
+        route = self._route(path)
+        with self._lock:
+            self._row[self._in_flight] -= 1.0
+            self._observe_at(route.seconds, LATENCIES, seconds)
+            self._answered(route, status, None if path in PROBES else _REASON.get(status))
 
     def dropped(self) -> None:
         """It has ended after it had been refused."""
         with self._lock:
-            self._row[_IN_FLIGHT] -= 1.0
+            self._row[self._in_flight] -= 1.0
 
     def refused(self, path: str, status: int, reason: str | None = None) -> None:
         """A request was answered before the application saw it; `reason` is one of REASONS."""
         reason = reason or {**_REASON, 408: "stalled_client"}.get(status)
-        self._answered(path, status, None, reason, 0.0)
-
-    def _answered(
-        self, path: str, status: int, seconds: float | None, reason: str | None, ended: float
-    ) -> None:
-        route, row = self._route(path), self._row
-        column = route.statuses.get(status) or route.statuses[500]
         with self._lock:
-            row[_IN_FLIGHT] -= ended
-            row[column] += 1.0
-            if seconds is not None:
-                route.seconds.observe(row, seconds)
-            if reason:
-                row[self._rejected[reason]] += 1.0
+            self._answered(self._route(path), status, reason)
+
+    def _answered(self, route: _Route, status: int, reason: str | None) -> None:
+        self._row[route.statuses.get(status) or route.statuses[500]] += 1.0
+        if reason:
+            self._count("requests_rejected", 1.0, reason)
 
     def batch(self, batch: Batch, seconds: float, failed: bool) -> None:
         """An engine call of so many seconds has ended."""
-        engine, row = self._engines[batch.engine.name, batch.engine.modality], self._row
-        began = time.monotonic() - seconds
+        model, modality = batch.engine.name, batch.engine.modality
+        items, began = len(batch.entries), time.monotonic() - seconds
         with self._lock:
-            self._items.observe(row, len(batch.entries))
-            self._tokens.observe(row, batch.tokens)
-            engine.seconds.observe(row, seconds)
+            self._observe("batch_items", items)
+            self._observe("batch_tokens", batch.tokens)
+            self._observe("engine_call_seconds", seconds, model, modality)
             if failed:
-                row[engine.failures] += 1.0
+                self._count("engine_failures", 1.0, model, modality)
+            elif modality == "image":
+                self._count("images", items, model)
             else:
-                row[engine.items] += len(batch.entries)
-                row[engine.tokens] += batch.tokens
-                row[engine.padded] += batch.padded_tokens
+                self._count("chunks", items, model)
+                self._count("tokens", batch.tokens, model)
+                self._count("padded_tokens", batch.padded_tokens, model)
             for job in batch.served:
-                self._wait.observe(row, max(0.0, began - job.submitted))
+                self._observe("queue_wait_seconds", max(0.0, began - job.submitted))
 
     def cached(self, hits: int, misses: int) -> None:
         """A request found so many of its chunks in the cache, and so many not."""
         with self._lock:
-            self._row[self._cache_hits] += hits
-            self._row[self._cache_misses] += misses
+            self._count("cache_hits", hits)
+            self._count("cache_misses", misses)
 
     def sample(self) -> None:
         """Note the queue's length. The worker's event loop calls it, at least each second."""
-        self._row[_WAITING_JOBS] = self._batcher.waiting_jobs
-        self._row[_WAITING_TOKENS] = self._batcher.waiting_tokens
+        self._set("queue_requests", self._batcher.waiting_jobs)
+        self._set("queue_tokens", self._batcher.waiting_tokens)
 
     # -- what Prometheus reads
 
@@ -259,167 +336,60 @@ class Metrics:
         registry.register(self)
         return generate_latest(registry)
 
-    def collect(self) -> "Iterator[Metric]":
+    def collect(self) -> "Iterator[Family]":
         """For prometheus-client."""
+        from prometheus_client import core
+
         total: Float64 = self._table.rows[:, : self._columns].sum(axis=0)
-        write = _Writer(total)
-        yield from self._requests(write)
-        yield from self._queue(write)
-        yield from self._models(write)
-        yield from self._processes(write)
+        at_read = {"model_info": list(self._loaded()), **self._workers()}
+        for name, kind, help, labels, bounds in METRICS:
+            full = f"embedder_{name}"
+            if bounds:
+                histogram = core.HistogramMetricFamily(full, help, labels=labels)
+                for values, start in self._places[name].items():
+                    *counts, summed = total[start : start + len(bounds) + 2].tolist()
+                    counts = np.cumsum(counts).tolist()
+                    if counts[-1] or name not in _SPARSE:
+                        buckets = list(zip([*map(repr, bounds), "+Inf"], counts))
+                        histogram.add_metric(values, buckets, summed)
+                yield histogram
+                continue
+            make = core.CounterMetricFamily if kind == "counter" else core.GaugeMetricFamily
+            family = make(full, help, labels=labels)
+            counted = ((values, float(total[at])) for values, at in self._places[name].items())
+            for values, number in at_read.get(name, counted):
+                if number or name not in _SPARSE:
+                    family.add_metric(values, number)
+            yield family
 
-    def _requests(self, write: "_Writer") -> "Iterator[Metric]":
-        routes = [self._unknown, *self._routes.values(), *self._prefixes.values()]
-        counts = (
-            ([route.name, str(status)], write.total[column])
-            for route in routes
-            for status, column in route.statuses.items()
-            if write.total[column]
-        )
-        help = "Requests answered, by route and status."
-        yield write.counters("requests", help, ["route", "status"], counts)
-        durations = (
-            ([route.name], route.seconds)
-            for route in routes
-            if route.seconds.buckets(write.total)[-1][1]
-        )
-        help = "From a request's last byte to its response, without what was refused unread."
-        yield write.histograms("request_duration_seconds", help, ["route"], durations)
-        help = "Requests being worked on, this one too."
-        yield write.gauge("requests_in_flight", help, _IN_FLIGHT)
-        help = (
-            "Requests answered without their work being done: queue_full and memory (429), "
-            "deadline (504), unavailable (503: loading or"
-            " shutting down), stalled_client (408), client_gone (499, never sent)."
-        )
-        rejected = (([reason], write.total[column]) for reason, column in self._rejected.items())
-        yield write.counters("requests_rejected", help, ["reason"], rejected)
-
-    def _queue(self, write: "_Writer") -> "Iterator[Metric]":
-        yield write.counter("cache_hits", "Chunks of text found in the cache.", self._cache_hits)
-        help = "Chunks of text not found in the cache."
-        yield write.counter("cache_misses", help, self._cache_misses)
-        help = "Requests with inputs waiting for the engine."
-        yield write.gauge("queue_requests", help, _WAITING_JOBS)
-        yield write.gauge("queue_tokens", "Tokens waiting for the engine.", _WAITING_TOKENS)
-        for name, help, histogram in (
-            (
-                "queue_wait_seconds",
-                "From a request's entry into the queue to the start of its last engine call.",
-                self._wait,
-            ),
-            ("batch_items", "Chunks of text, or pictures, in an engine call.", self._items),
-            (
-                "batch_tokens",
-                "Tokens in an engine call, without padding; a picture counts what it costs.",
-                self._tokens,
-            ),
-        ):
-            yield write.histograms(name, help, [], [([], histogram)])
-
-    def _models(self, write: "_Writer") -> "Iterator[Metric]":
-        engines = list(self._engines.values())
-        labels = ["model", "modality"]
-        seconds = (([engine.model, engine.modality], engine.seconds) for engine in engines)
-        help = "How long an engine call took."
-        yield write.histograms("engine_call_seconds", help, labels, seconds)
-        failures = (
-            ([engine.model, engine.modality], write.total[engine.failures]) for engine in engines
-        )
-        yield write.counters("engine_failures", "Engine calls that failed.", labels, failures)
-        for name, help, modality, column in (
-            ("chunks", "Chunks of text embedded; most texts are one.", "text", "items"),
-            ("tokens", "Tokens of texts embedded, without padding.", "text", "tokens"),
-            (
-                "padded_tokens",
-                "Tokens of texts computed, with as much of the padding as is.",
-                "text",
-                "padded",
-            ),
-            ("images", "Pictures embedded.", "image", "items"),
-        ):
-            found = (
-                ([engine.model], write.total[getattr(engine, column)])
-                for engine in engines
-                if engine.modality == modality
-            )
-            yield write.counters(name, help, ["model"], found)
-        labels = ["model", "precision", "revision", "dimensions", "max_tokens", "modalities"]
-        loaded = ((values, 1.0) for values in self._loaded())
-        yield write.gauges("model_info", "Each model that is loaded.", labels, loaded)
-
-    def _processes(self, write: "_Writer") -> "Iterator[Metric]":
-        yield write.gauge("inference_threads", "Cores that all workers compute on.", _THREADS)
-        running = list(self._workers())
-        for make, name, help, at in (
-            (write.gauges, "worker_resident_memory_bytes", "Resident memory of a worker.", 0),
-            (write.counters, "worker_cpu_seconds", "CPU time of a worker.", 1),
-            (write.gauges, "worker_start_time_seconds", "Unix time at which a worker began.", 2),
-        ):
-            yield make(name, help, ["worker"], (([row], numbers[at]) for row, numbers in running))
-
-    def _loaded(self) -> Iterator[list[str]]:
+    def _loaded(self) -> Labelled:
         for name, bundle in sorted(self.models.bundles.items()):
             manifest = bundle.manifest
             with contextlib.suppress(ModelNotReady):
                 precision = self.models.get(name, 0.0).texts.precision
                 sizes = [str(manifest.dimensions), str(manifest.max_tokens)]
                 kinds = ",".join(manifest.modalities)
-                yield [name, precision, manifest.revision or "", *sizes, kinds]
+                yield (name, precision, manifest.revision or "", *sizes, kinds), 1.0
 
-    def _workers(self) -> Iterator[tuple[str, tuple[float, float, float]]]:
-        """Of each running worker: its row; resident bytes, CPU seconds, start as Unix time."""
+    def _workers(self) -> dict[str, Labelled]:
+        """The metrics of running workers; a worker is named by its row."""
         page, tick = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        resident, cpu, began = [], [], []
         for row, pid in enumerate(self._table.rows[:, _PID].astype(int).tolist()):
             with contextlib.suppress(OSError):  # it has just ended, or not yet begun
                 with open(f"/proc/{pid}/stat", "rb") as file:
                     # proc_pid_stat(5), from field 3 on: the name before may hold anything.
                     fields = file.read().rpartition(b")")[2].split()
-                cpu, began = int(fields[11]) + int(fields[12]), int(fields[19])
-                resident = int(fields[21]) * page
-                yield str(row), (resident, cpu / tick, booted + began / tick)
-
-
-class _Writer:
-    """Makes prometheus-client's metrics of the numbers of all workers."""
-
-    def __init__(self, total: Float64) -> None:
-        # Only now: the import takes 30 ms, which a start would pay for.
-        from prometheus_client import core
-
-        self.total, self._core = total, core
-
-    def counter(self, name: str, help: str, column: int) -> "Metric":
-        return self._core.CounterMetricFamily(f"embedder_{name}", help, float(self.total[column]))
-
-    def gauge(self, name: str, help: str, column: int) -> "Metric":
-        return self._core.GaugeMetricFamily(f"embedder_{name}", help, float(self.total[column]))
-
-    def counters(self, name: str, help: str, labels: list[str], found: Labelled) -> "Metric":
-        family = self._core.CounterMetricFamily(f"embedder_{name}", help, labels=labels)
-        for values, number in found:
-            family.add_metric(values, float(number))
-        return family
-
-    def gauges(self, name: str, help: str, labels: list[str], found: Labelled) -> "Metric":
-        family = self._core.GaugeMetricFamily(f"embedder_{name}", help, labels=labels)
-        for values, number in found:
-            family.add_metric(values, float(number))
-        return family
-
-    def histograms(
-        self,
-        name: str,
-        help: str,
-        labels: list[str],
-        found: Iterable[tuple[list[str], Histogram]],
-    ) -> "Metric":
-        family = self._core.HistogramMetricFamily(f"embedder_{name}", help, labels=labels)
-        for values, histogram in found:
-            buckets = histogram.buckets(self.total)
-            family.add_metric(values, buckets, float(self.total[histogram.sum]))
-        return family
+                worker = (str(row),)
+                resident.append((worker, int(fields[21]) * page))
+                cpu.append((worker, (int(fields[11]) + int(fields[12])) / tick))
+                began.append((worker, booted + int(fields[19]) / tick))
+        return {
+            "worker_resident_memory_bytes": resident,
+            "worker_cpu_seconds": cpu,
+            "worker_start_time_seconds": began,
+        }
 
 
 def blueprint(metrics: Metrics) -> Blueprint:

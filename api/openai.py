@@ -2,17 +2,20 @@
 
 import datetime
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from flask import Blueprint
 
 from api.codec import encode_chunks, encode_vector
 from api.endpoint import endpoint
-from api.images import picture_bytes
+from api.images import decode_pictures
 from api.schemas import OpenAIEmbeddings, OpenAIEmbedRequest, OpenAIModel, OpenAIModels
 from api.service import Service
 from embeddings import TextEmbedder, TextEmbedding
 from engine.errors import InvalidInput
-from image_embeddings import ImageEmbedding
+
+if TYPE_CHECKING:
+    from image_embeddings import ImageEmbedding
 
 _TOKEN_IDS = (
     "Expected `str`, got token ids; token ids belong to another model's tokenizer: send the text "
@@ -76,10 +79,7 @@ def _embed_images(service: Service, body: OpenAIEmbedRequest, uris: list[str]) -
         raise InvalidInput("chunks and prompt_name are for texts, not for pictures")
     service.require_images(body.model)
     path = "$.input" if isinstance(body.input, str) else "$.input[{}]"
-    try:
-        pictures = [picture_bytes(uri, index) for index, uri in enumerate(uris)]
-    except InvalidInput as error:
-        raise error.at(path) from None
+    pictures = decode_pictures(uris, path)
     embedder, embedded = service.embed_images(pictures, path, body.model, body.dimensions)
     return _write(body, embedder.manifest.name, embedded, [])
 
@@ -87,7 +87,7 @@ def _embed_images(service: Service, body: OpenAIEmbedRequest, uris: list[str]) -
 def _write(
     body: OpenAIEmbedRequest,
     model: str,
-    embedded: Sequence[TextEmbedding | ImageEmbedding],
+    embedded: "Sequence[TextEmbedding | ImageEmbedding]",
     chunks: list[list[dict[str, object]]],
 ) -> object:
     tokens = sum(embedding.tokens for embedding in embedded)

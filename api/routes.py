@@ -1,5 +1,5 @@
-"""How the application handles every request: the table of routes, the API key, the limits,
-errors, the access log and the metrics.
+"""How the application handles every request: the table of routes, the API key (`api/auth.py`), the
+limits, errors, headers of every response (`api/headers.py`), the access log and the metrics.
 
 Every route is registered with Flask. The table holds the views that need none of Flask's dispatch,
 and calls them directly; everything else passes through Flask. When somebody adds code of their own
@@ -8,21 +8,23 @@ every route and its errors. Not on what is refused before the application sees t
 HTTP, no free thread, no memory.
 """
 
-import hmac
-import http
 import io
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 from wsgiref.types import StartResponse
 
 import flask
+from werkzeug.datastructures import EnvironHeaders
 from werkzeug.exceptions import HTTPException
+from werkzeug.test import run_wsgi_app
 
 from api import errors
+from api.auth import KeyCheck
 from api.endpoint import to_flask
+from api.headers import add_headers
 from api.logs import RequestLog, request_id
 from api.metrics import PROBES, Metrics
 from engine.errors import CallerGone
@@ -46,20 +48,14 @@ class Router:
     def __init__(
         self,
         app: flask.Flask,
-        keys: Sequence[str],
-        open_paths: Collection[str],
+        key: KeyCheck,
         max_body: int,
         queue: Queue,
         metrics: Metrics,
         requests: RequestLog,
     ) -> None:
-        """Args:
-        keys: a request needs one of them.
-        open_paths: need none.
-        max_body: bytes.
-        """
-        self._app, self._open = app, frozenset(open_paths)
-        self._keys = [key.encode() for key in keys]
+        """`max_body`: bytes."""
+        self._app, self._key = app, key
         self._max_body, self._queue = max_body, queue
         self._metrics, self._log = metrics, requests
         self._table: dict[tuple[str, str], View] | None = None
@@ -74,12 +70,12 @@ class Router:
         except Exception as error:
             response = errors.response(error, request)
         current.set(_NO_REQUEST)  # else an idle task keeps the last body
-        return _with_id(response, request)
+        return add_headers(response, request)
 
     def refuse(self, request: Request, error: HttpError) -> Response:
         """Write an error of the server's own; the request may be incomplete."""
         request.id = request.id or request_id(request)
-        return _with_id(errors.response(error, request), request)
+        return add_headers(errors.response(error, request), request)
 
     def sent(self, request: Request, response: Response, error: HttpError | None) -> None:
         """Count and log a response that has been handed to its connection."""
@@ -134,8 +130,7 @@ class Router:
 
         Raises: HttpError 401 and 413; QueueFull, before any work is spent on a body.
         """
-        if request.path not in self._open and not is_preflight(request):
-            self._check_key(request)
+        self._key.check(request)
         if request.length > self._max_body:
             raise HttpError(
                 *(413, "too_large"),
@@ -144,40 +139,14 @@ class Router:
         if request.length and (full := self._queue.full()):
             raise full
 
-    def _check_key(self, request: Request) -> None:
-        """X-API-Key decides when it is not empty, else Authorization: Bearer."""
-        sent = request.headers.get("x-api-key")
-        if not sent:
-            scheme, _, sent = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer":
-                raise _unauthorized("no API key; send it as X-API-Key, or as Authorization: Bearer")
-        given = sent.strip().encode()
-        # Every key is compared, so that the time taken does not tell which one matched.
-        if not sum([hmac.compare_digest(given, key) for key in self._keys]):
-            raise _unauthorized("wrong API key")
-
     def _through_flask(self, request: Request) -> Response:
         """Flask's whole dispatch, with whatever has been added to it."""
-        response = Response()
-
-        def start(
-            status: str, headers: list[tuple[str, str]], *error: object
-        ) -> Callable[[bytes], object]:
-            response.status, response.headers = int(status[:3]), []
-            for name, value in headers:
-                if name.lower() == "content-type":
-                    response.content_type = value
-                elif name.lower() != "content-length":
-                    response.headers.append((name, value))
-            return _no_write
-
-        parts = self._app.wsgi_app(environ_of(request), start)
-        try:
-            response.body = b"".join(parts)
-        finally:
-            if hasattr(parts, "close"):
-                parts.close()
-        return response
+        parts, status, headers = run_wsgi_app(
+            self._app.wsgi_app, environ_of(request), buffered=True
+        )
+        content_type = headers.pop("Content-Type", "application/json")
+        headers.pop("Content-Length", None)
+        return Response(b"".join(parts), int(status[:3]), content_type, [*headers])
 
     # -- other servers and tests
 
@@ -186,14 +155,7 @@ class Router:
         request = request_of(environ)
         response = self.respond(request)
         self.sent(request, response, None)
-        phrase = http.HTTPStatus(response.status).phrase if response.status != 499 else "Gone"
-        headers = [
-            ("Content-Type", response.content_type),
-            ("Content-Length", str(len(response.body))),
-            *response.headers,
-        ]
-        start_response(f"{response.status} {phrase}", headers)
-        return [response.body]
+        return to_flask(response)(environ, start_response)
 
 
 class CheckedFlask(flask.Flask):
@@ -241,17 +203,12 @@ def direct_views(app: flask.Flask) -> dict[tuple[str, str], View]:
     return table
 
 
-def is_preflight(request: Request) -> bool:
-    """Whether a browser asks if it may send a request from another origin; it sends no key then."""
-    return request.method == "OPTIONS" and "access-control-request-method" in request.headers
-
-
 def environ_of(request: Request) -> dict[str, Any]:
     """WSGI's environ of a request (PEP 3333)."""
     environ: dict[str, Any] = {
         "REQUEST_METHOD": "GET" if request.method == "HEAD" else request.method,
         "SCRIPT_NAME": "",
-        "PATH_INFO": request.wsgi_path,
+        "PATH_INFO": unquote_to_bytes(request.target.partition("?")[0]).decode("latin-1"),
         "QUERY_STRING": request.query,
         "CONTENT_TYPE": request.headers.get("content-type", ""),
         "CONTENT_LENGTH": str(len(request.body)),
@@ -276,40 +233,15 @@ def environ_of(request: Request) -> dict[str, Any]:
 
 def request_of(environ: dict[str, Any]) -> Request:
     """A request from WSGI's environ."""
-    headers = {
-        name[5:].replace("_", "-").lower(): value
-        for name, value in environ.items()
-        if name.startswith("HTTP_")
-    }
-    headers |= {
-        name.replace("_", "-").lower(): environ[name]
-        for name in ("CONTENT_TYPE", "CONTENT_LENGTH")
-        if environ.get(name)
-    }
     body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     query = environ.get("QUERY_STRING", "")
     return Request(
         method=environ["REQUEST_METHOD"],
         target=quote(environ["PATH_INFO"].encode("latin-1")) + (f"?{query}" if query else ""),
         path=environ["PATH_INFO"].encode("latin-1").decode(errors="replace"),
-        headers=headers,
+        headers={name.lower(): value for name, value in EnvironHeaders(environ)},
         body=body,
         length=len(body),
         client=environ.get("REMOTE_ADDR", "-"),
         arrived=time.perf_counter(),
     )
-
-
-def _with_id(response: Response, request: Request) -> Response:
-    """Add the headers that every response has."""
-    response.headers.append(("X-Request-Id", request.id))
-    return response
-
-
-def _unauthorized(message: str) -> HttpError:
-    return HttpError(401, "authentication", message, headers={"WWW-Authenticate": "Bearer"})
-
-
-def _no_write(data: bytes) -> object:
-    """PEP 3333's old way to send a body, which Flask does not use."""
-    raise NotImplementedError

@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 from embeddings import TextEmbedder, TextEmbedding
 from engine.errors import DeadlineExceeded, InvalidInput, ModalityNotSupported, ModelNotReady
 from engine.models import Models
-from image_embeddings import ImageEmbedder, ImageEmbedding
 from server.messages import current
 from server.tasks import in_thread
+
+if TYPE_CHECKING:  # main.py imports Pillow only for a model that takes pictures
+    from image_embeddings import ImageEmbedder, ImageEmbedding
 
 T = TypeVar("T")
 
@@ -18,7 +20,7 @@ class Embedders(NamedTuple):
     """What a loaded model embeds with."""
 
     texts: TextEmbedder
-    images: ImageEmbedder | None
+    images: "ImageEmbedder | None"
 
 
 class Waiting(TypedDict):
@@ -65,7 +67,7 @@ class Service:
 
     def embed_images(
         self, images: Sequence[bytes], path: str, model: str | None, dimensions: int | None
-    ) -> tuple[ImageEmbedder, list[ImageEmbedding]]:
+    ) -> "tuple[ImageEmbedder, list[ImageEmbedding]]":
         """Embed pictures, in a thread: one of few bytes may have many pixels.
 
         Args:
@@ -78,7 +80,7 @@ class Service:
 
         def embed(
             embedders: Embedders, waiting: Waiting
-        ) -> tuple[ImageEmbedder, list[ImageEmbedding]]:
+        ) -> "tuple[ImageEmbedder, list[ImageEmbedding]]":
             assert (embedder := embedders.images)  # its manifest says so
             return embedder, in_thread(
                 lambda: embedder.embed(images, **waiting, dimensions=dimensions)

@@ -13,7 +13,8 @@ from email.utils import formatdate
 from typing import Protocol, cast
 
 from server.framing import Framer
-from server.messages import HttpError, Limits, Request, Response
+from server.limits import Limits
+from server.messages import Application, HttpError, Request, Response
 
 _UNREAD = 65_536  # bytes that may wait behind the request that is worked on
 _ONE_WRITE = 16_384  # bytes of a body that is sent together with its head
@@ -27,6 +28,7 @@ _LOOK_AGAIN = 0.1  # seconds for which an idle connection stays whose client has
 class Owner(Protocol):
     """What a connection needs of its worker."""
 
+    wsgi: Application
     limits: Limits
     held: int  # bytes of requests that are not answered yet, of all connections
 
@@ -36,12 +38,6 @@ class Owner(Protocol):
 
     def work_on(self, request: Request, then: Callable[[Response], None]) -> None:
         """Have the application answer; `then` gets the response, now or later."""
-
-    def refuse(self, request: Request, error: HttpError) -> Response: ...
-
-    def sent(self, request: Request, response: Response, error: HttpError | None) -> None: ...
-
-    def dropped(self, request: Request) -> None: ...
 
     def make_room(self) -> None:
         """`held` is over its limit: refuse the largest requests that are incomplete."""
@@ -166,20 +162,18 @@ class Connection(asyncio.Protocol):
         self._phase_ends, self._in_body, self.deadline = 0.0, False, float("inf")
         self._request = request
         look = time.monotonic() + GONE_AFTER
-        request.is_gone = lambda: self._lost or (
-            self._ended is not None and time.monotonic() > look
-        )
+        request.gone = lambda: self._lost or (self._ended is not None and time.monotonic() > look)
         self._owner.work_on(request, functools.partial(self._respond, request))
 
     def _respond(self, request: Request, response: Response) -> None:
         """Send the response to the request that was worked on."""
         if self._request is not request:  # `end_with` has answered it
-            self._owner.dropped(request)
+            self._owner.wsgi.dropped(request)
             return
         self._request = None
         keep = request.keep_alive and self._owner.keeps_connections()
         self._send(request, response, keep)
-        self._owner.sent(request, response, None)
+        self._owner.wsgi.sent(request, response, None)
         if not keep:
             self.close()
         elif self._unread or self._ended is not None or self._framer.pending:
@@ -213,9 +207,9 @@ class Connection(asyncio.Protocol):
     def refuse(self, error: HttpError, request: Request | None = None) -> None:
         """Answer in place of the application, and close."""
         request, self._request = request or self._framer.partial(), None
-        response = self._owner.refuse(request, error)
+        response = self._owner.wsgi.refuse(request, error)
         self._send(request, response, keep=False)
-        self._owner.sent(request, response, error)
+        self._owner.wsgi.sent(request, response, error)
         self.close()
 
     # -- a response
@@ -297,16 +291,13 @@ class Connection(asyncio.Protocol):
 
     def expire(self, now: float) -> None:
         """Its deadline has passed."""
-        if not self._closing and self._transport.get_write_buffer_size():
-            left = self._left()
-            if left != self._taken:
-                self._taken, self._stalled_since = left, now
-            if now - self._stalled_since < self._limits.send_timeout:
-                self.deadline = now + _PROGRESS_EVERY
-                return
+        left = self._left()
+        if left[0] and left != self._taken:
+            self._taken, self._stalled_since = left, now
+        if left[0] and now - self._stalled_since < self._limits.send_timeout:
+            self.deadline = now + _PROGRESS_EVERY
+        elif left[0] or self._closing:
             self._transport.abort()
-        elif self._closing:
-            self._expire_closing(now)
         elif self.receiving:
             limits = self._limits
             message = f"nothing more of the request arrived for {limits.receive_timeout:g} s"
@@ -319,16 +310,6 @@ class Connection(asyncio.Protocol):
             self.deadline = max(self._idle_until, now + _LOOK_AGAIN)
         else:
             self.close()
-
-    def _expire_closing(self, now: float) -> None:
-        """Abort a half-closed connection, unless the client still takes its response."""
-        left = self._left()
-        if left[0] and left != self._taken:
-            self._taken, self._stalled_since = left, now
-        if left[0] and now - self._stalled_since < self._limits.send_timeout:
-            self.deadline = now + _PROGRESS_EVERY
-        else:
-            self._transport.abort()
 
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
@@ -351,8 +332,8 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         with contextlib.suppress(OSError):
             self._transport.write_eof()
+        self._watch_progress()
         self.deadline = time.monotonic() + self._limits.close_timeout
-        self._taken, self._stalled_since = self._left(), time.monotonic()
 
 
 @functools.cache

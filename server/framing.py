@@ -7,7 +7,8 @@ import time
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
 
-from server.messages import HttpError, Limits, Request, decoded_path
+from server.limits import Limits
+from server.messages import HttpError, Request, decoded_path
 
 # Fields that must not be repeated: two readers of such a request could see two different ones.
 _SINGLE = frozenset(

@@ -4,26 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import unquote
 
 OWN = "warm-up"  # the `client` of the worker's own requests, which are not counted or logged
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a connection may take of the server. Times are seconds, sizes are bytes."""
-
-    max_body: int = 33_554_432
-    max_head: int = 32_768  # request line and header fields together
-    max_fields: int = 64
-    max_field: int = 8_190  # one header field, and the request target
-    head_timeout: float = 10.0  # for a whole head, from its first byte
-    body_timeout: float = 120.0  # for a whole body, from the end of the head
-    receive_timeout: float = 3.0  # without a byte in the middle of a request
-    send_timeout: float = 30.0  # in which a client takes nothing of its response
-    close_timeout: float = 2.0  # for a client to close its side after the last response
-    keepalive: float = 75.0  # for an idle connection
-    held_bodies: int = 4  # memory for requests that are not answered, in bodies of `max_body`
 
 
 class HttpError(Exception):
@@ -63,11 +46,8 @@ class Request:
     arrived: float = 0.0  # `time.perf_counter` at its last byte
     keep_alive: bool = False  # whether the client wants the connection kept
     id: str = ""  # of this request, set by the application
-    is_gone: Callable[[], bool] = lambda: False
-
-    def gone(self) -> bool:
-        """Whether the client has closed the connection, so that nobody waits for a response."""
-        return self.is_gone()
+    # Whether the client has closed the connection, so that nobody waits for a response.
+    gone: Callable[[], bool] = lambda: False
 
     @property
     def query(self) -> str:
@@ -78,11 +58,6 @@ class Request:
     def media_type(self) -> str:
         """Content-Type without its parameters, in lower case; empty when there is none."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-    @property
-    def wsgi_path(self) -> str:
-        """The path as WSGI's PATH_INFO has it: bytes as Latin-1."""
-        return unquote_to_bytes(self.target.partition("?")[0]).decode("latin-1")
 
 
 def decoded_path(target: str) -> str:

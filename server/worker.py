@@ -17,7 +17,8 @@ import uvloop
 from gunicorn.workers.base import Worker as BaseWorker
 
 from server.connection import Connection
-from server.messages import OWN, Application, HttpError, Limits, Request, Response
+from server.limits import Limits
+from server.messages import OWN, Application, HttpError, Request, Response
 from server.spread import Spread
 from server.tasks import Tasks
 
@@ -212,18 +213,6 @@ class Worker(BaseWorker):  # type: ignore[misc]  # gunicorn has no types
                 self.log.info("starting anew after this request")
                 self._drain()
         self._tasks.run(functools.partial(self.wsgi.respond, request), then)
-
-    def refuse(self, request: Request, error: HttpError) -> Response:
-        """An error of the server's own, in the client's dialect."""
-        return self.wsgi.refuse(request, error)
-
-    def sent(self, request: Request, response: Response, error: HttpError | None) -> None:
-        """A response has been handed to its connection."""
-        self.wsgi.sent(request, response, error)
-
-    def dropped(self, request: Request) -> None:
-        """A response came after the request had been refused."""
-        self.wsgi.dropped(request)
 
     # -- time
 

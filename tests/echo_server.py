@@ -13,10 +13,10 @@ from servers import ROOT, START_TIMEOUT, free_port
 
 @contextlib.contextmanager
 def serve_echo(folder: pathlib.Path, **limits: float) -> Iterator[tuple[str, int]]:
-    """The server with an application that echoes, and these limits (server.messages.Limits)."""
+    """The server with an application that echoes, and these limits (server.limits.Limits)."""
     port, config = free_port(), folder / f"gunicorn-{len(list(folder.iterdir()))}.py"
     config.write_text(
-        "from server.messages import Limits\n"
+        "from server.limits import Limits\n"
         "from server.worker import Worker\n"
         f"Worker.limits = Limits(**{limits!r})\n"
         "worker_class, keepalive = Worker, 75\n"

@@ -201,7 +201,10 @@ def test_the_queue_is_seen_while_it_waits(models_dir: pathlib.Path) -> None:
     batch, chunks = {"texts": ["word " * 239 + str(at) for at in range(10)]}, labelled(
         "chunks_total", model=NAME
     )
-    with serve(models_dir, PRECISION="fp32", INFERENCE_THREADS="1") as server:
+    # On a busy machine the work would else be refused as more than 10 s of it.
+    with serve(
+        models_dir, PRECISION="fp32", INFERENCE_THREADS="1", MAX_QUEUE_SECONDS="3600"
+    ) as server:
         before = scrape(server)[chunks]
         with ThreadPoolExecutor(10) as pool:
             answers = [pool.submit(server.post, "/embeddings/batch", batch) for _ in range(10)]
@@ -306,7 +309,10 @@ def await_heir(server: Server, victim: int, workers: int) -> None:
 
 
 def test_a_worker_killed_at_work_leaves_nothing_in_flight(models_dir: pathlib.Path) -> None:
-    with serve(models_dir, PRECISION="fp32", INFERENCE_THREADS="1") as server:
+    # On a busy machine the work would else be refused as more than 10 s of it.
+    with serve(
+        models_dir, PRECISION="fp32", INFERENCE_THREADS="1", MAX_QUEUE_SECONDS="3600"
+    ) as server:
         (victim,) = children(server)
         with contextlib.ExitStack() as stack:
             body = json.dumps({"texts": ["word " * 239 + str(at) for at in range(100)]}).encode()

@@ -143,6 +143,22 @@ def test_serving_imports_no_torch_transformers_or_sentence_transformers(
     assert not (heavy | {"torchvision"}) & set(modules)
     # Half of the start, where it is not needed.
     assert ("openvino" in modules) == (pictures or not encoder_engine.available())
+    assert ("PIL" in modules) == pictures
+
+
+def test_garbage_is_collected_again_once_gunicorn_is_ready(models_dir: pathlib.Path) -> None:
+    program = (
+        "import gc, runpy, unittest.mock\n"
+        "before = gc.isenabled()\n"
+        "config = runpy.run_path('gunicorn.conf.py')\n"
+        "config['when_ready'](unittest.mock.Mock())\n"
+        "print(before, gc.isenabled(), gc.get_freeze_count() > 10_000)"
+    )
+    environ = {**os.environ, "MODELS_DIR": str(models_dir)}
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environ, capture_output=True, check=True
+    )
+    assert out.stdout.split() == [b"True", b"True", b"True"]
 
 
 def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) -> tuple[int, str]:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from servers import KEY, Server, serve, wait_ready
 
-from server.messages import Limits
+from server.limits import Limits
 
 LIMITS = Limits()
 RECEIVE_TIMEOUT, CLOSE_TIMEOUT = LIMITS.receive_timeout, LIMITS.close_timeout

@@ -1,0 +1,11 @@
+"""The headers that the application adds to every response, errors too. (`server/connection.py` adds
+Server, Date, Connection and Content-Length.)
+"""
+
+from server.messages import Request, Response
+
+
+def add_headers(response: Response, request: Request) -> Response:
+    """Returns: the response, with the headers that every one has."""
+    response.headers.append(("X-Request-Id", request.id))
+    return response
