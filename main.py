@@ -109,11 +109,11 @@ class Application:
         self.respond, self.refuse = self._router.respond, self._router.refuse
         self.sent, self.dropped = self._router.sent, self._router.dropped
         self.flask.check = self._router.check
-        self.queue.start()
         if loop:
             self.queue.attach(loop.call_soon)
             loop.when_readable(self.queue.fileno(), self.queue.collect)
         else:
+            self.queue.start()
             atexit.register(self.close)
         # Not a daemon: OpenVINO aborts a process that exits while it compiles.
         threading.Thread(target=self._load, name="load-models").start()
