@@ -18,13 +18,14 @@ import settings as configuration
 from api import docs, health, images, logs, metrics, native, openai, tei
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service
-from embeddings import Float32, TextEmbedder, TextLimits, VectorCache
+from embeddings import Float32, TextEmbedder, VectorCache
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
 from engine.choice import text_engine
 from engine.errors import BundleError, EmbedderError
 from engine.models import Models
 from engine.queue import Queue
-from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
+from image_embeddings import ImageEmbedder, probe_picture
+from limits import ImageLimits, TextLimits
 from server import tasks
 from server.messages import Loop
 from settings import Settings
@@ -40,7 +41,6 @@ WIDEN_AFTER = 1.0
 PROBE_TIMEOUT = 60  # seconds; a short REQUEST_TIMEOUT must not end the start on a busy machine
 # Requests of its own with which a worker begins: Python specialises code that has run eight times.
 WARM_UP_REQUESTS = 20
-_NO_LIMITS = ImageLimits(1, 1 << 30, 1 << 30, 1 << 30)
 
 
 class Application:
@@ -288,7 +288,7 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> Ima
         settings.max_request_tokens,
     )
     # The probe passes whatever limits were set.
-    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, _NO_LIMITS)
+    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
     (embedding,) = probe.embed([probe_picture()], deadline=time.monotonic() + PROBE_TIMEOUT)
     expected = bundle.manifest.image_probe or []
     _check_probe(bundle, precision, "probe picture", expected, embedding.vector)

@@ -15,7 +15,7 @@ from typing import Any
 import main
 import settings as configuration
 from api.service import Embedders
-from embeddings import TextEmbedder, TextLimits
+from embeddings import TextEmbedder
 from engine.bundle import Bundle, Precision, discover
 from engine.choice import text_engine
 from engine.models import Models
@@ -23,6 +23,7 @@ from engine.openvino_backend import available_precisions
 from engine.protocol import Engine
 from engine.queue import Queue
 from image_embeddings import ImageEmbedder
+from limits import TextLimits
 from loadtest.client import Result
 from loadtest.loads import IMAGES, Load, exact_texts, images, texts
 from loadtest.reference import Reference
@@ -123,8 +124,7 @@ def ceilings(options: Settings, bundle: Bundle, loads: dict[str, Load]) -> dict[
         pad_left=pad_left,
         streams=options.inference_threads,
     )
-    limits = TextLimits(1 << 30, 1 << 30, 1 << 30)
-    embedder = TextEmbedder(bundle, tokenizer, engine, make_queue(options), limits)
+    embedder = TextEmbedder(bundle, tokenizer, engine, make_queue(options), TextLimits())
     made = {}
     for name, load in loads.items():
         chunks: list[list[Int64]] = []
