@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bake import BakeError, refusing, stage
-from bake.samples import Modality, Sample
+from bake.samples import Sample
 from bake.source import pools_at_the_end
 from embeddings import TextEmbedder
-from engine.bundle import PARITY_FLOOR, Bundle, Parity, Precision
+from engine.bundle import PARITY_FLOOR, Bundle, Modality, Parity, Precision
 from engine.encoder import encoder_engine
 from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine, available_precisions
 from engine.queue import Queue
