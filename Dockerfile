@@ -18,7 +18,7 @@ WORKDIR /app
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements.txt requirements-serve.txt ./
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -r requirements.txt
-COPY bake_model.py embeddings.py tokens.py chunks.py image_embeddings.py ./
+COPY bake_model.py embeddings.py tokens.py chunks.py image_embeddings.py limits.py ./
 COPY bake bake
 COPY engine engine
 RUN python -m engine.encoder.build
@@ -68,7 +68,7 @@ COPY --from=packages /opt/venv /opt/venv
 WORKDIR /app
 COPY --from=bake /app/models models
 COPY main.py settings.py gunicorn.conf.py embeddings.py tokens.py chunks.py image_embeddings.py \
-    benchmark_embeddings.py ./
+    limits.py benchmark_embeddings.py ./
 COPY engine engine
 COPY --from=bake /app/engine/encoder/encoder.so engine/encoder/
 COPY api api

@@ -12,19 +12,13 @@ from tokenizers import Tokenizer
 
 from chunks import Chunk, Chunker, Side
 from engine.bundle import Bundle, Manifest
-from engine.errors import InputTooLarge, InvalidInput
+from engine.errors import InvalidInput
 from engine.protocol import Engine
 from engine.queue import Queue
+from limits import TextLimits
 from tokens import Int64, TextTokenizer, Token, tokens_of
 
 Float32 = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class TextLimits:
-    max_texts: int  # texts of a request
-    max_text_bytes: int  # bytes of a text, as UTF-8
-    max_request_tokens: int  # tokens of all chunks, special tokens and prompts included
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +197,13 @@ class TextEmbedder:
         self, texts: Sequence[str], *, prompt_name: str | None = None, add_special_tokens: bool
     ) -> list[list[Token]]:
         """Each text's tokens and its prompt's, uncut. Raises: InvalidInput, InputTooLarge."""
-        self._check(texts)
+        self.limits.check(texts)
         prompt = self._prompt(prompt_name)
         results, total = [], 0
         for index, text in enumerate(texts):
             encoding = self._tokenizer.encode(prompt + text, add_special_tokens)
-            total = self._add_tokens(total, len(encoding), index)
+            total += len(encoding)
+            self.limits.check_tokens(total, index)
             results.append(tokens_of(encoding, text, prompt))
         return results
 
@@ -216,7 +211,7 @@ class TextEmbedder:
         self, texts: Sequence[str], *, prompt_name: str | None = None, truncate: Side | None = None
     ) -> list[list[Chunk]]:
         """Each text's chunks. Raises: InvalidInput, InputTooLarge, at the first wrong text."""
-        self._check(texts)
+        self.limits.check(texts)
         prompt = self._prompt(prompt_name)
         results, total = [], 0
         for index, text in enumerate(texts):
@@ -225,27 +220,10 @@ class TextEmbedder:
             except InvalidInput as error:
                 error.index = index
                 raise
-            total = self._add_tokens(total, sum(chunk.tokens for chunk in pieces), index)
+            total += sum(chunk.tokens for chunk in pieces)
+            self.limits.check_tokens(total, index)
             results.append(pieces)
         return results
-
-    def _check(self, texts: Sequence[str]) -> None:
-        check_count(len(texts), "text", self.limits.max_texts, "MAX_TEXTS_PER_BATCH")
-        limit = self.limits.max_text_bytes
-        for index, text in enumerate(texts):
-            if not text or text.isspace():
-                raise InvalidInput("text is empty or only white space", index)
-            size = len(text) if text.isascii() else len(text.encode())
-            if size > limit:
-                message = f"text has {size} bytes; the limit is {limit} (MAX_TEXT_SIZE)"
-                raise InputTooLarge(message, index)
-
-    def _add_tokens(self, total: int, tokens: int, index: int) -> int:
-        total, limit = total + tokens, self.limits.max_request_tokens
-        if total > limit:
-            message = f"{total} tokens up to here; a request may have {limit} (MAX_REQUEST_TOKENS)"
-            raise InputTooLarge(message, index)
-        return total
 
     def _prompt(self, name: str | None) -> str:
         prompts = self.manifest.prompts
@@ -263,14 +241,6 @@ def check_dimensions(dimensions: int | None, manifest: Manifest) -> None:
     if dimensions is not None and not 1 <= dimensions <= manifest.dimensions:
         message = f"dimensions is {dimensions}; this model takes 1 to {manifest.dimensions}"
         raise InvalidInput(message, field="dimensions")
-
-
-def check_count(count: int, noun: str, limit: int, setting: str) -> None:
-    """Raises: InvalidInput unless a request's number of inputs is from 1 to `limit`."""
-    if not count:
-        raise InvalidInput(f"no {noun}; send at least one")
-    if count > limit:
-        raise InvalidInput(f"{count} {noun}s; the limit is {limit} ({setting})")
 
 
 def shorten_and_scale(

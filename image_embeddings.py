@@ -24,11 +24,12 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
-from embeddings import Float32, check_count, check_dimensions, shorten_and_scale
+from embeddings import Float32, check_dimensions, shorten_and_scale
 from engine.bundle import Bundle, Preprocessing
-from engine.errors import DeadlineExceeded, EmbedderError, InputTooLarge, InvalidInput
+from engine.errors import DeadlineExceeded, EmbedderError, InvalidInput
 from engine.protocol import Engine
 from engine.queue import Queue
+from limits import ImageLimits
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -61,16 +62,8 @@ _OTHERS = (
     (b"PK\3\4", "a ZIP archive"),
 )
 
-# Turn off Pillow's own limit, which warns. `open_picture` checks MAX_IMAGE_PIXELS instead.
+# Turn off Pillow's own limit, which warns: limits.py has ours.
 Image.MAX_IMAGE_PIXELS = None
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    max_images: int  # pictures of a request
-    max_image_bytes: int  # bytes of a picture's file
-    max_image_pixels: int  # width times height of a picture
-    max_request_tokens: int  # cost of a request's pictures together
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,32 +117,16 @@ class ImageEmbedder:
         """
         check_dimensions(dimensions, self.manifest)
         cost = self.preprocessing.tokens
-        self._check(images, cost)
+        self.limits.check(images, cost)
         pixels = [self._prepare(data, index, deadline) for index, data in enumerate(images)]
         costs = [cost] * len(pixels)
         vectors = self._queue.submit(self._engine, pixels, costs, deadline, gone)
         unit = self.manifest.normalized if normalize is None else normalize
         return [ImageEmbedding(row, cost) for row in shorten_and_scale(vectors, dimensions, unit)]
 
-    def _check(self, images: Sequence[bytes], cost: int) -> None:
-        limits, total = self.limits, len(images) * cost
-        check_count(len(images), "picture", limits.max_images, "MAX_IMAGES_PER_BATCH")
-        if total > limits.max_request_tokens:
-            raise InputTooLarge(
-                f"{len(images)} pictures cost {total} tokens; a request may have "
-                f"{limits.max_request_tokens} (MAX_REQUEST_TOKENS)"
-            )
-        for index, data in enumerate(images):
-            if len(data) > limits.max_image_bytes:
-                raise InputTooLarge(
-                    f"picture has {len(data)} bytes; the limit is {limits.max_image_bytes} "
-                    "(MAX_IMAGE_SIZE)",
-                    index,
-                )
-
     def _prepare(self, data: bytes, index: int, deadline: float) -> UInt8:
         with _decoding(index):
-            picture = open_picture(data, self.limits.max_image_pixels)
+            picture = open_picture(data, self.limits)
             width, height = drafted_size(picture, self.preprocessing)
             large = width * height > LARGE_PICTURE_PIXELS
             turn = self._large if large else self._small
@@ -176,27 +153,17 @@ def _decoding(index: int) -> Iterator[None]:
         raise InvalidInput(f"picture cannot be decoded: {what}", index) from None
 
 
-def open_picture(data: bytes, max_pixels: int) -> Image.Image:
+def open_picture(data: bytes, limits: ImageLimits) -> Image.Image:
     """Recognise a picture by its content and check its header. Its pixels are decoded later.
-
-    Args:
-        max_pixels: most width times height.
 
     Raises: InvalidInput for other formats, named where they are known; InputTooLarge; what Pillow
     raises on a broken file.
     """
-    if not data:
-        raise InvalidInput("picture is empty")
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise InvalidInput(_not_a_picture(data)) from None
-    width, height = picture.size
-    if width * height > max_pixels:
-        raise InputTooLarge(
-            f"picture has {width} x {height} pixels; the limit is {max_pixels} in all "
-            "(MAX_IMAGE_PIXELS)"
-        )
+    limits.check_pixels(picture.size)
     if picture.format == "PNG":
         picture.verify()  # decoding alone does not verify the checksums of the pixels
         picture = Image.open(io.BytesIO(data), formats=("PNG",))
@@ -238,15 +205,15 @@ def drafted_size(picture: Image.Image, preprocessing: Preprocessing) -> tuple[in
     """Width and height at which a picture is decoded. A JPEG can be decoded at 1/2, 1/4 and 1/8 of
     its size (Pillow's draft mode) in a fraction of the time and memory.
     """
-    if not isinstance(picture, JpegImagePlugin.JpegImageFile):
-        return picture.size
-    scale = _draft_scale(picture.size, preprocessing)
+    scale = _draft_scale(picture, preprocessing)
     return math.ceil(picture.width / scale), math.ceil(picture.height / scale)
 
 
-def _draft_scale(size: tuple[int, int], preprocessing: Preprocessing) -> int:
-    wanted = resized_size(size, preprocessing)
-    room = min(size[0] / wanted[0], size[1] / wanted[1]) / DRAFT_MARGIN
+def _draft_scale(picture: Image.Image, preprocessing: Preprocessing) -> int:
+    if not isinstance(picture, JpegImagePlugin.JpegImageFile):
+        return 1
+    width, height = resized_size(picture.size, preprocessing)
+    room = min(picture.width / width, picture.height / height) / DRAFT_MARGIN
     return next((scale for scale in (8, 4, 2) if room >= scale), 1)
 
 
@@ -268,10 +235,9 @@ def preprocess(picture: Image.Image, preprocessing: Preprocessing) -> UInt8:
     size = picture.size
     width, height = resized_size(size, preprocessing)
     extent: tuple[float, float] = size  # of the whole picture, in decoded pixels
-    if isinstance(picture, JpegImagePlugin.JpegImageFile):
-        scale = _draft_scale(size, preprocessing)
-        if drafted := scale > 1 and picture.draft(None, (size[0] // scale, size[1] // scale)):
-            extent = drafted[1][2:]
+    scale = _draft_scale(picture, preprocessing)
+    if drafted := scale > 1 and picture.draft(None, (size[0] // scale, size[1] // scale)):
+        extent = drafted[1][2:]
     rgb = to_rgb(picture)
     crop_height, crop_width = preprocessing.crop or (height, width)
     left, top = (width - crop_width) // 2, (height - crop_height) // 2

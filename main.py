@@ -8,7 +8,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from wsgiref.types import StartResponse
 
@@ -19,12 +19,13 @@ from api import docs, health, images, logs, metrics, native, openai, tei
 from api.auth import KeyCheck
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service
-from embeddings import Float32, TextEmbedder, TextLimits, VectorCache
+from embeddings import Float32, TextEmbedder, VectorCache
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
 from engine.choice import text_engine
 from engine.errors import BundleError, EmbedderError
 from engine.models import Models
 from engine.queue import Queue
+from limits import ImageLimits, TextLimits
 from server import tasks
 from server.messages import Loop
 from settings import Settings
@@ -84,11 +85,11 @@ class Application:
         self.respond, self.refuse = self._router.respond, self._router.refuse
         self.sent, self.dropped = self._router.sent, self._router.dropped
         self.flask.check = self._router.check
-        self.queue.start()
         if loop:
             self.queue.attach(loop.call_soon)
             loop.when_readable(self.queue.fileno(), self.queue.collect)
         else:
+            self.queue.start()
             atexit.register(self.close)
         # Not a daemon: OpenVINO aborts a process that exits while it compiles.
         threading.Thread(target=self._load, name="load-models").start()
@@ -280,7 +281,7 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
     """
     # Here, since Pillow and OpenVINO cost time and memory that a model of texts may do without.
     from engine.openvino_backend import OpenVINOImageEngine, choose_precision
-    from image_embeddings import ImageEmbedder, ImageLimits, probe_picture
+    from image_embeddings import ImageEmbedder, probe_picture
 
     precision = choose_precision(settings.precision, bundle)
     engine = OpenVINOImageEngine(bundle, precision, streams=settings.inference_threads)
@@ -291,8 +292,7 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
         settings.max_request_tokens,
     )
     # The probe passes whatever limits were set.
-    no_limits = ImageLimits(1, 1 << 30, 1 << 30, 1 << 30)
-    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, no_limits)
+    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
     (embedding,) = probe.embed([probe_picture()], deadline=time.monotonic() + PROBE_TIMEOUT)
     expected = bundle.manifest.image_probe or []
     _check_probe(bundle, precision, "probe picture", expected, embedding.vector)

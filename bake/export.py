@@ -15,11 +15,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from bake import refusing, stage
 from bake.rewrite import fold_scales, shrink_masks, unpadded
-from bake.samples import PROBE_TEXT, Modality
+from bake.samples import PROBE_TEXT
 from bake.source import modules, pools_at_the_end
-from engine.bundle import IMAGE_GRAPH, TEXT_GRAPH, Precision, Preprocessing
+from engine.bundle import Modality, Precision, Preprocessing, graph_file
 
-_GRAPHS = {"text": TEXT_GRAPH, "image": IMAGE_GRAPH}
 _TRACING = {"text": "tracing to OpenVINO", "image": "tracing the image tower to OpenVINO"}
 _COMPRESSING = {"text": "compressing weights to int8", "image": "compressing its weights to int8"}
 
@@ -133,16 +132,16 @@ def export(
 
     Returns: the names of the files.
     """
-    graphs = _GRAPHS[modality]
+    traced = folder / graph_file(modality, "fp32")
     with stage(_TRACING[modality]):
-        files = _save(trace(), folder / graphs["fp32"])
+        files = _save(trace(), traced)
     if "int8" in precisions:
         with stage(_COMPRESSING[modality]), open(os.devnull, "w") as nowhere:
             nncf.set_log_level(logging.ERROR)
             with contextlib.redirect_stdout(nowhere):
-                graph = ov.Core().read_model(folder / graphs["fp32"])
+                graph = ov.Core().read_model(traced)
                 small = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-            files += _save(small, folder / graphs["int8"])
+            files += _save(small, folder / graph_file(modality, "int8"))
     return files
 
 

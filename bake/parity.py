@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bake import BakeError, refusing, stage
-from bake.samples import Modality, Sample
+from bake.samples import Sample
 from bake.source import pools_at_the_end
-from embeddings import TextEmbedder, TextLimits
-from engine.bundle import PARITY_FLOOR, Bundle, Parity, Precision
+from embeddings import TextEmbedder
+from engine.bundle import PARITY_FLOOR, Bundle, Modality, Parity, Precision
 from engine.encoder import encoder_engine
 from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine, available_precisions
 from engine.queue import Queue
-from image_embeddings import ImageEmbedder, ImageLimits
+from image_embeddings import ImageEmbedder
+from limits import ImageLimits, TextLimits
 from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
@@ -108,18 +109,15 @@ def measure(bundle: Bundle, engine: Any, sample: Sample) -> Parity:
 
 def _embed(bundle: Bundle, engine: Any, sample: Sample) -> Float32:
     """Embed the sample as serving does, in batches of mixed lengths."""
-    count, unlimited = len(sample.inputs), 1 << 40
     queue = Queue(
-        max_batch_size=BATCH, max_batch_tokens=BATCH_TOKENS, max_queue_tokens=unlimited, threads=1
+        max_batch_size=BATCH, max_batch_tokens=BATCH_TOKENS, max_queue_tokens=1 << 40, threads=1
     )
     embedder: TextEmbedder | ImageEmbedder
     if sample.modality == "text":
-        text_limits = TextLimits(count, unlimited, unlimited)
         tokenizer, _, _ = load_tokenizer(bundle)
-        embedder = TextEmbedder(bundle, tokenizer, engine, queue, text_limits)
+        embedder = TextEmbedder(bundle, tokenizer, engine, queue, TextLimits())
     else:
-        image_limits = ImageLimits(count, unlimited, unlimited, unlimited)
-        embedder = ImageEmbedder(bundle, engine.preprocessing, engine, queue, image_limits)
+        embedder = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
     queue.start()
     try:
         embedded = embedder.embed(sample.inputs, deadline=time.monotonic() + A_DAY)

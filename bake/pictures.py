@@ -12,6 +12,7 @@ from PIL import Image
 from bake import BakeError, refusing
 from engine.bundle import Preprocessing
 from image_embeddings import open_picture, preprocess, to_rgb
+from limits import ImageLimits
 
 # Most mean difference to the processor's pixels, on a scale of 0 to 255.
 PIXEL_TOLERANCE = 1.0
@@ -87,7 +88,7 @@ def check_processor(model: Any, preprocessing: Preprocessing, pictures: Sequence
     for data, picture in zip(pictures, opened(model, pictures)):
         with refusing("its own processor fails on a picture"):
             own = np.asarray(model.preprocess([picture])["pixel_values"], np.float32)
-        pixels = preprocess(open_picture(data, 1 << 30), preprocessing)
+        pixels = preprocess(open_picture(data, ImageLimits()), preprocessing)
         ours = preprocessing.normalize(pixels[np.newaxis])
         step = preprocessing.scale / np.array(preprocessing.std)[:, None, None]
         off = float(np.abs((own - ours) / step).mean()) if own.shape == ours.shape else math.inf

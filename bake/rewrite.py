@@ -25,7 +25,7 @@ import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 from openvino import opset13 as ops
 
-from engine.openvino_backend import packing as unpadded_inputs
+from engine.openvino_backend import unpadded_inputs
 
 _QUERY, _MASK, _SCALE = 0, 3, 4  # inputs of ScaledDotProductAttention
 _MOVING = ("Transpose", "Reshape")  # change no value

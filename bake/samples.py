@@ -1,17 +1,17 @@
 """The texts and pictures whose vectors are compared with sentence-transformers'."""
 
+import bisect
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from bake import BakeError
-
-Modality = Literal["text", "image"]
+from engine.bundle import Modality
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 # Lengths are spread evenly up to this many tokens and sparsely above: 120 texts spread evenly over
@@ -82,17 +82,11 @@ def beginning(text: str, tokenizer: Any, prompt: str, length: int) -> str:
     tokens; "a" where that is white space, or the first character has more.
     """
 
-    def fits(characters: int) -> bool:
-        return len(tokenizer.encode(prompt + text[:characters]).ids) <= length
+    def tokens(characters: int) -> int:
+        return len(tokenizer.encode(prompt + text[:characters]).ids)
 
-    low, high = 1, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return text[:low] if text[:low].strip() and fits(low) else "a"
+    most = bisect.bisect_right(range(1, len(text) + 1), length, key=tokens)
+    return text[:most] if text[:most].strip() else "a"
 
 
 def sample_pictures() -> list[bytes]:

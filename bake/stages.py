@@ -59,7 +59,7 @@ def bake(options: Options) -> Bundle:
             (folder / bundles.PREPROCESSING).write_bytes(steps)
             files.append(bundles.PREPROCESSING)
         manifest = _manifest(options, model, samples)
-        manifest.files = bundles.fingerprint(folder, files)
+        manifest.files = {name: bundles.fingerprint(folder / name) for name in files}
         manifest.encoder = weights.describe(model, tokenizer, folder / "text.xml")
         certify(Bundle(folder, manifest), samples)
         return manifest

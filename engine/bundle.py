@@ -8,7 +8,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -22,17 +22,17 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPLACED = "replaced"  # .NAME.replaced: the earlier bundle, while the new one is moved in
 PREPROCESSING = "preprocess.json"
+Modality = Literal["text", "image"]
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 # Smallest cosine to sentence-transformers' own vector at which a bundle may be written and served.
 PARITY_FLOOR: dict[Precision, float] = {"fp32": 0.9999, "bf16": 0.9998, "int8": 0.99}
-TEXT_GRAPH: dict[Precision, str] = {"fp32": "text.xml", "bf16": "text.xml", "int8": "text-int8.xml"}
-IMAGE_GRAPH: dict[Precision, str] = {
-    "fp32": "image.xml",
-    "bf16": "image.xml",
-    "int8": "image-int8.xml",
-}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def graph_file(modality: Modality, precision: Precision) -> str:
+    """Name of the graph that a precision runs; its weights have the same name with .bin."""
+    return f"{modality}-int8.xml" if precision == "int8" else f"{modality}.xml"
 
 
 class File(msgspec.Struct, forbid_unknown_fields=True):
@@ -121,7 +121,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     source: str
     revision: str | None
     created: str  # ISO 8601, UTC
-    modalities: list[Literal["text", "image"]]
+    modalities: list[Modality]
     dimensions: int
     max_tokens: int
     normalized: bool  # the model's pipeline ends in Normalize; the graph ends before it
@@ -153,9 +153,8 @@ class Bundle(msgspec.Struct, frozen=True):
     def offers(self, precision: Precision) -> bool:
         """Whether the bundle was baked for `precision` and contains its graphs."""
         manifest = self.manifest
-        graphs = {"text": TEXT_GRAPH[precision], "image": IMAGE_GRAPH[precision]}
         return precision in manifest.precisions and all(
-            graphs[modality] in manifest.files for modality in manifest.modalities
+            graph_file(modality, precision) in manifest.files for modality in manifest.modalities
         )
 
     def preprocessing(self) -> Preprocessing:
@@ -172,32 +171,28 @@ class Bundle(msgspec.Struct, frozen=True):
             ) from None
 
     def verify(self) -> None:
-        """Compare every file with the manifest, size first, then sha256 (2 GB/s here).
+        """Compare every file with the manifest (2 GB/s here).
 
         Raises: BundleError, naming the first file that is missing or differs.
         """
         for name, expected in self.manifest.files.items():
-            path = self.path / name
             try:
-                size = path.stat().st_size
+                actual = fingerprint(self.path / name)
             except OSError as error:
                 raise BundleError(
                     f"bundle {self.path}: {name} is missing ({error.strerror}); bake it again"
                 ) from None
-            if size != expected.size:
+            if actual != expected:
                 raise BundleError(
-                    f"bundle {self.path}: {name} has {size} bytes, not {expected.size}; "
-                    "bake it again"
-                )
-            if sha256(path) != expected.sha256:
-                raise BundleError(
-                    f"bundle {self.path}: {name} is damaged (its sha256 differs); bake it again"
+                    f"bundle {self.path}: {name} is damaged (its sha256 differs; it has "
+                    f"{actual.size} of {expected.size} bytes); bake it again"
                 )
 
 
-def sha256(path: pathlib.Path) -> str:
+def fingerprint(path: pathlib.Path) -> File:
+    """A file's sha256 and size, as the manifest records them."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return File(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
 
 
 def read(path: pathlib.Path) -> Bundle:
@@ -261,11 +256,6 @@ def valid_name(name: str) -> bool:
     letter or digit.
     """
     return _NAME.fullmatch(name) is not None
-
-
-def fingerprint(folder: pathlib.Path, names: Iterable[str]) -> dict[str, File]:
-    """Size and sha256 of each of the named files, as the manifest records them."""
-    return {name: File(sha256(folder / name), (folder / name).stat().st_size) for name in names}
 
 
 def write(models_dir: pathlib.Path, name: str, fill: Callable[[pathlib.Path], Manifest]) -> Bundle:

@@ -3,7 +3,6 @@
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 import openvino as ov  # type: ignore[import-untyped]  # noqa: E402
 
-from engine.bundle import IMAGE_GRAPH, TEXT_GRAPH, Bundle, Precision  # noqa: E402
+from engine.bundle import Bundle, Modality, Precision, graph_file  # noqa: E402
 from engine.errors import PrecisionUnavailable  # noqa: E402
 from engine.protocol import Engine, Float32  # noqa: E402
 
@@ -28,16 +27,16 @@ UInt8 = npt.NDArray[np.uint8]
 # 128 is no faster and falls to 0.991.
 DYNAMIC_QUANTIZATION_GROUP_SIZE = 64
 
-# The cost of a padded token as a share of a real one, in a packed graph, where only attention
+# The cost of a padded token as a share of a real one, in an unpadded graph, where only attention
 # computes it: eight texts of 8 to 250 tokens, 941 in all and padded to 1777, take 1.2 times as long
 # as 941 without padding (MiniLM, Zen 4, bf16).
-PACKED_PADDING_COST = 0.2
+UNPADDED_PADDING_COST = 0.2
 
 # A second copy is made of weights up to this many bytes (at fp32 it takes twice as many in memory).
 # MiniLM has 45 MB, a model of BERT-base's size 220 MB.
 WIDE_WEIGHTS = 100_000_000
 
-# The number of tokens in a packed graph, and the length that attention sees, are rounded up to
+# The number of tokens in an unpadded graph, and the length that attention sees, are rounded up to
 # multiples of these. OpenVINO prepares and keeps something for each size it meets, so fewer sizes
 # are faster (2-7 %) and take less memory. Lengths in steps of 16 are 1-5 % faster than in steps of
 # 8 or 32.
@@ -79,8 +78,8 @@ def choose_precision(wanted: str, bundle: Bundle | None = None) -> Precision:
     return wanted  # type: ignore[return-value]  # settings.py lets nothing else through
 
 
-def packing(mask: Int64) -> dict[str, Int32]:
-    """The two additional inputs of a packed graph, from the mask of shape (batch, length): `rows`,
+def unpadded_inputs(mask: Int64) -> dict[str, Int32]:
+    """The two further inputs of an unpadded graph, from the mask of shape (batch, length): `rows`,
     where the real tokens are in the flattened mask, and `places`, which of them stands at each
     place of it.
     """
@@ -105,7 +104,7 @@ class _Graph:
     """
 
     def __init__(
-        self, bundle: Bundle, graph: str, precision: Precision, streams: int, threads: int
+        self, bundle: Bundle, modality: Modality, precision: Precision, streams: int, threads: int
     ) -> None:
         """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
         runs.
@@ -120,7 +119,7 @@ class _Graph:
             # 5-20 % faster than f32 around the int8 products, at the same cosine.
             hints["INFERENCE_PRECISION_HINT"] = "bf16" if has_bf16() else "f32"
         self._compiled = ov.Core().compile_model(
-            str(bundle.file(graph)),
+            str(bundle.file(graph_file(modality, precision))),
             "CPU",
             {
                 **hints,
@@ -132,7 +131,7 @@ class _Graph:
             },
         )
         self._requests = threading.local()
-        self.packed = len(self._compiled.inputs) > 2  # see `packing`
+        self.unpadded = len(self._compiled.inputs) > 2  # see `unpadded_inputs`
 
     def infer(self, inputs: Mapping[str, Int64 | Int32 | Float32]) -> Float32:
         """The graph's one output for named inputs.
@@ -152,46 +151,46 @@ class _Graph:
         return np.array(request.get_output_tensor(0).data, np.float32)
 
 
-class OpenVINOTextEngine(Engine):
-    """A bundle's text graph; `streams` calls run at a time, on one core each. Safe to call from any
-    number of threads.
+class _OpenVINOEngine(Engine):
+    """One of a bundle's graphs; `streams` calls run at a time, on one core each. Safe to call from
+    any number of threads.
     """
 
-    backend, modality = "OpenVINO", "text"
+    backend = "OpenVINO"
+    modality: Modality
     min_batch_tokens = 64
+    padding_cost = 1.0  # of no effect on pictures: all have one size
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        precision: Precision,
-        *,
-        pad_id: int,
-        pad_left: bool,
-        streams: int,
-    ) -> None:
+    def __init__(self, bundle: Bundle, precision: Precision, *, streams: int) -> None:
         """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
-        runs.
+        runs; BundleError.
         """
         self.name, self.dimensions = bundle.manifest.name, bundle.manifest.dimensions
-        self.precision = precision
-        self.streams = streams
+        self.bundle, self.precision, self.streams = bundle, precision, streams
+        self._graph = _Graph(bundle, self.modality, precision, streams, streams)
+
+
+class OpenVINOTextEngine(_OpenVINOEngine):
+    modality = "text"
+
+    def __init__(
+        self, bundle: Bundle, precision: Precision, *, pad_id: int, pad_left: bool, streams: int
+    ) -> None:
+        super().__init__(bundle, precision, streams=streams)
         self._pad_id, self._pad_left = pad_id, pad_left
         self._max_tokens = bundle.manifest.max_tokens
-        self._graph = _Graph(bundle, TEXT_GRAPH[precision], precision, streams, streams)
-        self.padding_cost = PACKED_PADDING_COST if self._graph.packed else 1.0
-        self.run([np.array([pad_id], np.int64)])
-        self._widen = partial(_Graph, bundle, TEXT_GRAPH[precision], precision, 1, streams)
+        self.padding_cost = UNPADDED_PADDING_COST if self._graph.unpadded else 1.0
         self._wide = self._graph
-        weights = bundle.file(TEXT_GRAPH[precision]).with_suffix(".bin")
-        self._weights = weights.stat().st_size
+        self.run([np.array([pad_id], np.int64)])
 
     def widen(self) -> None:
         """Compile the graph once more, for batches that are alone: they run on all cores, in about
         half the time for a short text. It costs a second copy of the weights, so larger models than
         WIDE_WEIGHTS do without.
         """
-        if self.streams > 1 and self._weights <= WIDE_WEIGHTS:
-            wide = self._widen()
+        weights = self.bundle.file(graph_file("text", self.precision)).with_suffix(".bin")
+        if self.streams > 1 and weights.stat().st_size <= WIDE_WEIGHTS:
+            wide = _Graph(self.bundle, "text", self.precision, 1, self.streams)
             wide.infer(self._inputs([np.array([self._pad_id], np.int64)]))
             self._wide = wide
 
@@ -206,7 +205,7 @@ class OpenVINOTextEngine(Engine):
 
     def _inputs(self, inputs: Sequence[Int64]) -> dict[str, Int64 | Int32]:
         longest = max(len(ids) for ids in inputs)
-        if self._graph.packed:
+        if self._graph.unpadded:
             longest = max(longest, min(_round_up(longest, LENGTH_STEP), self._max_tokens))
         token_ids = np.full((len(inputs), longest), self._pad_id, np.int64)
         mask = np.zeros((len(inputs), longest), np.int64)
@@ -215,26 +214,17 @@ class OpenVINOTextEngine(Engine):
             token_ids[row, span] = ids
             mask[row, span] = 1
         named: dict[str, Int64 | Int32] = {"input_ids": token_ids, "attention_mask": mask}
-        if self._graph.packed:
-            named |= packing(mask)
+        if self._graph.unpadded:
+            named |= unpadded_inputs(mask)
         return named
 
 
-class OpenVINOImageEngine(Engine):
-    """A bundle's image graph, as OpenVINOTextEngine has the text graph."""
-
-    backend, modality = "OpenVINO", "image"
-    min_batch_tokens = 64
-    padding_cost = 1.0  # of no effect: all pictures have one size
+class OpenVINOImageEngine(_OpenVINOEngine):
+    modality = "image"
 
     def __init__(self, bundle: Bundle, precision: Precision, *, streams: int) -> None:
-        """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
-        runs; BundleError.
-        """
-        self.name, self.dimensions = bundle.manifest.name, bundle.manifest.dimensions
-        self.precision = precision
+        super().__init__(bundle, precision, streams=streams)
         self.preprocessing = bundle.preprocessing()
-        self._graph = _Graph(bundle, IMAGE_GRAPH[precision], precision, streams, streams)
 
     def run(self, inputs: Sequence[UInt8], *, alone: bool = False) -> Float32:
         """Embed pictures, each of shape (height, width, 3), prepared up to the crop. They wait in

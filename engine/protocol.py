@@ -33,11 +33,15 @@ class Event(Protocol):
 
 
 class Threads(Protocol):
-    """An engine's own threads. They compute batches in the order in which these were put."""
+    """The threads of one backend. They compute batches in the order in which these were put. The
+    queue calls these methods one at a time.
+    """
+
+    def room(self) -> float:
+        """Most tokens of a batch that may be put now; 0 for none."""
 
     def put(self, number: int, engine: Any, inputs: Sequence[Array], alone: bool) -> Float32:
-        """Queue a batch; `engine` is one whose `start_threads` made these. The queue puts at most
-        one more batch than there are threads before it asks `ended`.
+        """Queue a batch; `engine` is of this backend.
 
         Returns: where the vectors are once the batch has ended.
         Raises: InputRefused, and then has queued nothing.
@@ -75,7 +79,7 @@ class Engine(Protocol):
 
     def start_threads(self, count: int, wake: int) -> Threads | None:
         """Start threads for all engines of this backend. They write to the eventfd `wake` when a
-        batch has ended. None: the queue's own threads call `run`.
+        batch has ended. None: Python threads call `run`.
         """
         return None
 
@@ -93,7 +97,7 @@ class Job:
     done: Event
     submitted: float  # on the queue's clock, as `deadline`
     gone: Callable[[], bool] | None = None
-    threads: Threads | None = None  # the engine's own
+    threads: Threads | None = None  # that will compute it
     began: float = 0.0  # on the clock of shares
     free: int = 0  # tokens that may be served before they count
     served: int = 0  # tokens that a batch has taken

@@ -1,9 +1,8 @@
 """The queue between requests and engines: it turns many requests into few engine calls, fairly.
 
-Requests `submit` and wait. The queue's threads take a batch of what waits when they are free, and
-do not wait for it to fill. An engine's own threads (protocol.Threads) get ready batches, one
-more than there are threads, so that none waits for Python; `collect` takes their results. For every
-engine, `_take_batch` alone decides what goes into a batch.
+Requests `submit` and wait. The threads of each backend (protocol.Threads) get a batch of what waits
+whenever they have room; no batch waits to fill. `collect` takes their results. For every engine,
+`_take_batch` alone decides what goes into a batch.
 
 Which request is next. Every request has a tag: the tokens it was served so far, counted from a
 clock that advances at the speed of one request's fair share (generalised processor sharing: Parekh
@@ -14,13 +13,11 @@ count, so requests up to that size are served whole, in the order they came.
 What joins it. An input joins a batch when that costs no more than a batch of its own: the padding
 it adds may cost CALL_OVERHEAD_TOKENS at most.
 
-Event loops. An event loop calls `attach` once. From then on it calls `collect`, and `flush` gives
-the engines what is submitted in its thread, once a turn, so that the requests of one turn share
-batches.
+Event loops. A loop that is attached calls `collect`, and `flush` puts what is submitted in its
+thread, once a turn, so that the requests of one turn share batches.
 """
 
 import bisect
-import contextlib
 import itertools
 import logging
 import math
@@ -28,7 +25,7 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -42,6 +39,7 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.protocol import Array, Batch, Engine, Event, Float32, InputRefused, Job, Threads
+from engine.threads import PythonThreads, compute, vital
 
 log = logging.getLogger(__name__)
 _tag = operator.attrgetter("tag")
@@ -52,10 +50,6 @@ CALL_OVERHEAD_TOKENS = 12
 # The event loop computes a short input itself if that takes no longer than this many seconds: about
 # 40 tokens of MiniLM, few or none of a large model.
 MAX_INLINE_SECONDS = 0.010
-# Most tokens of a batch that is made before a thread is free; what comes later cannot overtake it.
-# At 512, short texts beside long ones wait 240 ms in place of 100; at 128, texts of 128 tokens cost
-# 4 % more (int8, MiniLM, two threads on Emerald Rapids).
-AHEAD_TOKENS = 256
 
 
 class Queue:
@@ -76,8 +70,7 @@ class Queue:
         others: Callable[[], int] = lambda: 0,
     ) -> None:
         """Args:
-        threads: how many threads call `next_batch`; `start` starts them. An engine's own threads
-            are as many.
+        threads: how many threads compute, for each backend.
         event: makes what a request waits for.
         others: how many requests other threads prepare that may still submit.
         """
@@ -87,21 +80,17 @@ class Queue:
         self._now, self._event, self.others = clock, event, others
         self._admission = Admission(max_queue_tokens, max_queue_seconds, threads)
         self._lock = threading.Lock()
-        # A lock for each thread that waits for work. The last is released first: its caches are
-        # warm, and so are those that OpenVINO keeps for each thread that calls it.
-        self._idle: list[threading.Lock] = []
         self._jobs: list[Job] = []  # those with inputs that wait
         self.waiting_tokens = 0  # read-only for others
         self._share_clock = 0.0
-        # Engines' own threads, by backend, and the batches that they have, by number.
-        self._own: dict[str, Threads | None] = {}
+        # Threads by backend, and the batches that they have, by number.
+        self._threads: dict[str, Threads] = {}
         self._numbers = itertools.count()
-        self._put: dict[int, tuple[Batch, Float32, Threads]] = {}
+        self._put: dict[int, tuple[Batch, Float32]] = {}
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)  # never closed: these threads write to it
         self._loop_thread: int | None = None
         self._call_soon: Callable[[Callable[[], None]], object] = lambda _: None
         self._flush_due = self._closed = False
-        self._started: list[threading.Thread] = []
         self._collector = threading.Thread(target=self._collect, name="collector", daemon=True)
         self._running = self._running_tokens = 0  # batches that were made and have not ended
         # Requests in the queue or in batches, and the most of them lately: 1 means that one client
@@ -175,34 +164,32 @@ class Queue:
             raise _shutting_down()
         self._admission.admit(self.waiting_tokens, tokens)
         backend = job.engine.backend
-        if backend not in self._own:
-            self._own[backend] = job.engine.start_threads(self.threads, self._wake)
-        job.threads = self._own[backend]
+        if backend not in self._threads:
+            own = job.engine.start_threads(self.threads, self._wake)
+            self._threads[backend] = own or PythonThreads(self.threads, self._collect_ended)
+        job.threads = self._threads[backend]
         self._in_system += 1
         self._lately = max(self._in_system, self._lately * 0.9)
         job.began, job.free = self._share_clock, self.max_batch_tokens
         self._jobs.append(job)
         self.waiting_tokens += tokens
         if threading.get_ident() != self._loop_thread:
-            self._announce()
+            self._put_batches()
         elif not self._flush_due:
             self._flush_due = True
             self._call_soon(self.flush)
 
     def attach(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
-        """Let the calling thread's event loop collect from now on, in place of the collector: it
-        calls `collect` whenever `fileno` is readable.
+        """Let the calling thread's event loop collect, in place of `start`: it calls `collect`
+        whenever `fileno` is readable.
 
         Args:
             call_soon: has the loop call a function in its next turn.
         """
         self._loop_thread, self._call_soon = threading.get_ident(), call_soon
-        os.eventfd_write(self._wake, 1)
-        if self._collector.is_alive():
-            self._collector.join()
 
     def flush(self) -> None:
-        """Give the engines what was submitted in the event loop's thread. A short input that is the
+        """Put what was submitted in the event loop's thread. A short input that is the
         only work is computed here: to wake another thread takes longer than that saves.
         """
         self._flush_due = False
@@ -215,40 +202,14 @@ class Queue:
                 and len(self._jobs[0].costs) == 1
                 and self._admission.batch_speed.takes(self.waiting_tokens) <= MAX_INLINE_SECONDS
             ):
-                self._announce()
+                self._put_batches()
                 return
             batch = self._take_batch(self._jobs[0])
-        self._run(batch)
-
-    def _announce(self) -> None:
-        """Put batches to engines' own threads, and wake as many of the queue's threads as there is
-        work for.
-        """
-        self._put_batches()
-        job = next((job for job in self._jobs if job.threads is None), None)
-        if job:
-            wanted = max(1, self.waiting_tokens // job.engine.min_batch_tokens)
-            for _ in range(min(len(self._idle), wanted)):
-                self._idle.pop().release()
+        vectors = np.empty((1, batch.engine.dimensions), np.float32)
+        seconds = compute(batch.engine, batch.inputs, batch.alone, vectors)
+        self._finish(batch, vectors, seconds)
 
     # -- batches
-
-    def next_batch(self) -> Batch | None:
-        """Wait for work for `Engine.run` and take a batch of it. None: the queue is closed, and
-        nothing waits.
-        """
-        with self._lock:
-            while True:
-                self._drop_abandoned()
-                if lead := self._first(None):
-                    return self._take_batch(lead)
-                if self._closed:
-                    return None
-                self._wait()
-
-    def _first(self, threads: Threads | None) -> Job | None:
-        """The request that is next of those for some threads."""
-        return min([job for job in self._jobs if job.threads is threads], key=_tag, default=None)
 
     def _drop_abandoned(self) -> None:
         """End requests that are too late, or whose callers have gone."""
@@ -260,16 +221,7 @@ class Queue:
             self.callers_gone += 1
             self._end(job, CallerGone("the client closed before its answer was there"))
 
-    def _wait(self) -> None:
-        """Release the lock until there may be work."""
-        woken = threading.Lock()
-        woken.acquire()
-        self._idle.append(woken)
-        self._lock.release()
-        woken.acquire()
-        self._lock.acquire()
-
-    def _take_batch(self, lead: Job, most_tokens: int | None = None) -> Batch:
+    def _take_batch(self, lead: Job, most_tokens: float = math.inf) -> Batch:
         """The next batch, of `lead`'s largest input and what joins it, up to `most_tokens`."""
         self._jobs.sort(key=_tag)
         longest = lead.costs[-1]
@@ -279,8 +231,7 @@ class Queue:
         # thread shares its core with the answers anyway.
         in_hand = self.waiting_tokens + self._running_tokens
         shares = self.threads + 1 if self.threads > 1 else 1
-        share = max(lead.engine.min_batch_tokens, -(-in_hand // shares))
-        share = min(share, most_tokens or share)
+        share = min(most_tokens, max(lead.engine.min_batch_tokens, -(-in_hand // shares)))
         active = len(self._jobs)
         for job in (lead, *self._jobs):
             if job.engine is not lead.engine:
@@ -310,26 +261,27 @@ class Queue:
         padding = (padded - tokens) * lead.engine.padding_cost
         return Batch(lead.engine, entries, tokens, tokens + round(padding), alone)
 
-    def finish(self, batch: Batch, vectors: Float32 | None, seconds: float) -> None:
-        """Give a batch's vectors, shape (len(batch.entries), dimensions), to its requests; None
-        means that it failed.
+    def _finish(self, batch: Batch, vectors: Float32, seconds: float | None) -> None:
+        """Give a batch's vectors, shape (len(batch.entries), dimensions), to its requests; with
+        None as `seconds`, it failed.
         """
-        if vectors is not None:
+        if seconds is not None:
             for number, (job, row, _) in enumerate(batch.entries):
                 job.vectors[row] = vectors[number]
         with self._lock:
             self._running -= 1
             self._running_tokens -= batch.tokens
-            queued = bool(self._jobs)
-            self._admission.batch_ended(batch.tokens, seconds, self._now(), queued=queued)
+            if seconds is not None:
+                queued = bool(self._jobs)
+                self._admission.batch_ended(batch.tokens, seconds, self._now(), queued=queued)
             for job, _, _ in batch.entries:
                 job.running -= 1
-                if vectors is None:
+                if seconds is None:
                     self._end(job, EngineFailed("the engine failed on the batch of this input"))
                 elif not (job.running or job.costs or job.error):
                     batch.served.append(job)
                     job.done.set()
-        self.observe(batch, seconds, vectors is None)
+        self.observe(batch, seconds or 0.0, seconds is None)
 
     def _end(self, job: Job, error: EmbedderError) -> None:
         """Fail a request: what waits leaves the queue, what runs is computed and thrown away."""
@@ -343,40 +295,44 @@ class Queue:
         job.inputs, job.costs, job.rows, job.error = [], [], [], error
         job.done.set()
 
-    # -- engines' own threads
+    # -- threads
 
     def fileno(self) -> int:
         """An eventfd, readable when `collect` has something to do."""
         return self._wake
 
     def collect(self) -> None:
-        """Give the vectors that were computed to their requests, and the threads the next batches.
-        Waits until there is something to do. To be called by one thread only.
+        """Give the vectors that were computed to their requests, and the threads their next
+        batches. Waits until there is something to do.
         """
         os.eventfd_read(self._wake)
-        for threads in list(self._own.values()):
-            for number, seconds in threads.ended() if threads else ():
-                with self._lock:
-                    batch, vectors, _ = self._put.pop(number)
-                if seconds is None:
-                    log.error("%s failed", _described(batch))
-                self.finish(batch, None if seconds is None else vectors, seconds or 0.0)
+        self._collect_ended()
+
+    def _collect_ended(self) -> None:
+        with self._lock:
+            ended = [
+                (*self._put.pop(number), seconds)
+                for threads in self._threads.values()
+                for number, seconds in threads.ended()
+            ]
+        for batch, vectors, seconds in ended:
+            if seconds is None:
+                log.error("%s failed", _described(batch))
+            self._finish(batch, vectors, seconds)
         with self._lock:
             self._put_batches()
+            if self._closed and self._drained:
+                os.eventfd_write(self._wake, 1)  # `close` waits for it
 
     def _put_batches(self) -> None:
-        """Put a batch to each of the engines' own threads that is free, and one more ahead."""
-        for threads in filter(None, self._own.values()):
-            while (busy := self._busy(threads)) <= self.threads:
+        """Put batches to all threads that have room."""
+        for threads in self._threads.values():
+            while room := threads.room():
                 self._drop_abandoned()
-                if not (lead := self._first(threads)):
+                jobs = [job for job in self._jobs if job.threads is threads]
+                if not jobs:
                     break
-                most = AHEAD_TOKENS if busy == self.threads else None
-                self._put_batch(threads, self._take_batch(lead, most))
-
-    def _busy(self, threads: Threads) -> int:
-        """Batches that were put to these threads and have not ended."""
-        return sum([each is threads for _, _, each in self._put.values()])
+                self._put_batch(threads, self._take_batch(min(jobs, key=_tag), room))
 
     def _put_batch(self, threads: Threads, batch: Batch) -> None:
         """Put a batch, without the inputs that the engine refuses."""
@@ -394,58 +350,35 @@ class Queue:
                     self._end(job, EngineFailed("the engine refused this input"))
                 del batch.entries[refused]
             else:
-                self._put[number] = batch, vectors, threads
+                self._put[number] = batch, vectors
                 return
         self._running -= 1
         self._running_tokens -= batch.tokens
 
-    # -- threads
-
     def start(self) -> None:
-        """Start the threads that compute batches, and the collector."""
-        for number in range(self.threads):
-            thread = threading.Thread(target=self._loop, name=f"inference-{number}", daemon=True)
-            self._started.append(thread)
-        for thread in (*self._started, self._collector):
-            thread.start()
-
-    def _loop(self) -> None:
-        with _vital():
-            while batch := self.next_batch():
-                self._run(batch)
+        """Start a thread that collects. For callers without an event loop."""
+        self._collector.start()
 
     def _collect(self) -> None:
-        with _vital():
-            while self._loop_thread is None and not (self._closed and self._drained):
+        with vital():
+            while not (self._closed and self._drained):
                 self.collect()
 
     @property
     def _drained(self) -> bool:
-        """Whether engines' own threads have nothing more to do."""
-        return not self._put and not any(job.threads for job in self._jobs)
-
-    def _run(self, batch: Batch) -> None:
-        started = time.perf_counter()
-        vectors: Float32 | None = None
-        try:
-            vectors = batch.engine.run(batch.inputs, alone=batch.alone)
-        except Exception:
-            log.exception("%s failed", _described(batch))
-        self.finish(batch, vectors, time.perf_counter() - started)
+        return not self._put and not self._jobs
 
     def close(self) -> None:
         """Refuse new requests, compute what waits and end the threads. To be called before a
         process exits: Python would end them in the middle of C++ code, which aborts.
         """
         self._refuse()
-        for thread in (*self._started, self._collector):
-            if thread.is_alive():
-                thread.join()
-        while self._loop_thread is not None and not self._drained:
+        if self._collector.is_alive():
+            self._collector.join()
+        while not self._drained:
             self.collect()
-        for threads in self._own.values():
-            if threads:
-                threads.close()
+        for threads in self._threads.values():
+            threads.close()
 
     def stop(self) -> None:
         """Refuse new requests and fail those that wait with ShuttingDown; what runs is still
@@ -459,22 +392,7 @@ class Queue:
     def _refuse(self) -> None:
         with self._lock:
             self._closed = True
-            while self._idle:
-                self._idle.pop().release()
         os.eventfd_write(self._wake, 1)
-
-
-@contextlib.contextmanager
-def _vital() -> Iterator[None]:
-    """Around a thread's code: if the thread dies, end the process, since a queue that nobody serves
-    must not hide behind a green probe. gunicorn starts another process.
-    """
-    try:
-        yield
-    except BaseException:
-        log.critical("%s died", threading.current_thread().name, exc_info=True)
-        logging.shutdown()
-        os._exit(1)
 
 
 def _described(batch: Batch) -> str:

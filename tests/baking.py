@@ -13,11 +13,12 @@ import pytest
 import tiny_models as tiny
 
 import bake_model
-from embeddings import TextEmbedder, TextLimits
+from embeddings import TextEmbedder
 from engine import bundle as bundles
 from engine.bundle import Bundle
 from engine.openvino_backend import OpenVINOTextEngine
 from engine.queue import Queue
+from limits import TextLimits
 from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
@@ -66,9 +67,8 @@ def serving(
     engine = OpenVINOTextEngine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=1)
     queue = Queue(max_batch_size=64, max_batch_tokens=4096, max_queue_tokens=1 << 30, threads=1)
     queue.start()
-    limits = TextLimits(1000, 1 << 20, 1 << 30)
     try:
-        yield TextEmbedder(bundle, tokenizer, engine, queue, limits), engine
+        yield TextEmbedder(bundle, tokenizer, engine, queue, TextLimits()), engine
     finally:
         queue.close()
 

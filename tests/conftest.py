@@ -75,6 +75,7 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
         ROOT / "tokens.py",
         ROOT / "chunks.py",
         ROOT / "image_embeddings.py",
+        ROOT / "limits.py",
         *sorted((ROOT / "bake").glob("*.py")),
         *sorted((ROOT / "engine").rglob("*.py")),
         ROOT / "requirements.txt",

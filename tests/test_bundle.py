@@ -36,7 +36,7 @@ def manifest(name: str, **changes: Any) -> Manifest:
 def make(folder: pathlib.Path, name: str, content: bytes = b"data", **changes: Any) -> Bundle:
     def fill(draft: pathlib.Path) -> Manifest:
         (draft / "text.bin").write_bytes(content)
-        return manifest(name, files=fingerprint(draft, ["text.bin"]), **changes)
+        return manifest(name, files={"text.bin": fingerprint(draft / "text.bin")}, **changes)
 
     return write(folder, name, fill)
 
@@ -81,10 +81,12 @@ def test_what_a_killed_write_left_is_ignored_and_cleared(tmp_path: pathlib.Path)
 def test_damage_is_named(tmp_path: pathlib.Path) -> None:
     made = make(tmp_path, "a")
     (tmp_path / "a" / "text.bin").write_bytes(b"dada")
-    with pytest.raises(BundleError, match=r"text.bin is damaged \(its sha256 differs\)"):
+    with pytest.raises(
+        BundleError, match=r"text.bin is damaged \(its sha256 differs; it has 4 of 4 bytes\)"
+    ):
         made.verify()
     (tmp_path / "a" / "text.bin").write_bytes(b"dat")
-    with pytest.raises(BundleError, match="text.bin has 3 bytes, not 4"):
+    with pytest.raises(BundleError, match="text.bin is damaged .* it has 3 of 4 bytes"):
         made.verify()
     (tmp_path / "a" / "text.bin").unlink()
     with pytest.raises(BundleError, match="text.bin is missing"):

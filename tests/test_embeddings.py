@@ -10,12 +10,13 @@ import pytest
 from conftest import NAME
 
 from chunks import CHUNK_SLACK
-from embeddings import TextEmbedder, TextLimits, VectorCache
+from embeddings import TextEmbedder, VectorCache
 from engine.bundle import Bundle, read
 from engine.errors import InputTooLarge, InvalidInput
 from engine.openvino_backend import OpenVINOTextEngine
 from engine.protocol import Engine
 from engine.queue import Queue
+from limits import TextLimits
 from tokens import load_tokenizer
 
 WINDOW, SPECIALS = 256, 2

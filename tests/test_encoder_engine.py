@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import os
 import pathlib
 import select
@@ -25,7 +26,7 @@ from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Precision, read
 from engine.choice import text_engine
 from engine.encoder import encoder_engine, library
 from engine.encoder.build import build
-from engine.encoder.encoder_engine import EncoderEngine, EncoderThreads
+from engine.encoder.encoder_engine import AHEAD_TOKENS, EncoderEngine, EncoderThreads
 from engine.openvino_backend import OpenVINOTextEngine
 from engine.protocol import InputRefused
 from tokens import load_tokenizer
@@ -344,8 +345,11 @@ def test_threads_keep_what_they_use_and_no_more(bundle: Bundle, line: Make) -> N
 
 def test_threads_have_room_for_one_batch_more_than_they_are(bundle: Bundle, line: Make) -> None:
     engine, work = made(bundle, "int8", streams=1), line(2)
+    room = []
     for number in range(3):
+        room.append(work.threads.room())
         work.put(number, engine, ids(5))
+    assert [*room, work.threads.room()] == [math.inf, math.inf, AHEAD_TOKENS, 0]
     with pytest.raises(RuntimeError, match="3 batches are here already"):
         work.put(3, engine, ids(5))
     work.wait(3)

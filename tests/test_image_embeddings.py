@@ -21,14 +21,13 @@ from engine.openvino_backend import OpenVINOImageEngine
 from engine.queue import Queue
 from image_embeddings import (
     ImageEmbedder,
-    ImageLimits,
     drafted_size,
     open_picture,
     preprocess,
     probe_picture,
 )
+from limits import ImageLimits
 
-ALL = 1 << 30
 CLIP = Preprocessing(
     resize=224,
     crop=(224, 224),
@@ -54,7 +53,7 @@ def photos() -> list[Image.Image]:
 
 
 def pixels(data: bytes, preprocessing: Preprocessing = CLIP) -> Any:
-    return preprocess(open_picture(data, ALL), preprocessing)
+    return preprocess(open_picture(data, ImageLimits()), preprocessing)
 
 
 def pillow(data: bytes) -> Any:
@@ -160,7 +159,7 @@ def test_drafting_keeps_the_vector_of_a_photo(
         factor = (short + 1) / min(photo.size)
         size = round(photo.width * factor), round(photo.height * factor)
         files.append(encoded(photo.resize(size, Image.Resampling.LANCZOS), "JPEG", quality=90))
-        width, height = drafted_size(open_picture(files[-1], ALL), embedder.preprocessing)
+        width, height = drafted_size(open_picture(files[-1], ImageLimits()), embedder.preprocessing)
         assert (width, height) == (-(-size[0] // scale), -(-size[1] // scale))
     drafted = vectors(embedder, files)
     monkeypatch.setattr(image_embeddings, "_draft_scale", lambda *_: 1)
@@ -172,7 +171,7 @@ def test_drafting_keeps_the_vector_of_a_photo(
 
 def test_a_small_jpeg_is_not_drafted() -> None:
     for size, drafted in (((640, 480), (640, 480)), ((1200, 896), (600, 448))):
-        picture = open_picture(encoded(Image.new("RGB", size), "JPEG"), ALL)
+        picture = open_picture(encoded(Image.new("RGB", size), "JPEG"), ImageLimits())
         assert drafted_size(picture, CLIP) == drafted
 
 
@@ -233,7 +232,7 @@ def test_limits_and_what_they_say(embedder: ImageEmbedder) -> None:
             vectors(embedder, images)
         assert (info.value.field, info.value.index) == (None, index)
     few = ImageEmbedder.__new__(ImageEmbedder)
-    few.__dict__ = {**embedder.__dict__, "limits": ImageLimits(30, ALL, ALL, 100)}
+    few.__dict__ = {**embedder.__dict__, "limits": ImageLimits(max_request_tokens=100)}
     with pytest.raises(InputTooLarge, match=r"cost \d+ tokens.* 100 \(MAX_REQUEST_TOKENS\)"):
         vectors(few, [good] * 30)
 
@@ -241,7 +240,7 @@ def test_limits_and_what_they_say(embedder: ImageEmbedder) -> None:
 def test_large_pictures_wait_for_their_turn_and_small_ones_pass(embedder: ImageEmbedder) -> None:
     large = encoded(Image.new("1", (1500, 1500)))
     few = ImageEmbedder.__new__(ImageEmbedder)
-    few.__dict__ = {**embedder.__dict__, "limits": ImageLimits(30, ALL, ALL, 1000)}
+    few.__dict__ = {**embedder.__dict__, "limits": ImageLimits()}
     with ImageEmbedder._large:  # somebody decodes one
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded):
@@ -255,4 +254,4 @@ def test_a_text_bomb_in_a_png_is_refused() -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("x", "a" * 50_000_000, zip=True)
     with pytest.raises((InvalidInput, ValueError)):
-        open_picture(encoded(Image.new("1", (9, 9)), pnginfo=info), ALL)
+        open_picture(encoded(Image.new("1", (9, 9)), pnginfo=info), ImageLimits())

@@ -1,5 +1,6 @@
 """engine/queue.py: order, fairness, budgets, and errors that reach only their own requests."""
 
+import math
 import os
 import threading
 import time
@@ -20,9 +21,10 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.protocol import Batch, Engine, InputRefused
-from engine.queue import AHEAD_TOKENS, CALL_OVERHEAD_TOKENS, MAX_INLINE_SECONDS, Queue
+from engine.queue import CALL_OVERHEAD_TOKENS, MAX_INLINE_SECONDS, Queue
 
 NEVER = 1e6
+AHEAD_TOKENS = 256  # of a batch that is ahead of its thread
 
 
 class Echo(Engine):
@@ -58,6 +60,81 @@ def tokens(marker: int, count: int) -> Any:
     return array
 
 
+class Own:
+    """An engine's threads, as the test plays them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.put_batches: dict[int, tuple[list[Any], Any]] = {}
+        self.results: list[tuple[int, float | None]] = []
+        self.alone: list[bool] = []
+        self.closed = 0
+        self.refuses: set[int] = set()
+        self.breaks = False
+
+    def room(self) -> float:
+        """One batch may be ahead of the threads."""
+        free = self.count - len(self.put_batches)
+        return math.inf if free > 0 else AHEAD_TOKENS if free == 0 else 0
+
+    def put(self, number: int, engine: Any, inputs: Sequence[Any], alone: bool) -> Any:
+        if self.breaks:
+            raise RuntimeError("no")
+        for index, array in enumerate(inputs):
+            if array[0] in self.refuses:
+                raise InputRefused("no", index)
+        vectors = np.zeros((len(inputs), engine.dimensions), np.float32)
+        self.put_batches[number] = [*inputs], vectors
+        self.alone.append(alone)
+        return vectors
+
+    def end(self, *numbers: int, seconds: float = 0.01, fail: bool = False) -> None:
+        """Compute these batches; the first one by default."""
+        for number in numbers or [min(self.put_batches)]:
+            inputs, vectors = self.put_batches.pop(number)
+            vectors[:] = [(array[0], len(array)) for array in inputs]
+            self.results.append((number, None if fail else seconds))
+            os.eventfd_write(self.wake, 1)
+
+    def ended(self) -> list[tuple[int, float | None]]:
+        results, self.results = self.results, []
+        return results
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def has(self) -> list[list[int]]:
+        """The markers of each batch, in the order in which they were put."""
+        return [sorted(int(each[0]) for each in inputs) for inputs, _ in self.put_batches.values()]
+
+
+class HasOwn(Echo):
+    def __init__(self, backend: str = "own", **options: Any) -> None:
+        super().__init__(**options)
+        self.backend, self.own, self.started = backend, Own(), list[int]()
+
+    def start_threads(self, count: int, wake: int) -> Own:
+        self.started.append(count)
+        self.own.count, self.own.wake = count, wake
+        return self.own
+
+
+class Played(Own):
+    """Threads that have room for a batch only when the test takes one."""
+
+    def __init__(self, wake: int) -> None:
+        super().__init__()
+        self.wake, self.wanted = wake, 0
+
+    def room(self) -> float:
+        return math.inf if self.wanted else 0
+
+    def put(self, number: int, engine: Any, inputs: Sequence[Any], alone: bool) -> Any:
+        self.wanted -= 1
+        return super().put(number, engine, inputs, alone)
+
+
 class Bench:
     """A queue whose requests wait in threads of their own; the test computes the batches."""
 
@@ -66,7 +143,9 @@ class Bench:
         defaults = dict(max_batch_size=64, max_batch_tokens=512, max_queue_tokens=10**6, threads=1)
         self.queue = Queue(**{**defaults, **limits}, clock=lambda: self.now, event=event)
         self.pool = ThreadPoolExecutor(64)
-        self.own: list[Own] = []
+        self.played = Played(self.queue.fileno())
+        self.queue._threads[ECHO.backend] = self.played
+        self.own: list[Own] = [self.played]
 
     def submit(
         self,
@@ -93,14 +172,24 @@ class Bench:
         return any(each is array for each in waiting + put)
 
     def take(self) -> Batch:
-        batch = self.queue.next_batch()
-        assert batch is not None
-        return batch
+        """Let a thread take the next batch."""
+        self.played.wanted += 1
+        self.collect()
+        assert not self.played.wanted, "nothing waits"
+        return self.queue._put[max(self.played.put_batches)][0]
 
-    def run(self, batch: Batch | None = None) -> list[int]:
+    def collect(self) -> None:
+        os.eventfd_write(self.queue.fileno(), 1)
+        self.queue.collect()
+
+    def run(
+        self, batch: Batch | None = None, *, seconds: float = 0.01, fail: bool = False
+    ) -> list[int]:
         """Take (unless given) and finish one call; returns its inputs' markers."""
         batch = batch or self.take()
-        self.queue.finish(batch, batch.engine.run(batch.inputs), 0.01)
+        number = next(number for number, (each, _) in self.queue._put.items() if each is batch)
+        self.played.end(number, seconds=seconds, fail=fail)
+        self.collect()
         return markers(batch)
 
 
@@ -126,13 +215,13 @@ def bench() -> Any:
 
     yield make
     for one in made:
-        one.queue.close()
-        while (batch := one.queue.next_batch()) is not None:
-            one.queue.finish(batch, None, 0.0)
+        one.queue.stop()
         while not one.queue._drained:
             for own in one.own:
-                own.end(*own.put_batches)
-            one.queue.collect()
+                if own.put_batches:
+                    own.end(*own.put_batches)
+            one.collect()
+        one.queue.close()
         one.pool.shutdown()
 
 
@@ -250,17 +339,17 @@ def event() -> threading.Event:
 class Loop:
     """An event loop that is attached to a queue, in the test's thread."""
 
-    def __init__(self, queue: Queue) -> None:
-        self.queue, self.tasks = queue, list[Task]()
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.tasks = bench, list[Task]()
         self.soon: list[Callable[[], None]] = []
-        queue.attach(self.soon.append)
+        bench.queue.attach(self.soon.append)
 
     def submit(self, *inputs: tuple[int, int], engine: Any = ECHO) -> Task:
         arrays = [tokens(marker, count) for marker, count in inputs]
 
         def run() -> None:
             costs = [len(array) for array in arrays]
-            task.vectors = self.queue.submit(engine, arrays, costs, NEVER)
+            task.vectors = self.bench.queue.submit(engine, arrays, costs, NEVER)
 
         task = Task(run)
         self.tasks.append(task)
@@ -281,15 +370,13 @@ class Loop:
 
 def test_the_requests_of_a_turn_of_the_loop_share_batches(bench: Make) -> None:
     b = bench()
-    loop = Loop(b.queue)
-    with ThreadPoolExecutor(1) as threads:
-        taken = threads.submit(b.take)
-        until(lambda: b.queue._idle)
-        first, second = loop.submit((1, 20)), loop.submit((2, 20))
-        assert len(b.queue._idle) == 1  # nobody was woken
-        assert loop.turn() == 1
-        assert sorted(markers(taken.result(10))) == [1, 2]
-    b.run(taken.result())
+    loop = Loop(b)
+    b.played.wanted = 1
+    first, second = loop.submit((1, 20)), loop.submit((2, 20))
+    assert not b.played.has
+    assert loop.turn() == 1
+    assert b.played.has == [[1, 2]]
+    collect(b, own=b.played)
     assert loop.turn() == 0
     assert (first.vectors.tolist(), second.vectors.tolist()) == ([[1, 20]], [[2, 20]])
     third = loop.submit((3, 20), (4, 20))
@@ -301,12 +388,11 @@ def test_the_requests_of_a_turn_of_the_loop_share_batches(bench: Make) -> None:
 
 def test_what_other_threads_submit_does_not_wait_for_the_loop(bench: Make) -> None:
     b = bench()
-    Loop(b.queue)
-    with ThreadPoolExecutor(1) as threads:
-        taken = threads.submit(b.take)
-        until(lambda: b.queue._idle)
-        answer = b.pool.submit(b.queue.submit, ECHO, [tokens(1, 20)], [20], NEVER)
-        b.run(taken.result(10))
+    Loop(b)
+    b.played.wanted = 1
+    answer = b.submit((1, 20))
+    assert b.played.has == [[1]]
+    collect(b, own=b.played)
     assert answer.result(10).tolist() == [[1, 20]]
 
 
@@ -317,15 +403,14 @@ assert MAX_INLINE_SECONDS == 0.010
 def at_100_us_a_token(bench: Make, **options: Any) -> Bench:
     b = bench(**options)
     answer = b.submit((0, 1000))
-    batch = b.take()
-    b.queue.finish(batch, batch.engine.run(batch.inputs), 0.1)
+    b.run(seconds=0.1)
     answer.result(10)
     return b
 
 
 def test_a_short_input_that_is_the_only_work_is_computed_in_the_loop(bench: Make) -> None:
     b, engine = at_100_us_a_token(bench), Echo()
-    loop = Loop(b.queue)
+    loop = Loop(b)
     task = loop.submit((1, SHORT), engine=engine)
     loop.turn()
     assert task.vectors.tolist() == [[1, SHORT]]
@@ -339,7 +424,7 @@ def test_what_is_long_or_has_company_is_left_to_the_threads(
     bench: Make, inputs: list[tuple[int, int]], others: int
 ) -> None:
     b = at_100_us_a_token(bench, others=lambda: others)
-    loop = Loop(b.queue)
+    loop = Loop(b)
     task = loop.submit(*inputs)
     loop.turn()
     assert task.vectors is None
@@ -405,8 +490,6 @@ def test_the_thread_that_was_busy_last_is_woken_first() -> None:
 
     queue.start()
     for _ in range(6):
-        while len(queue._idle) < 3:
-            threading.Event().wait(0.0005)
         queue.submit(Named(), [tokens(1, 3)], [3], NEVER)
     queue.close()
     assert len(callers) == 6 and len(set(callers)) == 1
@@ -447,8 +530,7 @@ def test_an_engine_error_reaches_only_the_requests_of_that_call(bench: Make) -> 
     while b.queue._jobs:
         batch = b.take()
         seen.append(markers(batch))
-        failed = 1 in seen[-1]
-        b.queue.finish(batch, None if failed else batch.engine.run(batch.inputs), 0.01)
+        b.run(batch, fail=1 in seen[-1])
     assert [1, 3] in [sorted(call) for call in seen]
     for future in (fails, shares):
         with pytest.raises(EngineFailed):
@@ -459,7 +541,7 @@ def test_an_engine_error_reaches_only_the_requests_of_that_call(bench: Make) -> 
 def test_after_a_failed_call_the_rest_of_its_request_is_not_computed(bench: Make) -> None:
     b = bench()
     failing = b.submit((1, 400), (2, 10))
-    b.queue.finish(b.take(), None, 0.01)
+    b.run(fail=True)
     with pytest.raises(EngineFailed):
         failing.result()
     b.submit((3, 10))
@@ -512,7 +594,7 @@ def test_a_queue_is_as_long_as_the_clock_says_and_not_the_engine(bench: Make) ->
     for _ in range(3):
         batch = b.take()
         b.now += 1.0
-        b.queue.finish(batch, batch.engine.run(batch.inputs), 0.5)
+        b.run(batch, seconds=0.5)
     # From the end of the first call to that of the third: 20 tokens in 2 s, each call 0.5 s of it.
     b.submit((2, 40))
     with pytest.raises(QueueFull, match="50 tokens are waiting .* adds 1; the limit is 50 ") as e:
@@ -553,11 +635,11 @@ def test_a_request_past_its_deadline_is_dropped_before_the_engine_sees_it(bench:
     assert b.queue.waiting_tokens == 0
 
 
-def test_a_request_that_gives_up_leaves_the_queue() -> None:
-    queue = Queue(max_batch_size=8, max_batch_tokens=64, max_queue_tokens=100, threads=1)
+def test_a_request_that_gives_up_leaves_the_queue(bench: Make) -> None:
+    b = bench()
     with pytest.raises(DeadlineExceeded):
-        queue.submit(ECHO, [tokens(1, 90)], [90], 0.0)
-    assert not queue._jobs and queue.waiting_tokens == 0
+        b.submit((1, 90), deadline=0.0).result(10)
+    assert not b.queue._jobs and b.queue.waiting_tokens == 0
 
 
 def test_what_nobody_waits_for_any_more_is_not_computed(bench: Make) -> None:
@@ -589,18 +671,21 @@ def test_stop_fails_what_waits_and_finishes_what_runs(bench: Make) -> None:
         b.submit((4, 10)).result()
     b.run(batch)
     assert running.result().tolist() == [[1, 30]]
-    assert b.queue.next_batch() is None
+    assert not b.queue._jobs
 
 
 def test_close_refuses_new_work_and_drains_what_waits(bench: Make) -> None:
-    b = bench()
-    waiting = b.submit((1, 10))
-    b.queue.close()
+    b = bench(max_batch_size=1)
+    running, waiting = b.submit((1, 10)), b.submit((2, 10))
+    b.played.wanted = 2
+    closing = b.pool.submit(b.queue.close)
+    until(lambda: len(b.played.has) == 2)
     with pytest.raises(EmbedderError, match="shutting down"):
-        b.submit((2, 10)).result()
-    b.run()
-    assert waiting.result().tolist() == [[1, 10]]
-    assert b.queue.next_batch() is None
+        b.submit((3, 10)).result()
+    assert not closing.done()
+    b.played.end(), b.played.end()
+    closing.result(10)
+    assert (running.result().tolist(), waiting.result().tolist()) == ([[1, 10]], [[2, 10]])
 
 
 def test_many_threads_get_their_own_answers() -> None:
@@ -624,60 +709,6 @@ def test_many_threads_get_their_own_answers() -> None:
 
 
 # Engines with threads of their own.
-
-
-class Own:
-    """An engine's threads, as the test plays them."""
-
-    def __init__(self) -> None:
-        self.put_batches: dict[int, tuple[list[Any], Any]] = {}
-        self.results: list[tuple[int, float | None]] = []
-        self.alone: list[bool] = []
-        self.closed = 0
-        self.refuses: set[int] = set()
-        self.breaks = False
-
-    def put(self, number: int, engine: Any, inputs: Sequence[Any], alone: bool) -> Any:
-        if self.breaks:
-            raise RuntimeError("no")
-        for index, array in enumerate(inputs):
-            if array[0] in self.refuses:
-                raise InputRefused("no", index)
-        vectors = np.zeros((len(inputs), engine.dimensions), np.float32)
-        self.put_batches[number] = [*inputs], vectors
-        self.alone.append(alone)
-        return vectors
-
-    def end(self, *numbers: int, fail: bool = False) -> None:
-        """Compute these batches; the first one by default."""
-        for number in numbers or [min(self.put_batches)]:
-            inputs, vectors = self.put_batches.pop(number)
-            vectors[:] = [(array[0], len(array)) for array in inputs]
-            self.results.append((number, None if fail else 0.01))
-            os.eventfd_write(self.wake, 1)
-
-    def ended(self) -> list[tuple[int, float | None]]:
-        results, self.results = self.results, []
-        return results
-
-    def close(self) -> None:
-        self.closed += 1
-
-    @property
-    def has(self) -> list[list[int]]:
-        """The markers of each batch, in the order in which they were put."""
-        return [sorted(int(each[0]) for each in inputs) for inputs, _ in self.put_batches.values()]
-
-
-class HasOwn(Echo):
-    def __init__(self, backend: str = "own", **options: Any) -> None:
-        super().__init__(**options)
-        self.backend, self.own, self.started = backend, Own(), list[int]()
-
-    def start_threads(self, count: int, wake: int) -> Own:
-        self.started.append(count)
-        self.own.wake = wake
-        return self.own
 
 
 def collect(b: Bench, *numbers: int, own: Own, fail: bool = False) -> None:
@@ -832,10 +863,10 @@ def test_one_backends_threads_do_not_wait_for_anothers(bench: Make) -> None:
 @pytest.mark.parametrize("attached", [False, True])
 def test_close_waits_for_their_batches(attached: bool) -> None:
     queue = Queue(max_batch_size=1, max_batch_tokens=64, max_queue_tokens=100, threads=1)
-    queue.start()
     if attached:
         queue.attach(lambda call: None)
-    assert queue._collector.is_alive() != attached
+    else:
+        queue.start()
     engine = HasOwn()
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(queue.submit, engine, [tokens(n, 5)], [5], NEVER) for n in (1, 2, 3)]

@@ -79,7 +79,7 @@ def test_an_unpadded_graph_gives_the_same_vectors(ops: Any) -> None:
     expected = run(model)
     assert unpad(model)
     assert [each.any_name for each in model.inputs][2:] == ["rows", "places"]
-    actual = run(model, **backend.packing(batch()["attention_mask"]))
+    actual = run(model, **backend.unpadded_inputs(batch()["attention_mask"]))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_what_mixes_tokens_gets_the_rectangle(ops: Any) -> None:
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     expected = ov.Core().compile_model(model, "CPU", exact)(one_text)[0]
     assert unpad(model)
-    further = backend.packing(one_text["attention_mask"])
+    further = backend.unpadded_inputs(one_text["attention_mask"])
     actual = ov.Core().compile_model(model, "CPU", exact)({**one_text, **further})[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
     rank3 = [
@@ -155,7 +155,7 @@ def test_the_bake_keeps_a_graph_as_it_is_when_unpadding_would_change_its_vectors
 def test_the_further_inputs_say_where_tokens_are(left: bool) -> None:
     mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0]], np.int64)
     mask = mask[:, ::-1] if left else mask
-    inputs = backend.packing(np.ascontiguousarray(mask))
+    inputs = backend.unpadded_inputs(np.ascontiguousarray(mask))
     flat = mask.ravel()
     assert inputs["rows"][:6].tolist() == np.flatnonzero(flat).tolist()
     assert len(inputs["rows"]) == backend.TOKENS_STEP

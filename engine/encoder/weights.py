@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine.bundle import TEXT_GRAPH, Bundle, Encoder
+from engine.bundle import Bundle, Encoder, graph_file
 from engine.encoder.library import Layer, Linear, Pointer, Weights, aligned
 
 # A token's embedding is the sum of its rows in these.
@@ -20,7 +20,9 @@ class LaidOut:
         self, bundle: Bundle, encoder: Encoder, library: ctypes.CDLL, *, int8: bool
     ) -> None:
         self._encoder, self._library, self._int8 = encoder, library, int8
-        self._file = np.memmap(bundle.file(TEXT_GRAPH["bf16"]).with_suffix(".bin"), np.uint8, "r")
+        self._file = np.memmap(
+            bundle.file(graph_file("text", "bf16")).with_suffix(".bin"), np.uint8, "r"
+        )
         self._kept: list[object] = []  # C holds pointers to these
         width, inner = encoder.hidden, encoder.inner
         values = encoder.layers * (4 * width + 2 * inner) * width
