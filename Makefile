@@ -27,7 +27,6 @@ define bake_command
 $(bin)/python bake_model.py "$(MODEL)" --name "$(NAME)" --output "$(MODELS_DIR)" $(BAKE_OPTIONS)
 endef
 
-sources += deploy
 validators = $(VENV)/validators/bin
 find = find . -not -path './.*/*' -not -path './models/*' -type f
 yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}, comments: {min-spaces-from-content: 1}}}
@@ -48,7 +47,7 @@ lint: $(VENV)/.test $(VENV)/.validators
 	$(validators)/zizmor --offline --quiet --strict-collection .github
 	$(validators)/kubernetes-validate --strict --quiet -k 1.30 deploy/kubernetes.yaml
 	$(validators)/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
-	$(validators)/python deploy/validate.py
+	$(validators)/python tests/validate_deploy.py
 
 format: $(VENV)/.test
 	$(bin)/black --quiet $(sources)

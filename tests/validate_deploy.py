@@ -1,6 +1,6 @@
-"""Checks the files that no ready-made validator covers: cloudrun.yaml against Google's description
-of the Cloud Run API, baseten/config.yaml as `truss push` does, and that *.json is JSON. `make lint`
-runs it in the validators' environment (requirements-lint.txt).
+"""Checks the files in deploy/ that no ready-made validator covers: cloudrun.yaml against Google's
+description of the Cloud Run API, baseten/config.yaml as `truss push` does, and that *.json is JSON.
+`make lint` runs it in the validators' environment (requirements-lint.txt).
 """
 
 import json
@@ -14,7 +14,7 @@ from googleapiclient.discovery_cache import get_static_doc
 from jsonschema import Draft202012Validator
 from truss.base.truss_config import TrussConfig
 
-DEPLOY = pathlib.Path(__file__).parent
+DEPLOY = pathlib.Path(__file__).parents[1] / "deploy"
 FILLED_IN_BY_GCLOUD = ("namespace",)
 
 
