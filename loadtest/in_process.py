@@ -119,6 +119,7 @@ def ceilings(options: Settings, bundle: Bundle, loads: dict[str, Load]) -> dict[
     engine = text_engine(
         bundle,
         options.precision,
+        isa=options.encoder_isa,
         pad_id=pad_id,
         pad_left=pad_left,
         streams=options.inference_threads,
