@@ -251,6 +251,7 @@ def load_embedder(
         pad_id=pad_id,
         pad_left=pad_left,
         streams=settings.inference_threads,
+        isa=settings.encoder_isa,
     )
     limits = TextLimits(
         settings.max_texts_per_batch, settings.max_text_size, settings.max_request_tokens
@@ -265,7 +266,7 @@ def load_embedder(
         bundle.manifest.name,
         time.perf_counter() - started,
         engine.precision,
-        engine.backend,
+        f"{engine.backend} ({engine.isa})" if engine.isa else engine.backend,
         bundle.manifest.dimensions,
         bundle.manifest.max_tokens,
         settings.inference_threads,

@@ -80,6 +80,13 @@ class Settings:
         "auto (bf16 where the CPU has it, else fp32), fp32, bf16 or int8; with mixed CPUs name one",
         choices=("auto", "fp32", "bf16", "int8"),
     )
+    encoder_isa: str = _option(
+        "ENCODER_ISA",
+        "auto",
+        "fastest instructions for the service's own engine: auto (what the CPU has), portable, "
+        "avx2, avxvnni, avx512, vnni, bf16 or amx; for measurements",
+        choices=("auto", "portable", "avx2", "avxvnni", "avx512", "vnni", "bf16", "amx"),
+    )
     max_batch_size: int = _option(
         "MAX_BATCH_SIZE", 64, "most chunks in one engine call", low=1, high=4096
     )

@@ -63,6 +63,7 @@ class Engine(Protocol):
     modality: str
     precision: Precision
     backend: str  # the kind of engine, for the log
+    isa: str = ""  # the instruction set that it computes with, for the log; "" if it does not tell
     dimensions: int
     padding_cost: float  # of a padded token, as a share of a real one
     min_batch_tokens: int  # no batch is made smaller to leave work for other threads

@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer
 import bake_model
 from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Precision, read
 from engine.choice import text_engine
-from engine.encoder import encoder_engine, library
+from engine.encoder import encoder_engine, families, library
 from engine.encoder.build import build
 from engine.encoder.encoder_engine import AHEAD_TOKENS, EncoderEngine, EncoderThreads
 from engine.openvino_backend import OpenVINOTextEngine
@@ -35,9 +35,13 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 needs_the_cpu = pytest.mark.skipif(
-    not encoder_engine.runnable(), reason="this CPU has no AVX512-BF16 or no AVX512-VNNI"
+    families.fastest("fp32") is None, reason="this CPU is not x86-64 with AVX2"
 )
-PRECISIONS: tuple[Precision, ...] = ("bf16", "int8")
+CASES = [
+    (family.name, precision) for family in families.FAMILIES for precision in family.precisions
+]
+# Those that are the fastest here.
+PRECISIONS: list[Precision] = [each for each in PARITY_FLOOR if families.fastest(each)]
 
 
 def cosines(a: Float32, b: Float32) -> Float32:
@@ -98,14 +102,7 @@ def bake(folder: pathlib.Path, *options: str) -> Bundle:
     return read(folder.parent / "models" / folder.name)
 
 
-@pytest.fixture
-def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This engine is chosen wherever the CPU has its instructions."""
-    monkeypatch.setattr(encoder_engine, "LEFT_TO_OPENVINO", set())
-
-
 @needs_the_cpu
-@pytest.mark.usefixtures("preferred")
 @pytest.mark.parametrize(
     ("make", "pooling", "width"),
     [
@@ -129,10 +126,14 @@ def test_vectors_of_every_architecture(
     assert len({len(each) for each in inputs}) > 5
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
     assert cosines(expected[1:], expected[:-1]).max() < 0.99, "too alike to tell right from wrong"
-    for precision in PRECISIONS:
-        engine = text_engine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=1)
-        assert isinstance(engine, EncoderEngine) and engine.precision == precision
-        assert cosines(engine.run(inputs), expected).min() >= PARITY_FLOOR[precision]
+    for family in families.runnable():
+        for precision in family.precisions:
+            options = {"pad_id": pad_id, "pad_left": pad_left, "streams": 1, "isa": family.name}
+            engine = text_engine(bundle, precision, **options)
+            assert isinstance(engine, EncoderEngine)
+            assert (engine.precision, engine.isa) == (precision, family.name)
+            vectors = engine.run(inputs)
+            assert cosines(vectors, expected).min() >= PARITY_FLOOR[precision]
 
 
 UNLIKE = {
@@ -153,7 +154,6 @@ def test_what_is_computed_otherwise_is_left_to_openvino(name: str, tmp_path: pat
 
 
 @needs_the_cpu
-@pytest.mark.usefixtures("preferred")
 def test_a_model_whose_vectors_it_does_not_give_is_left_to_openvino(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,15 +188,18 @@ def exact(bundle: Bundle) -> OpenVINOTextEngine:
     return OpenVINOTextEngine(bundle, "fp32", pad_id=0, pad_left=False, streams=2)
 
 
-def made(bundle: Bundle, precision: Precision, *, streams: int) -> EncoderEngine:
-    if not encoder_engine.runnable():
-        pytest.skip("this CPU has no AVX512-BF16 or no AVX512-VNNI")
-    return EncoderEngine(bundle, precision, streams=streams)
+def made(bundle: Bundle, precision: Precision, *, streams: int, isa: str = "auto") -> EncoderEngine:
+    if families.fastest(precision, isa) is None:
+        pytest.skip(f"this CPU has no kernels for {precision}")
+    return EncoderEngine(bundle, precision, streams=streams, isa=isa)
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def engine(request: Any, bundle: Bundle) -> EncoderEngine:
-    return made(bundle, request.param, streams=3)
+    name, precision = request.param
+    if name not in [family.name for family in families.runnable()]:
+        pytest.skip(f"this CPU has no {name}")
+    return made(bundle, precision, streams=3, isa=name)
 
 
 def test_texts_of_every_length_alone_and_in_company(
@@ -324,7 +327,8 @@ def test_a_thread_computes_batches_in_order(bundle: Bundle, line: Make) -> None:
 
 
 def test_engines_share_threads(bundle: Bundle, line: Make) -> None:
-    engines, work = [made(bundle, precision, streams=1) for precision in PRECISIONS], line(1)
+    engines = [made(bundle, precision, streams=1) for precision in PRECISIONS[:2]]
+    work = line(1)
     vectors = [work.put(number, engine, ids(40)) for number, engine in enumerate(engines)]
     work.wait(2)
     for got, engine in zip(vectors, engines):
@@ -387,36 +391,83 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
 # The choice.
 
 
-def test_which_engine_serves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = encoder_engine.NEEDED | {"avx2"}
-    monkeypatch.setattr(encoder_engine, "_cpu_flags", lambda: flags)
-    monkeypatch.setattr(encoder_engine.platform, "machine", lambda: "x86_64")
-    chosen = {
-        wanted: encoder_engine.choose(wanted, bundle) for wanted in ("auto", "bf16", "int8", "fp32")
-    }
-    assert chosen == {"auto": "bf16", "bf16": "bf16", "int8": "int8", "fp32": None}
-    without = Bundle(bundle.path, Manifest(**manifest(bundle, precisions=["int8"])))
-    assert (
-        encoder_engine.choose("auto", without) is None
-        and encoder_engine.choose("int8", without) == "int8"
-    )
+WANTED = ("auto", "fp32", "bf16", "int8")
+OURS = {"auto": "fp32", "fp32": "fp32", "bf16": None, "int8": "int8"}
+WITH_BF16 = {**OURS, "auto": "bf16", "bf16": "bf16"}
+
+
+def chosen(bundle: Bundle, isa: str = "auto") -> dict[str, Precision | None]:
+    return {wanted: encoder_engine.choose(wanted, bundle, isa) for wanted in WANTED}
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Pretend that this CPU has the instructions of a family and no more."""
+
+    def has(name: str) -> None:
+        needs = families.FAMILIES[families.NAMES.index(name)].needs
+        monkeypatch.setattr(families, "_cpu_flags", lambda: set(needs))
+
+    monkeypatch.setattr(families.platform, "machine", lambda: "x86_64")
+    return has
+
+
+def test_which_precision_serves(bundle: Bundle, cpu: Callable[[str], None]) -> None:
+    for name in ("avx2", "avxvnni", "avx512", "vnni"):
+        cpu(name)
+        assert chosen(bundle) == OURS
+    for name in ("bf16", "amx"):
+        cpu(name)
+        assert chosen(bundle) == WITH_BF16
+        assert chosen(bundle, "vnni") == OURS
+    cpu("portable")  # OpenVINO is faster, unless the user insists
+    assert chosen(bundle) == dict.fromkeys(WANTED)
+    assert chosen(bundle, "portable") == OURS
+    cpu("amx")
+    without = Bundle(bundle.path, Manifest(**manifest(bundle, precisions=["int8", "fp32"])))
+    assert chosen(without) == OURS
     other = Bundle(bundle.path, Manifest(**manifest(bundle, encoder=None)))
-    assert encoder_engine.choose("auto", other) is None
-    for flag in encoder_engine.NEEDED:
-        flags = encoder_engine.NEEDED - {flag}
-        assert encoder_engine.choose("auto", bundle) is None
-    flags = encoder_engine.NEEDED | {"amx_bf16"}
-    assert encoder_engine.choose("auto", bundle) is None
-    flags = set(encoder_engine.NEEDED)
-    monkeypatch.setattr(encoder_engine.platform, "machine", lambda: "aarch64")
-    assert encoder_engine.choose("auto", bundle) is None
+    assert chosen(other) == dict.fromkeys(WANTED)
+
+
+def test_which_family_computes(cpu: Callable[[str], None]) -> None:
+    def fastest(precision: Precision, limit: str = "auto") -> str:
+        family = families.fastest(precision, limit)
+        return family.name if family else "none"
+
+    cpu("amx")
+    assert [fastest(each) for each in PARITY_FLOOR] == ["avx512", "amx", "bf16"]
+    assert [fastest(each, "bf16") for each in PARITY_FLOOR] == ["avx512", "bf16", "bf16"]
+    assert [fastest(each, "vnni") for each in PARITY_FLOOR] == ["avx512", "none", "vnni"]
+    assert [fastest(each, "avx512") for each in PARITY_FLOOR] == ["avx512", "none", "avx512"]
+    assert [fastest(each, "avx2") for each in PARITY_FLOOR] == ["avx2", "none", "avx2"]
+    assert [fastest(each, "portable") for each in PARITY_FLOOR] == ["portable", "none", "portable"]
+    cpu("avxvnni")
+    assert [fastest(each) for each in PARITY_FLOOR] == ["avx2", "none", "avxvnni"]
+    assert [fastest(each, "amx") for each in PARITY_FLOOR] == ["avx2", "none", "avxvnni"]
+
+
+def test_elsewhere_openvino_serves(
+    bundle: Bundle, cpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu("amx")
+    monkeypatch.setattr(families.platform, "machine", lambda: "aarch64")
+    assert chosen(bundle) == dict.fromkeys(WANTED)
     monkeypatch.undo()
     monkeypatch.setattr(library, "LIBRARY", pathlib.Path("/absent/encoder.so"))
-    assert encoder_engine.choose("auto", bundle) is None
+    assert chosen(bundle) == dict.fromkeys(WANTED)
     monkeypatch.undo()
-    assert bool(encoder_engine._cpu_flags() & {"fpu", "sse2"}) == (
-        encoder_engine.platform.machine() == "x86_64"
-    )
+    on_x86 = families.platform.machine() == "x86_64"
+    assert bool(families._cpu_flags() & {"fpu", "sse2"}) == on_x86
+
+
+def test_amx_that_linux_does_not_allow_is_refused() -> None:
+    class Library:
+        def encoder_allow_tiles(self) -> int:
+            return -1
+
+    with pytest.raises(RuntimeError, match="set ENCODER_ISA=bf16"):
+        library.kernels(Library(), "amx")  # type: ignore[arg-type]
 
 
 def manifest(bundle: Bundle, **changes: Any) -> dict[str, Any]:
@@ -434,8 +485,7 @@ def test_without_the_library_openvino_serves_the_same(
         engine = text_engine(bundle, "int8", pad_id=0, pad_left=False, streams=1)
         return engine.backend, engine.run(inputs)
 
-    monkeypatch.setattr(encoder_engine, "LEFT_TO_OPENVINO", set())
-    (ours, vectors), could = run(), encoder_engine.available()
+    (ours, vectors), could = run(), families.fastest("int8") is not None
     monkeypatch.setattr(library, "LIBRARY", pathlib.Path("/absent/encoder.so"))
     other, same = run()
     assert other == "OpenVINO" and (ours != other) == could

@@ -2,6 +2,13 @@
 // batch at once, note that it has ended, and write to an eventfd. Python decides what is in a
 // batch, and puts no more of them than the FIFO has room for.
 
+#include "encoder.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t work;
@@ -72,7 +79,7 @@ static int64_t nanoseconds(void) {
 // Returns the nanoseconds it took, or -1 if there was no memory.
 static int64_t compute(const Batch *batch, Mapping *memory) {
     int64_t begun = nanoseconds();
-    fit(memory, encoder_memory(batch->shape, batch->starts[batch->texts], longest_text(batch)));
+    fit(memory, encoder_memory(batch->shape, batch->weights, batch->starts[batch->texts], longest_text(batch)));
     if (!memory->size) return -1;
     encoder_run(batch, memory->bytes);
     return nanoseconds() - begun;

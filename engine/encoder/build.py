@@ -10,12 +10,16 @@ import subprocess
 import sys
 import tempfile
 
+from engine.encoder.families import FAMILIES
 from engine.encoder.library import LIBRARY
 
-# The instructions are those that encoder_engine.py asks for. The glibc is the oldest of any Linux
-# for which there are wheels for Python 3.11.
-_TARGET = ("-target", "x86_64-linux-gnu.2.28", "-mcpu=x86_64_v4+avx512bf16+avx512vnni")
-_OPTIONS = ("-O3", "-shared", "-s", "-lpthread", "-Wall", "-Wextra", "-Werror")
+# The glibc is the oldest of any Linux for which there are wheels for Python 3.11.
+_TARGET = ("-target", "x86_64-linux-gnu.2.28")
+# `a * b + c` may be one instruction. Activations are read as 32 bits that may be a float32 or two
+# bf16.
+_OPTIONS = ("-O3", "-fPIC", "-ffp-contract=fast", "-fno-strict-aliasing", "-D_GNU_SOURCE")
+_WARNINGS = ("-Wall", "-Wextra", "-Werror")
+_BASE = ("crew", "model", "batches", "layout")  # for every CPU
 
 
 def build(library: pathlib.Path = LIBRARY) -> None:
@@ -23,14 +27,22 @@ def build(library: pathlib.Path = LIBRARY) -> None:
 
     Raises: CalledProcessError; the compiler has printed the reason.
     """
+    sources = pathlib.Path(__file__).parent
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
-        made = pathlib.Path(folder) / library.name
-        compiler = [sys.executable, "-m", "ziglang", "cc", *_TARGET, *_OPTIONS]
-        source = pathlib.Path(__file__).with_name("encoder.c")
         caches = {name: folder for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}
-        command = [*compiler, "-o", str(made), str(source)]
-        subprocess.run(command, env={**os.environ, **caches}, check=True)
-        made.replace(library)
+        compiler = [sys.executable, "-m", "ziglang", "cc", *_TARGET]
+
+        def run(*options: str) -> None:
+            subprocess.run([*compiler, *options], env={**os.environ, **caches}, check=True)
+
+        cpus = {name: "x86_64" for name in _BASE} | {each.name: each.compiler for each in FAMILIES}
+        objects = [str(pathlib.Path(folder) / f"{name}.o") for name in cpus]
+        for (name, cpu), made in zip(cpus.items(), objects):
+            source = str(sources / f"{name}.c")
+            run(f"-mcpu={cpu}", *_OPTIONS, *_WARNINGS, "-c", source, "-o", made)
+        linked = pathlib.Path(folder) / library.name
+        run("-shared", "-s", "-lpthread", *objects, "-o", str(linked))
+        linked.replace(library)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,12 @@
 // Several cores work on one batch. Helpers sleep until a batch begins, and spin while it runs.
 
+#include "encoder.h"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #define STOP 0x80000000u
 #define FIELD 20
 #define MASK ((1u << FIELD) - 1)
@@ -12,8 +19,14 @@ static void wake(_Atomic uint32_t *word, int threads) {
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, threads, 0, 0, 0);
 }
 
+static void pause_cpu(void) {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+}
+
 static void pause_briefly(int *turns) {
-    if (++*turns < 2000) _mm_pause();
+    if (++*turns < 2000) pause_cpu();
     else sched_yield();  // the thread that is waited for may need this core
 }
 
@@ -30,7 +43,7 @@ static int take(Crew *crew, char *memory) {
 }
 
 // Run `tasks` tasks, on all cores of the crew, or here if there is none.
-static void spread(Crew *crew, Task *task, void *argument, int tasks, char *memory) {
+void spread(Crew *crew, Task *task, void *argument, int tasks, char *memory) {
     if (!crew) {
         for (int i = 0; i < tasks; i++) task(argument, i, memory);
         return;
@@ -47,14 +60,14 @@ static void spread(Crew *crew, Task *task, void *argument, int tasks, char *memo
 }
 
 // Begin a batch with the crew, unless another batch has it. Returns 0 in that case.
-static int enlist(Crew *crew, int helpers) {
+int enlist(Crew *crew, int helpers) {
     if (atomic_exchange(&crew->taken, 1)) return 0;
     atomic_fetch_xor(&crew->active, 1);
     wake(&crew->active, helpers);
     return 1;
 }
 
-static void release(Crew *crew) {
+void release(Crew *crew) {
     atomic_fetch_xor(&crew->active, 1);
     atomic_store(&crew->taken, 0);
 }

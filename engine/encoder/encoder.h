@@ -1,54 +1,49 @@
-// A BERT encoder for x86 CPUs with AVX512-BF16 and AVX512-VNNI (AMD since Zen 4, Intel since Cooper
-// Lake): token ids in, one vector a text out. library.py declares the same structures for Python
-// and compares sizes and offsets when it loads the library.
+// A transformer encoder of BERT's kind on CPUs: token ids in, one vector a text out. library.py
+// declares the same structures for Python and compares sizes and offsets when it loads the library.
 //
 // The tokens of all texts of a batch lie one behind the other, so nothing is padded. Matrix
-// products are computed in bf16, or in int8 with a scale for every GROUP activations and for every
-// column of the weights. Sums, layer norms and softmax are float32.
+// products are computed in float32, in bf16, or in int8 with a scale for every GROUP activations
+// and for every column of the weights. Sums, layer norms and softmax are float32.
 //
-// encoder.c includes all other files, so that the compiler sees one unit and can inline the
-// kernels:
+// Each CPU family has a file of its own (portable.c, avx2.c, avx512.c, vnni.c, bf16.c, amx.c), which
+// is compiled with that family's instructions. It sets a few macros and includes kernels.h, which
+// includes the code that all families share:
+//   vectors.h     arithmetic on WIDTH values at once
+//   products.h    matrix products
+//   attention.h   attention of one head of one text
+//   rows.h        layer norm, quantisation, embedding, pooling: row by row
+//   layout.h      the layout of the weights
+// These files belong to no family:
 //   crew.c        several cores work on one batch
-//   arithmetic.c  exp2, GELU and conversions of 16 values
-//   products.c    matrix products
-//   attention.c   attention of one head of one text
-//   rows.c        layer norm, quantisation, embedding, pooling: row by row
 //   model.c       a whole batch through all layers
 //   batches.c     threads that compute batches from a FIFO
-//   weights.c     the layout of the weights
+//   layout.c      sizes and offsets of the structures, for library.py
 
-#include <immintrin.h>
-#include <linux/futex.h>
-#include <pthread.h>
-#include <sched.h>
+#pragma once
+
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
-#define PANEL 32     // columns of weights that are multiplied together
-#define ROWS 12      // rows of activations in a tile: 24 of the 32 registers hold sums
-#define ROWS_INT8 6  // 12 registers hold the sums of a group, 12 those of all groups
-#define GROUP 64     // activations with one scale, int8 only
-#define INLINE static inline __attribute__((always_inline))
+#define GROUP 64      // activations with one scale, int8 only
+#define SPARE_ROWS 32  // rows behind the last that kernels may read and write
+
+enum { FLOAT32, BF16, INT8 };  // precision of products
 
 typedef struct {  // int32 throughout, so that ctypes and C agree
     int32_t hidden, heads, inner, layers;
     int32_t first_position;  // of a text's first token
     int32_t pad;             // RoBERTa: this token has position `pad` and is not counted; else -1
     int32_t first_token;     // pooling: 1 takes the first token, 0 the mean of all
-    int32_t int8;            // 1: products in int8, 0: in bf16
+    int32_t precision;
     int32_t vocabulary;      // ids are below this
     int32_t window;          // most tokens of a text
     float epsilon;           // of layer norms
 } Shape;
 
 typedef struct {
-    const void *weights;  // panel by panel, see products.c
+    const void *weights;  // panel by panel, see products.h
     const float *bias;
     const float *scale;  // of each column, int8 only
 } Linear;
@@ -59,6 +54,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
+    const struct Kernels *kernels;
     const uint16_t *words, *positions, *types;  // float16, in the bundle's file
     const float *norm;                          // gains, then biases
     const Layer *layers;
@@ -76,9 +72,63 @@ typedef struct {
     int32_t texts, helpers;
 } Batch;
 
-// -- crew.c
+// -- what a family's file exports. Activations are bf16 in families that compute in bf16, else
+// float32: "activation" below.
 
 typedef void Task(void *argument, int number, char *memory);
+
+enum { TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT, SCORES, WEIGHTED };  // what becomes of sums
+
+typedef struct {   // int8 activations
+    void *values;  // of Kernels.code_size bytes each
+    float *scales;   // [rows][groups]
+    int32_t *start;  // [rows][groups]: what sums begin with, see products.h
+} Quantised;
+
+typedef struct {  // A times the weights; a task is one panel
+    int mode, rows, k, precision;
+    const void *a;  // activations
+    Quantised q;    // int8
+    Linear linear;
+    void *c;
+    long ldc;
+    int ahead;  // panels until the next one of this thread
+} Product;
+
+typedef struct {      // a task is one head of one text
+    const void *qkv;  // activations: rows of queries, keys and values
+    void *out;        // activations
+    const int32_t *starts;
+    int hidden, heads;
+} Attention;
+
+typedef struct {  // layer norm, or quantisation only; a task is `chunk` rows
+    int rows, width, precision;
+    int chunk;
+    float *x;           // norm: in and out
+    const float *gain;  // then biases; null: quantise `activations` only
+    void *activations;  // norm: out, unless int8; quantise: in
+    Quantised q;        // out, for int8
+    float epsilon;
+} Rows;
+
+typedef struct Kernels {
+    int32_t activation_size, code_size;  // bytes
+    int32_t panel;                       // columns of weights that are multiplied together
+    Task *product, *attend, *rows;
+    long (*attention_memory)(int length, int head);
+    void (*embed)(const Shape *, const Weights *, const int64_t *ids, int length, float *x);
+    void (*pool)(const Shape *, const float *x, int length, float *out);
+    // n rows of k float16 values (n a multiple of 32, k of 64), multiplied by `factor`, to panels of
+    // float32 or bf16 (the activations' type), or int8 with a scale for each row.
+    void (*lay_out)(void *to, const uint16_t *from, long n, long k, float factor);
+    void (*lay_out_int8)(void *to, float *scales, const uint16_t *from, long n, long k, float factor);
+    // Kernels one by one, for tests: n is a multiple of 2 * the vector's width.
+    void (*gelu)(const float *x, float *y, long n);
+    void (*softmax)(float *scores, void *shares, float *factors, int rows, int length, int width);
+} Kernels;
+
+// -- crew.c
 
 typedef struct Crew {
     _Alignas(64) _Atomic uint64_t ticket;  // stage << 40 | tasks << 20 | next task
@@ -89,43 +139,13 @@ typedef struct Crew {
     void *argument;
 } Crew;
 
-// -- products.c
+void spread(Crew *crew, Task *task, void *argument, int tasks, char *memory);
+int enlist(Crew *crew, int helpers);
+void release(Crew *crew);
 
-enum { TO_BF16, GELU_TO_BF16, ADD_TO_FLOAT, SCORES, WEIGHTED };  // what becomes of the sums
+// -- model.c
 
-typedef struct {  // int8 activations
-    int8_t *values;
-    float *scales;   // [rows][groups]
-    int32_t *start;  // [rows][groups], see tile_int8
-} Quantised;
-
-typedef struct {  // A times the weights
-    int mode, rows, k, int8;
-    const void *a;  // bf16
-    Quantised q;    // int8
-    Linear linear;
-    void *c;
-    long ldc;
-    int ahead;  // panels until the next one of this thread
-} Product;
-
-// -- attention.c
-
-typedef struct {
-    const uint16_t *qkv;  // rows of queries, keys and values
-    uint16_t *out;
-    const int32_t *starts;
-    int hidden, heads;
-} Attention;
-
-// -- rows.c
-
-typedef struct {
-    int rows, width, int8;
-    int chunk;          // rows of a task
-    float *x;           // norm: in and out
-    const float *gain;  // then biases; null: quantise `bf16` only
-    uint16_t *bf16;     // norm: out, for bf16; quantise: in
-    Quantised q;        // out, for int8
-    float epsilon;
-} Rows;
+long encoder_memory(const Shape *shape, const Weights *weights, int tokens, int longest);
+int longest_text(const Batch *b);
+int encoder_check(const Batch *b);
+void encoder_run(const Batch *b, char *memory);

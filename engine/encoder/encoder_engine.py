@@ -1,4 +1,4 @@
-"""Our own engine for BERT's architecture, on x86 CPUs with AVX512-BF16 and AVX512-VNNI.
+"""Our own engine for BERT's architecture, on x86 CPUs from AVX2 on.
 
 OpenVINO runs everything else. It takes 1.3 times as long at bf16 and 1.7 times at int8 (MiniLM, Zen
 4), and twice as long for a single query: here nothing is padded, no shapes are inferred, and one
@@ -8,7 +8,6 @@ layout of the weights suits batches of few tokens and of many.
 import ctypes
 import itertools
 import math
-import platform
 import threading
 import weakref
 from collections.abc import Sequence
@@ -17,53 +16,42 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.bundle import Bundle, Precision
-from engine.encoder import library
-from engine.encoder.library import Batch, Bytes, Shape, aligned, pointer
+from engine.encoder import families, library
+from engine.encoder.library import Batch, Bytes, Pointer, Shape, aligned, pointer
 from engine.encoder.weights import LaidOut
 from engine.protocol import Engine, Float32, InputRefused
 
 Int64 = npt.NDArray[np.int64]
 
-# Names in /proc/cpuinfo of the instructions that build.py compiles for.
-NEEDED = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
-NEEDED |= {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
-# OpenVINO uses AMX, and is faster with it at bf16 (MiniLM, Emerald Rapids: 17 500 tokens/s a core
-# in batches of 4x128 tokens; this engine 3 600).
-LEFT_TO_OPENVINO = {"amx_bf16"}
 # Most tokens of a batch that is put before a thread is free; what comes later cannot overtake it.
 # At 512, short texts beside long ones wait 240 ms in place of 100; at 128, texts of 128 tokens cost
 # 4 % more (int8, MiniLM, two threads on Emerald Rapids).
 AHEAD_TOKENS = 256
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")  # as in encoder.h
+
 # Working memory above this many bytes is given back after the batch that needed it.
 KEPT_MEMORY = 32_000_000
 
 
-def runnable() -> bool:
-    """Whether the library is there and this CPU has the instructions."""
-    return platform.machine() == "x86_64" and library.LIBRARY.exists() and NEEDED <= _cpu_flags()
-
-
-def available() -> bool:
-    """Whether this engine should serve on this CPU."""
-    return runnable() and not LEFT_TO_OPENVINO & _cpu_flags()
-
-
-def _cpu_flags() -> set[str]:
-    """The instruction sets of this CPU that the kernel lets programs use."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
-            return next((set(line.split()) for line in lines if line.startswith("flags")), set())
-    except OSError:
-        return set()
-
-
-def choose(wanted: str, bundle: Bundle) -> Precision | None:
+def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
     """The precision at which this engine serves a bundle for PRECISION=`wanted`; None when it
-    cannot, or should not on this CPU.
+    cannot.
+
+    Args:
+        isa: ENCODER_ISA, the fastest CPU family that may be used, or "auto".
     """
-    precision: Precision = "int8" if wanted == "int8" else "bf16"
-    runs = wanted != "fp32" and bundle.manifest.encoder and bundle.offers(precision)
-    return precision if runs and available() else None
+    if not (bundle.manifest.encoder and library.LIBRARY.exists()):
+        return None
+    precisions: dict[str, tuple[Precision, ...]] = {
+        "auto": ("bf16", "fp32"),
+        "fp32": ("fp32",),
+        "bf16": ("bf16",),
+        "int8": ("int8",),
+    }
+    for precision in precisions[wanted]:
+        if bundle.offers(precision) and families.fastest(precision, isa):
+            return precision
+    return None
 
 
 class EncoderEngine(Engine):
@@ -76,13 +64,20 @@ class EncoderEngine(Engine):
     # threads give 18 % more answers than with batches of 64 tokens (MiniLM, Zen 4).
     min_batch_tokens = 32
 
-    def __init__(self, bundle: Bundle, precision: Precision, *, streams: int) -> None:
-        """`streams`: cores that a batch which is alone may use. Only where `runnable`.
+    def __init__(
+        self, bundle: Bundle, precision: Precision, *, streams: int, isa: str = "auto"
+    ) -> None:
+        """Args:
+            precision: what `choose` returned.
+            streams: cores that a batch which is alone may use.
+            isa: ENCODER_ISA, the fastest CPU family that may be used, or "auto".
 
-        Raises: RuntimeError when the library is of another version.
+        Raises: RuntimeError when the library is of another version, or AMX is not allowed.
         """
         manifest, encoder = bundle.manifest, bundle.manifest.encoder
-        assert encoder
+        family = families.fastest(precision, isa)
+        assert encoder and family
+        self.isa = family.name
         self.name, self.dimensions, self.precision = manifest.name, manifest.dimensions, precision
         self.streams = streams
         self._library, self._quick = library.load()
@@ -91,13 +86,15 @@ class EncoderEngine(Engine):
             first_position=encoder.first_position,
             pad=-1 if encoder.pad is None else encoder.pad,
             first_token=encoder.pooling == "cls",
-            int8=precision == "int8",
+            precision=_PRECISIONS.index(precision),
             vocabulary=encoder.vocabulary,
             window=manifest.max_tokens,
             epsilon=encoder.epsilon,
         )
-        self._laid_out = LaidOut(bundle, encoder, self._library, int8=precision == "int8")
-        self._addresses = [*map(ctypes.addressof, (self._shape, self._laid_out.weights))]
+        kernels = library.kernels(self._library, family.name)
+        self._laid_out = LaidOut(bundle, encoder, kernels, int8=precision == "int8")
+        structures = self._shape, self._laid_out.weights
+        self._addresses = [Pointer(ctypes.addressof(each)) for each in structures]
         self._local = threading.local()
         self._crew = self._start_helpers()
         self._crew_address = None if self._crew is None else self._crew.ctypes.data
@@ -111,7 +108,7 @@ class EncoderEngine(Engine):
         if helpers < 1:
             return None
         crew = library.crew_memory(self._library)
-        size, own = self._quick.encoder_helper_memory(ctypes.byref(self._shape)), self._library
+        size, own = self._quick.encoder_helper_memory(*self._addresses), self._library
         # Not joined: the garbage collector may hold a lock that the end of a thread needs.
         weakref.finalize(self, lambda: own.encoder_dismiss(pointer(crew)))
 
@@ -136,7 +133,7 @@ class EncoderEngine(Engine):
             raise _refusal(inputs, refused)
         _, starts, out = arrays
         size = ctypes.c_int(int(starts[-1])), ctypes.c_int(max(map(len, inputs)))
-        needed = self._quick.encoder_memory(ctypes.byref(self._shape), *size)
+        needed = self._quick.encoder_memory(*self._addresses, *size)
         memory: Bytes | None = getattr(self._local, "memory", None)
         if memory is None or len(memory) < needed:
             memory = aligned(needed)

@@ -13,7 +13,7 @@ _CACHE_LINE = 64
 Pointer = ctypes.c_void_p
 
 
-_SIZES = ("hidden", "heads", "inner", "layers", "first_position", "pad", "first_token", "int8")
+_SIZES = ("hidden", "heads", "inner", "layers", "first_position", "pad", "first_token", "precision")
 
 
 class Shape(ctypes.Structure):
@@ -35,7 +35,9 @@ class Layer(ctypes.Structure):
 
 
 class Weights(ctypes.Structure):
-    _fields_ = [(name, Pointer) for name in ("words", "positions", "types", "norm", "layers")]
+    _fields_ = [
+        (name, Pointer) for name in ("kernels", "words", "positions", "types", "norm", "layers")
+    ]
 
 
 class Batch(ctypes.Structure):
@@ -43,6 +45,17 @@ class Batch(ctypes.Structure):
         *((name, Pointer) for name in ("shape", "weights", "ids", "starts", "out", "crew")),
         ("nanoseconds", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("texts", "helpers")),
+    ]
+
+
+class Kernels(ctypes.Structure):
+    """What a CPU family exports."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("activation_size", "code_size", "panel")),
+        *((name, Pointer) for name in ("product", "attend", "rows", "attention_memory")),
+        *((name, Pointer) for name in ("embed", "pool", "lay_out", "lay_out_int8")),
+        *((name, Pointer) for name in ("gelu", "softmax")),
     ]
 
 
@@ -62,6 +75,7 @@ def load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     for structure in STRUCTURES:
         layout.append(ctypes.sizeof(structure))
         layout += [getattr(structure, name).offset for name, *_ in structure._fields_]
+    layout += [Kernels.panel.offset, Kernels.lay_out.offset]
     try:
         compiled = (ctypes.c_int32 * (1 + len(layout))).in_dll(quick, "encoder_layout")
         same = list(compiled) == [len(layout), *layout]
@@ -70,6 +84,16 @@ def load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     if not same:
         raise RuntimeError(f"{LIBRARY} is of another version: run python -m engine.encoder.build")
     return library, quick
+
+
+def kernels(library: ctypes.CDLL, family: str) -> Kernels:
+    """The kernels of a CPU family.
+
+    Raises: RuntimeError when the kernel does not let this process use AMX's registers.
+    """
+    if family == "amx" and library.encoder_allow_tiles():
+        raise RuntimeError("Linux does not let this process use AMX: set ENCODER_ISA=bf16")
+    return Kernels.in_dll(library, f"encoder_{family}")
 
 
 def crew_memory(library: ctypes.CDLL) -> Bytes:

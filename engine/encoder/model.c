@@ -1,9 +1,11 @@
 // A whole batch through all layers of the model.
 
+#include "encoder.h"
+
 typedef struct {  // a batch's working memory
     char *local;  // of this thread's attention
     float *x;     // [tokens][hidden], as all that follows
-    uint16_t *a, *attended, *qkv, *h;
+    void *a, *attended, *qkv, *h;  // activations
     Quantised q;
 } Memory;
 
@@ -15,30 +17,32 @@ static void *carve(uintptr_t *at, long size) {
 }
 
 // Divide the memory that begins at `at`. Returns its end.
-static uintptr_t divide(Memory *m, uintptr_t at, const Shape *shape, long tokens, int longest) {
+static uintptr_t divide(Memory *m, uintptr_t at, const Shape *shape, const Kernels *kernels,
+                        long tokens, int longest) {
     long width = shape->hidden, inner = shape->inner, most = width > inner ? width : inner;
-    m->local = carve(&at, attention_memory(longest, shape->hidden / shape->heads));
-    m->x = carve(&at, tokens * width * 4);
-    m->a = carve(&at, tokens * width * 2);
-    m->attended = carve(&at, tokens * width * 2);
-    m->qkv = carve(&at, tokens * width * 6);
-    m->h = carve(&at, tokens * inner * 2);
-    if (!shape->int8) return at;
-    m->q.values = carve(&at, tokens * most);
+    long rows = tokens + SPARE_ROWS, row = width * kernels->activation_size;
+    m->local = carve(&at, kernels->attention_memory(longest, shape->hidden / shape->heads));
+    m->x = carve(&at, rows * width * 4);
+    m->a = carve(&at, rows * row);
+    m->attended = carve(&at, rows * row);
+    m->qkv = carve(&at, rows * row * 3);
+    m->h = carve(&at, rows * inner * kernels->activation_size);
+    if (shape->precision != INT8) return at;
+    m->q.values = carve(&at, tokens * most * kernels->code_size);
     m->q.scales = carve(&at, tokens * most / GROUP * 4);
     m->q.start = carve(&at, tokens * most / GROUP * 4);
     return at;
 }
 
 // Bytes of working memory for a batch of so many tokens, the longest text so long.
-long encoder_memory(const Shape *shape, int tokens, int longest) {
+long encoder_memory(const Shape *shape, const Weights *weights, int tokens, int longest) {
     Memory none;
-    return (long)divide(&none, 0, shape, tokens, longest);
+    return (long)divide(&none, 0, shape, weights->kernels, tokens, longest);
 }
 
 // Bytes of working memory of a helper.
-long encoder_helper_memory(const Shape *shape) {
-    return attention_memory(shape->window, shape->hidden / shape->heads);
+long encoder_helper_memory(const Shape *shape, const Weights *weights) {
+    return weights->kernels->attention_memory(shape->window, shape->hidden / shape->heads);
 }
 
 // Returns the first text that the model cannot embed, for its length or its ids; -1 if there is
@@ -53,7 +57,7 @@ int encoder_check(const Batch *b) {
     return -1;
 }
 
-static int longest_text(const Batch *b) {
+int longest_text(const Batch *b) {
     int longest = 0;
     for (int i = 0; i < b->texts; i++)
         if (b->starts[i + 1] - b->starts[i] > longest) longest = b->starts[i + 1] - b->starts[i];
@@ -64,41 +68,43 @@ static void run_layers(const Batch *b, const Memory *m, Crew *crew) {
     const Shape *shape = b->shape;
     int tokens = b->starts[b->texts], width = shape->hidden, inner = shape->inner;
     int chunk = crew ? 16 : tokens, chunks = (tokens + chunk - 1) / chunk;
-    Rows norm = {tokens, width, shape->int8, chunk, m->x, b->weights->norm, m->a, m->q,
+    int precision = shape->precision, int8 = precision == INT8;
+    const Kernels *kernels = b->weights->kernels;
+    Rows norm = {tokens, width, precision, chunk, m->x, b->weights->norm, m->a, m->q,
                  shape->epsilon};
     Rows again = norm;  // quantises the outputs of attention and of GELU
     again.gain = 0;
-    Product product = {.rows = tokens, .k = width, .int8 = shape->int8, .a = m->a, .q = m->q};
+    Product product = {.rows = tokens, .k = width, .precision = precision, .a = m->a, .q = m->q};
     product.ahead = 1 + (crew ? b->helpers : 0);
     Attention attention = {m->qkv, m->attended, b->starts, width, shape->heads};
-    spread(crew, rows, &norm, chunks, m->local);
+    spread(crew, kernels->rows, &norm, chunks, m->local);
     for (int i = 0; i < shape->layers; i++) {
         const Layer *layer = &b->weights->layers[i];
-        product.mode = TO_BF16, product.k = width, product.a = m->a;
+        product.mode = TO_ACTIVATION, product.k = width, product.a = m->a;
         product.linear = layer->qkv, product.c = m->qkv, product.ldc = 3L * width;
-        spread(crew, panel, &product, 3 * width / PANEL, m->local);
-        spread(crew, attend, &attention, b->texts * shape->heads, m->local);
-        if (shape->int8) {
-            again.bf16 = m->attended, again.width = width;
-            spread(crew, rows, &again, chunks, m->local);
+        spread(crew, kernels->product, &product, 3 * width / kernels->panel, m->local);
+        spread(crew, kernels->attend, &attention, b->texts * shape->heads, m->local);
+        if (int8) {
+            again.activations = m->attended, again.width = width;
+            spread(crew, kernels->rows, &again, chunks, m->local);
         }
         product.mode = ADD_TO_FLOAT, product.a = m->attended;
         product.linear = layer->out, product.c = m->x, product.ldc = width;
-        spread(crew, panel, &product, width / PANEL, m->local);
+        spread(crew, kernels->product, &product, width / kernels->panel, m->local);
         norm.gain = layer->norm1;
-        spread(crew, rows, &norm, chunks, m->local);
-        product.mode = GELU_TO_BF16, product.a = m->a;
+        spread(crew, kernels->rows, &norm, chunks, m->local);
+        product.mode = GELU_TO_ACTIVATION, product.a = m->a;
         product.linear = layer->up, product.c = m->h, product.ldc = inner;
-        spread(crew, panel, &product, inner / PANEL, m->local);
-        if (shape->int8) {
-            again.bf16 = m->h, again.width = inner;
-            spread(crew, rows, &again, chunks, m->local);
+        spread(crew, kernels->product, &product, inner / kernels->panel, m->local);
+        if (int8) {
+            again.activations = m->h, again.width = inner;
+            spread(crew, kernels->rows, &again, chunks, m->local);
         }
         product.mode = ADD_TO_FLOAT, product.a = m->h, product.k = inner;
         product.linear = layer->down, product.c = m->x, product.ldc = width;
-        spread(crew, panel, &product, width / PANEL, m->local);
+        spread(crew, kernels->product, &product, width / kernels->panel, m->local);
         norm.gain = layer->norm2;
-        spread(crew, rows, &norm, chunks, m->local);
+        spread(crew, kernels->rows, &norm, chunks, m->local);
     }
 }
 
@@ -106,16 +112,17 @@ static void run_layers(const Batch *b, const Memory *m, Crew *crew) {
 // has encoder_memory() bytes.
 void encoder_run(const Batch *b, char *memory) {
     const Shape *shape = b->shape;
+    const Kernels *kernels = b->weights->kernels;
     long width = shape->hidden;
     Memory m = {0};
-    divide(&m, (uintptr_t)memory, shape, b->starts[b->texts], longest_text(b));
+    divide(&m, (uintptr_t)memory, shape, kernels, b->starts[b->texts], longest_text(b));
     Crew *crew = b->crew && enlist(b->crew, b->helpers) ? b->crew : 0;
     for (int i = 0; i < b->texts; i++)
-        embed(shape, b->weights, b->ids + b->starts[i], b->starts[i + 1] - b->starts[i],
+        kernels->embed(shape, b->weights, b->ids + b->starts[i], b->starts[i + 1] - b->starts[i],
               m.x + b->starts[i] * width);
     run_layers(b, &m, crew);
     if (crew) release(crew);
     for (int i = 0; i < b->texts; i++)
-        pool(shape, m.x + b->starts[i] * width, b->starts[i + 1] - b->starts[i],
+        kernels->pool(shape, m.x + b->starts[i] * width, b->starts[i + 1] - b->starts[i],
              b->out + i * width);
 }

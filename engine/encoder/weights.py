@@ -7,19 +7,21 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.bundle import Bundle, Encoder, graph_file
-from engine.encoder.library import Layer, Linear, Pointer, Weights, aligned
+from engine.encoder.library import Kernels, Layer, Linear, Pointer, Weights, aligned
 
 # A token's embedding is the sum of its rows in these.
 TABLES = ("word", "position", "token_type")
+_SIZES = (ctypes.c_long, ctypes.c_long, ctypes.c_float)
+_LAY_OUT = ctypes.CFUNCTYPE(None, Pointer, Pointer, *_SIZES)
+_LAY_OUT_INT8 = ctypes.CFUNCTYPE(None, Pointer, Pointer, Pointer, *_SIZES)
 
 
 class LaidOut:
     """The weights of a model. `weights` is valid as long as this object lives."""
 
-    def __init__(
-        self, bundle: Bundle, encoder: Encoder, library: ctypes.CDLL, *, int8: bool
-    ) -> None:
-        self._encoder, self._library, self._int8 = encoder, library, int8
+    def __init__(self, bundle: Bundle, encoder: Encoder, kernels: Kernels, *, int8: bool) -> None:
+        self._encoder, self._kernels, self._int8 = encoder, kernels, int8
+        self._size = 1 if int8 else kernels.activation_size  # of a value, in bytes
         self._file = np.memmap(
             bundle.file(graph_file("text", "bf16")).with_suffix(".bin"), np.uint8, "r"
         )
@@ -27,7 +29,7 @@ class LaidOut:
         width, inner = encoder.hidden, encoder.inner
         values = encoder.layers * (4 * width + 2 * inner) * width
         # One array for all panels: numpy asks for huge pages, where the system has them.
-        self._panels = aligned(values * (1 if int8 else 2))
+        self._panels = aligned(values * self._size)
         self._free = int(self._panels.ctypes.data)
         layers = (Layer * encoder.layers)()
         self._kept.append(layers)
@@ -43,7 +45,9 @@ class LaidOut:
             layer.norm1 = self._norm(f"{own}.attention.output")
             layer.norm2 = self._norm(f"{own}.output")
         tables = [self._address(f"embeddings.{name}_embeddings.weight") for name in TABLES]
-        self.weights = Weights(*tables, self._norm("embeddings"), ctypes.addressof(layers))
+        self.weights = Weights(
+            ctypes.addressof(kernels), *tables, self._norm("embeddings"), ctypes.addressof(layers)
+        )
 
     def _address(self, tensor: str) -> int:
         return int(self._file.ctypes.data) + self._encoder.tensors[tensor]
@@ -75,10 +79,10 @@ class LaidOut:
             to = Pointer(self._free)
             if self._int8:
                 scale = Pointer(scales + 4 * rows * number)
-                self._library.encoder_lay_out_int8(to, scale, source, *size, by)
+                _LAY_OUT_INT8(self._kernels.lay_out_int8)(to, scale, source, *size, by)
             else:
-                self._library.encoder_lay_out_bf16(to, source, *size, by)
-            self._free += rows * columns * (1 if self._int8 else 2)
+                _LAY_OUT(self._kernels.lay_out)(to, source, *size, by)
+            self._free += rows * columns * self._size
         return made
 
     def _norm(self, name: str) -> int:

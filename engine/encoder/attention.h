@@ -1,0 +1,136 @@
+// Attention. Queries are scaled so that softmax takes powers of 2.
+
+// Turn each row of scores into 2^(score - largest). `factors` are 1 / their sums.
+INLINE void softmax(float *scores, Activation *shares, float *factors, int rows, int length,
+                    int width) {
+    for (int i = 0; i < rows; i++) {
+        float *s = scores + (long)i * width;
+        F most = set(-__builtin_inff()), sum = {};
+        for (int j = 0; j < length; j += WIDTH)
+            most = max(most, choose(first_lanes(length - j), load(s + j), most));
+        most = set(largest_of(most));
+        for (int j = 0; j < width; j += 2 * WIDTH) {
+            F e[2];
+            for (int h = 0; h < 2; h++) {
+                F power = exp2_(load(s + j + WIDTH * h) - most);
+                e[h] = choose(first_lanes(length - j - WIDTH * h), power, (F){});
+                sum += e[h];
+            }
+            store_activations(shares + (long)i * width + j, e[0], e[1]);
+        }
+        factors[i] = 1.0f / sum_of(sum);
+    }
+}
+
+#ifdef BF16_ACTIVATIONS
+// Transpose 16 x 16 values of 32 bits.
+INLINE void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            t[8 * j + i] = _mm512_shuffle_i32x4(r[8 * j + i], r[8 * j + 4 + i], 0x88);
+            t[8 * j + 4 + i] = _mm512_shuffle_i32x4(r[8 * j + i], r[8 * j + 4 + i], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    }
+}
+
+// Lay out `length` keys as panels [head / 2][PANEL] of pairs. `width`: `length` rounded up to PANEL.
+INLINE void lay_out_keys(uint32_t *keys, const Activation *k, long stride, int length, int width,
+                         int head) {
+    for (int j = 0; j < width; j += 16)
+        for (int d = 0; d < head / 2; d += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++)
+                r[i] = j + i < length ? _mm512_loadu_si512(k + (j + i) * stride + 2 * d)
+                                      : _mm512_setzero_si512();
+            transpose16(r);
+            uint32_t *panel = keys + (long)(j / 32) * 16 * head + j % 32;
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(panel + (d + i) * 32, r[i]);
+        }
+}
+
+// Lay out values as panels [width / 2][PANEL] of pairs.
+INLINE void lay_out_values(uint32_t *values, const Activation *v, long stride, int length,
+                           int width, int head) {
+    const __m512i even = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                          8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(16));
+    for (int d = 0; d < head; d += 32)
+        for (int j = 0; j < width; j += 2) {
+            __m512i a = _mm512_setzero_si512(), b = a;
+            if (j < length) a = _mm512_loadu_si512(v + j * stride + d);
+            if (j + 1 < length) b = _mm512_loadu_si512(v + (j + 1) * stride + d);
+            uint32_t *row = values + (long)(d / 32) * 16 * width + (long)j / 2 * 32;
+            _mm512_storeu_si512(row, _mm512_permutex2var_epi16(a, even, b));
+            _mm512_storeu_si512(row + 16, _mm512_permutex2var_epi16(a, odd, b));
+        }
+}
+#else
+INLINE void lay_out_keys(uint32_t *keys, const Activation *k, long stride, int length, int width,
+                         int head) {
+    for (int j = 0; j < width; j++) {
+        float *panel = (float *)keys + (long)(j / PANEL) * PANEL * head + j % PANEL;
+        for (int d = 0; d < head; d++) panel[d * PANEL] = j < length ? k[j * stride + d] : 0;
+    }
+}
+
+INLINE void lay_out_values(uint32_t *values, const Activation *v, long stride, int length,
+                           int width, int head) {
+    for (int d = 0; d < head; d += PANEL)
+        for (int j = 0; j < width; j++)
+            for (int h = 0; h < PANEL; h += WIDTH)
+                store((float *)values + (long)d * width + (long)j * PANEL + h,
+                      j < length ? load(v + j * stride + d + h) : (F){});
+}
+#endif
+
+static int attention_width(int length) { return (length + PANEL - 1) / PANEL * PANEL; }
+
+static long attention_memory(int length, int head) {
+    long width = attention_width(length), size = sizeof(Activation);
+    return 2 * width * head * size + ROWS * width * (4 + size);
+}
+
+// Compute one head of one text.
+static void attend(void *argument, int number, char *memory) {
+    const Attention *p = argument;
+    int text = number / p->heads, head = p->hidden / p->heads, hidden = p->hidden;
+    long first = p->starts[text], stride = 3L * hidden;
+    int length = (int)(p->starts[text + 1] - first), width = attention_width(length);
+    const Activation *q = (const Activation *)p->qkv + first * stride + number % p->heads * head;
+    const Activation *k = q + hidden, *v = k + hidden;
+    long words = (long)width * head * (long)sizeof(Activation) / 4;
+    uint32_t *keys = (uint32_t *)memory, *values = keys + words;
+    float *scores = (float *)(values + words);
+    Activation *shares = (Activation *)(scores + ROWS * width);
+    float factors[ROWS];
+    lay_out_keys(keys, k, stride, length, width, head);
+    lay_out_values(values, v, stride, length, width, head);
+    begin_products();
+    for (int row = 0, rows; row < length; row += rows) {
+        rows = next_rows(length - row);
+        for (int j = 0; j < width; j += PANEL)
+            multiply(SCORES, rows, q + row * stride, stride,
+                     keys + (long)j * head * (long)sizeof(Activation) / 4, head, scores + j, width,
+                     0);
+        softmax(scores, shares, factors, rows, length, width);
+        Activation *out = (Activation *)p->out + (first + row) * hidden + number % p->heads * head;
+        for (int d = 0; d < head; d += PANEL)
+            multiply(WEIGHTED, rows, shares, width,
+                     values + (long)d * width * (long)sizeof(Activation) / 4, width, out + d,
+                     hidden, factors);
+    }
+    end_products();
+}

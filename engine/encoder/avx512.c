@@ -1,0 +1,12 @@
+// AVX-512 without VNNI: Intel since Skylake-SP.
+
+#define FAMILY avx512
+#define WIDTH 16
+#define ROWS 12
+#define ROWS_INT8 6
+
+#include <immintrin.h>
+
+#define MADD(a, b) (I)_mm512_madd_epi16((__m512i)(a), (__m512i)(b))
+
+#include "kernels.h"

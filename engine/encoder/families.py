@@ -1,0 +1,60 @@
+"""The CPU families that our own engine has kernels for: one C file each, named like the family."""
+
+import platform
+from dataclasses import dataclass
+
+from engine.bundle import Precision
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str  # of the C file, of the table that it exports, and for ENCODER_ISA
+    compiler: str  # zig's -mcpu
+    needs: frozenset[str]  # names of instruction sets in /proc/cpuinfo
+    precisions: tuple[Precision, ...]
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_VNNI = _AVX512 | {"avx512_vnni"}
+_BF16 = _VNNI | {"avx512_bf16"}
+_V4_BF16 = "x86_64_v4+avx512vnni+avx512bf16"
+
+# Each is faster than those before it, at the precisions that it has.
+FAMILIES = (
+    Family("portable", "x86_64", frozenset(), ("fp32", "int8")),
+    Family("avx2", "x86_64_v3", _AVX2, ("fp32", "int8")),
+    Family("avxvnni", "x86_64_v3+avxvnni", _AVX2 | {"avx_vnni"}, ("int8",)),
+    Family("avx512", "x86_64_v4", _AVX512, ("fp32", "int8")),
+    Family("vnni", "x86_64_v4+avx512vnni", _VNNI, ("int8",)),
+    Family("bf16", _V4_BF16, _BF16, ("bf16", "int8")),
+    Family("amx", f"{_V4_BF16}+amx_tile+amx_bf16", _BF16 | {"amx_tile", "amx_bf16"}, ("bf16",)),
+)
+NAMES = tuple(family.name for family in FAMILIES)
+# The portable kernels are for tests: OpenVINO is faster.
+SLOWEST = "avx2"
+
+
+def runnable(limit: str = "auto") -> list[Family]:
+    """The families that this CPU can run, up to the one named `limit`, the fastest last."""
+    if platform.machine() != "x86_64":
+        return []
+    flags = _cpu_flags()
+    below = FAMILIES if limit == "auto" else FAMILIES[: NAMES.index(limit) + 1]
+    return [family for family in below if family.needs <= flags]
+
+
+def fastest(precision: Precision, limit: str = "auto") -> Family | None:
+    """The family to compute with at a precision. The portable one only if `limit` names it."""
+    slowest = NAMES.index(limit if limit == NAMES[0] else SLOWEST)
+    usable = [family for family in runnable(limit) if family in FAMILIES[slowest:]]
+    return next((family for family in usable[::-1] if precision in family.precisions), None)
+
+
+def _cpu_flags() -> set[str]:
+    """The instruction sets of this CPU that the kernel lets programs use."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+            return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    except OSError:
+        return set()

@@ -1,0 +1,33 @@
+// The kernels of one CPU family. The file that includes this defines
+//   FAMILY      the name of the exported table, encoder_FAMILY
+//   WIDTH       float32 values in a vector
+//   ROWS        rows of activations in a tile of sums, ROWS_INT8 in int8
+// and as the family has it
+//   BF16_ACTIVATIONS  it multiplies bf16; else float32
+//   VNNI, DPBUSD      it has VPDPBUSD; else MADD multiplies pairs of 16 bits
+//   TILES             it multiplies bf16 by AMX
+
+#include "encoder.h"
+
+#include "vectors.h"
+
+#include "products.h"
+
+#include "attention.h"
+#include "rows.h"
+#include "layout.h"
+
+static void gelu_all(const float *x, float *y, long n) {
+    for (long i = 0; i < n; i += WIDTH) store(y + i, gelu(load(x + i)));
+}
+
+static void softmax_all(float *scores, void *shares, float *factors, int rows, int length,
+                        int width) {
+    softmax(scores, shares, factors, rows, length, width);
+}
+
+#define JOIN(a, b) a##b
+#define TABLE(family) JOIN(encoder_, family)
+const Kernels TABLE(FAMILY) = {
+    sizeof(Activation), sizeof(Code), PANEL,      product, attend,       rows,     attention_memory,
+    embed,              pool,         lay_out,    lay_out_int8, gelu_all, softmax_all};

@@ -1,0 +1,92 @@
+// Whatever treats each row of activations, which is a token, alone.
+
+INLINE void quantise_group(const F x[GROUP / WIDTH], Code *codes, float *scale, int32_t *start) {
+    F most = {};
+    for (int i = 0; i < GROUP / WIDTH; i++) most = max(most, max(x[i], -x[i]));
+    float largest = largest_of(most);
+    F factor = set(largest > 0 ? 127.0f / largest : 0.0f);
+    I sum = {};
+    for (int i = 0; i < GROUP / WIDTH; i++) {
+        I whole = to_int(to_whole(x[i] * factor));
+        sum += whole;
+        typedef Code CodesAt __attribute__((vector_size(sizeof(Code) * WIDTH), aligned(1), may_alias));
+        typedef Code Codes __attribute__((vector_size(sizeof(Code) * WIDTH)));
+        *(CodesAt *)(codes + WIDTH * i) = __builtin_convertvector(whole, Codes);
+    }
+    *scale = largest / 127.0f;
+    *start = -OFFSET * sum_of_ints(sum);
+}
+
+static void quantise_row(const Rows *p, long row) {
+    long groups = p->width / GROUP;
+    for (long g = 0; g < groups; g++) {
+        F x[GROUP / WIDTH];
+        for (int i = 0; i < GROUP / WIDTH; i++) {
+            long at = row * p->width + g * GROUP + WIDTH * i;
+            x[i] = p->gain ? load(p->x + at)
+                           : from_activation((const Activation *)p->activations + at);
+        }
+        quantise_group(x, (Code *)p->q.values + row * p->width + g * GROUP,
+                       p->q.scales + row * groups + g, p->q.start + row * groups + g);
+    }
+}
+
+static void norm_row(const Rows *p, long row) {
+    int width = p->width;
+    float *x = p->x + row * width;
+    F sum = {}, squares = {};
+    for (int i = 0; i < width; i += WIDTH) sum += load(x + i);
+    F mean = set(sum_of(sum) / (float)width);
+    for (int i = 0; i < width; i += WIDTH) {
+        F d = load(x + i) - mean;
+        squares += d * d;
+    }
+    F factor = set(1.0f / __builtin_sqrtf(sum_of(squares) / (float)width + p->epsilon));
+    for (int i = 0; i < width; i += 2 * WIDTH) {
+        F y[2];
+        for (int h = 0; h < 2; h++) {
+            int at = i + WIDTH * h;
+            y[h] = (load(x + at) - mean) * factor * load(p->gain + at) + load(p->gain + width + at);
+            store(x + at, y[h]);
+        }
+        if (p->precision != INT8)
+            store_activations((Activation *)p->activations + row * width + i, y[0], y[1]);
+    }
+}
+
+// Norm rows and quantise them, or only quantise them.
+static void rows(void *argument, int number, char *memory) {
+    const Rows *p = argument;
+    (void)memory;
+    for (long row = (long)number * p->chunk; row < p->rows && row < (number + 1L) * p->chunk;
+         row++) {
+        if (p->gain) norm_row(p, row);
+        if (p->precision == INT8) quantise_row(p, row);
+    }
+}
+
+// The sum of each token's three embeddings.
+static void embed(const Shape *shape, const Weights *weights, const int64_t *ids, int length,
+                  float *x) {
+    int width = shape->hidden, position = shape->first_position;
+    for (int i = 0; i < length; i++, x += width) {
+        const uint16_t *word = weights->words + ids[i] * width;
+        long at = ids[i] == shape->pad ? shape->pad : position++;
+        const uint16_t *place = weights->positions + at * width;
+        for (int j = 0; j < width; j += WIDTH)
+            store(x + j, from_half(word + j) + from_half(weights->types + j) + from_half(place + j));
+    }
+}
+
+// A text's vector: its first row, or the mean of its rows.
+static void pool(const Shape *shape, const float *x, int length, float *out) {
+    int width = shape->hidden;
+    for (int j = 0; j < width; j += WIDTH) {
+        F sum = load(x + j);
+        if (!shape->first_token) {
+            for (long i = 1; i < length; i++) sum += load(x + i * width + j);
+            sum *= 1.0f / (float)length;
+        }
+        store(out + j, sum);
+    }
+}

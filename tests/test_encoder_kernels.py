@@ -1,0 +1,294 @@
+"""The kernels of engine/encoder, one by one, against NumPy: each family that this CPU runs."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from engine.bundle import Precision
+from engine.encoder import families, library
+from engine.encoder.library import Kernels, Linear, aligned, pointer
+
+Float32 = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
+
+TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT = range(3)
+GROUP, SPARE_ROWS = 64, 32
+# Largest error, relative to the largest value: of float32 sums, and of one rounding to bf16.
+FLOAT_SUMS, BF16_ROUNDING = 2e-6, 2**-8
+POLYNOMIAL = 1e-5  # of GELU and of powers of two
+INT, LONG, POINTER, FLOAT = ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_float
+TASK = ctypes.CFUNCTYPE(None, POINTER, INT, POINTER)
+
+
+class Quantised(ctypes.Structure):
+    _fields_ = [("values", POINTER), ("scales", POINTER), ("start", POINTER)]
+
+
+class Product(ctypes.Structure):
+    _fields_ = [
+        *((name, INT) for name in ("mode", "rows", "k", "precision")),
+        ("a", POINTER),
+        ("q", Quantised),
+        ("linear", Linear),
+        ("c", POINTER),
+        ("ldc", LONG),
+        ("ahead", INT),
+    ]
+
+
+class Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("qkv", "out", "starts")),
+        *((name, INT) for name in ("hidden", "heads")),
+    ]
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [
+        *((name, INT) for name in ("rows", "width", "precision", "chunk")),
+        *((name, POINTER) for name in ("x", "gain", "activations")),
+        ("q", Quantised),
+        ("epsilon", FLOAT),
+    ]
+
+
+class Family:
+    """A family's kernels, called with NumPy's arrays."""
+
+    def __init__(self, name: str) -> None:
+        # Zeros around what the kernels may read beyond the end are kept alive here.
+        self.kept: list[Array] = []
+        self.table: Kernels = library.kernels(library.load()[0], name)
+        self.bf16 = self.table.activation_size == 2
+
+    def floats(self, values: Array) -> Float32:
+        """What the family makes of float32 values that it keeps as activations."""
+        return from_bf16(to_bf16(values)) if self.bf16 else values.astype(np.float32)
+
+    def activations(self, values: Array) -> Array:
+        """Rows of activations, with rows behind them that kernels may read."""
+        made = to_bf16(values) if self.bf16 else values.astype(np.float32)
+        return self.room(*values.shape, dtype=made.dtype, values=made)
+
+    def room(self, rows: int, width: int, dtype: Any = None, values: Array | None = None) -> Array:
+        kind = np.dtype(dtype or (np.uint16 if self.bf16 else np.float32))
+        size = (rows + SPARE_ROWS) * width * kind.itemsize
+        made = aligned(size).view(kind).reshape(-1, width)
+        if values is not None:
+            made[:rows] = values
+        self.kept.append(made)
+        return made[:rows]
+
+    def read(self, values: Array) -> Float32:
+        return from_bf16(values) if self.bf16 else values
+
+    def run(self, task: str, argument: ctypes.Structure, count: int, memory: int = 64) -> None:
+        """All tasks of one kind."""
+        local = aligned(memory)
+        function = TASK(getattr(self.table, task))
+        for number in range(count):
+            function(ctypes.addressof(argument), number, pointer(local))
+
+    def quantise(self, values: Array, precision: int = 2) -> tuple[Quantised, Array, Array]:
+        """Codes and scales of rows of activations."""
+        rows, width = values.shape
+        codes = np.zeros((rows, width), np.int8 if self.table.code_size == 1 else np.int16)
+        scales = np.zeros((rows, width // GROUP), np.float32)
+        start = np.zeros((rows, width // GROUP), np.int32)
+        self.kept += [codes, scales, start]
+        q = Quantised(*map(pointer, (codes, scales, start)))
+        source = self.activations(values)
+        argument = Rows(rows, width, precision, rows, None, None, pointer(source), q, 0.0)
+        self.run("rows", argument, 1)
+        return q, codes, scales
+
+
+def to_bf16(values: Array) -> Array:
+    """Rounded to nearest, ties to even."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(values: Array) -> Float32:
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def error(actual: Array, expected: Array) -> float:
+    """Largest error relative to the largest value."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def gelu(x: Array) -> Array:
+    erf = np.frompyfunc(math.erf, 1, 1)
+    result: Array = x * 0.5 * (1 + erf(x / np.sqrt(2)).astype(np.float64))
+    return result
+
+
+CASES = [
+    (family.name, precision) for family in families.FAMILIES for precision in family.precisions
+]
+
+
+def kernels(name: str) -> Family:
+    if name not in [family.name for family in families.runnable()]:
+        pytest.skip(f"this CPU has no {name}")
+    return Family(name)
+
+
+@pytest.fixture(params=families.NAMES)
+def family(request: Any) -> Family:
+    return kernels(request.param)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def multiply(
+    family: Family, precision: Precision, mode: int, a: Array, w: Array, bias: Array, before: Array
+) -> tuple[Float32, Float32]:
+    """Returns: the kernel's product, and the product of what it multiplies, in float64."""
+    (rows, k), n = a.shape, len(w)
+    assert n % family.table.panel == 0
+    half = w.astype(np.float16)
+    int8 = precision == "int8"
+    # What lies behind a panel is prefetched only.
+    panels = aligned(n * k * (1 if int8 else family.table.activation_size))
+    columns = np.zeros(n, np.float32)
+    to, source, sizes = pointer(panels), pointer(half), (LONG(n), LONG(k), FLOAT(0.5))
+    linear = Linear(to.value, pointer(bias).value, pointer(columns).value)
+    shape = POINTER, LONG, LONG, FLOAT
+    if int8:
+        lay_out = ctypes.CFUNCTYPE(None, POINTER, POINTER, *shape)(family.table.lay_out_int8)
+        lay_out(to, pointer(columns), source, *sizes)
+        q, codes, scales = family.quantise(a)
+        left = (codes.reshape(rows, -1, GROUP) * scales[:, :, None].astype(float)).reshape(rows, k)
+        exact = half.astype(np.float32)
+        whole = np.round(exact * (np.float32(127) / np.abs(exact).max(axis=1, keepdims=True)))
+        right = whole * columns[:, None].astype(float)
+        assert error(right, w * 0.5) < 0.01
+    else:
+        ctypes.CFUNCTYPE(None, POINTER, *shape)(family.table.lay_out)(to, source, *sizes)
+        q, left = Quantised(), family.floats(a)
+        right = family.floats(half.astype(np.float32) * np.float32(0.5))
+    activations = family.activations(a)
+    c = family.room(rows, n, np.float32 if mode == ADD_TO_FLOAT else None)
+    if mode == ADD_TO_FLOAT:
+        c[:] = before
+    of = ["fp32", "bf16", "int8"].index(precision)
+    argument = Product(mode, rows, k, of, pointer(activations), q, linear, pointer(c), n, 1)
+    family.run("product", argument, n // family.table.panel)
+    expected = left.astype(float) @ right.astype(float).T + bias
+    if mode == GELU_TO_ACTIVATION:
+        expected = gelu(expected)
+    return (c, expected + before) if mode == ADD_TO_FLOAT else (family.read(c), expected)
+
+
+@pytest.mark.parametrize("mode", [TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT])
+@pytest.mark.parametrize(("name", "precision"), CASES)
+def test_products(name: str, precision: Precision, mode: int, rng: np.random.Generator) -> None:
+    family = kernels(name)
+    for rows in [*range(1, 35), 47, 48, 49, 64, 65, 100]:
+        k, n = int(rng.choice([64, 128, 384])), int(rng.choice([64, 96]))
+        a, w = rng.normal(size=(rows, k)), rng.normal(size=(n, k)) / np.sqrt(k)
+        bias, before = rng.normal(size=n).astype(np.float32), rng.normal(size=(rows, n))
+        actual, expected = multiply(family, precision, mode, a, w, bias, before)
+        tolerance = FLOAT_SUMS if mode != GELU_TO_ACTIVATION else POLYNOMIAL
+        if family.bf16 and mode != ADD_TO_FLOAT:
+            tolerance = BF16_ROUNDING
+        assert error(actual, expected) < tolerance, (rows, k, n)
+
+
+def test_rounding_to_codes(family: Family, rng: np.random.Generator) -> None:
+    values = rng.normal(size=(5, 192)) * np.repeat([[1e-3, 1, 100]], GROUP, axis=1)
+    values[2, :GROUP] = 0  # a group of zeros has no scale
+    _, codes, scales = family.quantise(values)
+    groups = family.floats(values).reshape(5, 3, GROUP)
+    largest = np.abs(groups).max(axis=2)
+    assert error(scales, largest / 127) < FLOAT_SUMS
+    expected = groups / np.where(largest, largest, 1)[:, :, None] * 127
+    assert np.abs(codes.reshape(groups.shape) - expected).max() <= 0.5 + 1e-4
+    assert codes.max() == 127 and not codes[2, :GROUP].any()
+
+
+def test_gelu(family: Family) -> None:
+    x = np.concatenate([np.linspace(-12, 12, 4032), [0.0, -0.0, 1e30, -1e30, 1e-30, -5, 5] * 8])
+    x = x[: len(x) // 32 * 32].astype(np.float32)
+    y = np.empty_like(x)
+    run = ctypes.CFUNCTYPE(None, POINTER, POINTER, LONG)(family.table.gelu)
+    run(pointer(x), pointer(y), len(x))
+    wide = np.abs(x) > 1e6
+    assert (y[wide] == np.maximum(x[wide], 0)).all()
+    assert np.abs(y - gelu(x.astype(float)))[~wide].max() < POLYNOMIAL
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 100, 129])
+def test_softmax(family: Family, length: int, rng: np.random.Generator) -> None:
+    panel = family.table.panel
+    width = -(-length // panel) * panel
+    # Large, very different and equal scores; what lies behind `length` is not counted.
+    scores = np.full((3, width), 1e9, np.float32)
+    scores[0, :length], scores[1, :length] = 300 + rng.normal(size=length), -500
+    scores[2, :length] = 60 * rng.normal(size=length)
+    shares = family.room(3, width)
+    factors, powers = np.zeros(3, np.float32), scores[:, :length].astype(float)
+    run = ctypes.CFUNCTYPE(None, *[POINTER] * 3, *[INT] * 3)(family.table.softmax)
+    run(pointer(scores), pointer(shares), pointer(factors), 3, length, width)
+    powers = 2 ** (powers - powers.max(axis=1, keepdims=True))
+    got = family.read(shares)
+    tolerance = BF16_ROUNDING if family.bf16 else POLYNOMIAL
+    assert np.abs(got[:, :length] - powers).max() < tolerance
+    assert not got[:, length:].any()
+    assert error(1 / factors, powers.sum(axis=1)) < POLYNOMIAL
+
+
+@pytest.mark.parametrize("width", [64, 384, 768])
+def test_layer_norm(family: Family, width: int, rng: np.random.Generator) -> None:
+    rows = 7
+    x = (rng.normal(size=(rows, width)) * 3 + 10).astype(np.float32)
+    x[3] = 4.0  # no variance
+    gain = rng.normal(size=2 * width).astype(np.float32)
+    out, held = family.room(rows, width), x.astype(float)
+    precision = 1 if family.bf16 else 0
+    places = pointer(x), pointer(gain), pointer(out)
+    argument = Rows(rows, width, precision, 3, *places, Quantised(), 1e-12)
+    family.run("rows", argument, 3)  # of 3, 3 and 1 rows
+    mean, variance = held.mean(axis=1, keepdims=True), held.var(axis=1, keepdims=True)
+    expected = (held - mean) / np.sqrt(variance + 1e-12) * gain[:width] + gain[width:]
+    assert error(x, expected) < 5 * FLOAT_SUMS
+    assert error(family.read(out), expected) < (BF16_ROUNDING if family.bf16 else 5 * FLOAT_SUMS)
+
+
+def attention(qkv: Array, lengths: Sequence[int], heads: int) -> Array:
+    """In float64."""
+    parts, first = [], 0
+    for length in lengths:
+        rows = qkv[first : first + length].astype(float).reshape(length, 3, heads, -1)
+        q, k, v = (rows[:, i].transpose(1, 0, 2) for i in range(3))
+        powers = 2 ** (scores := q @ k.transpose(0, 2, 1)) / 2 ** scores.max(axis=2, keepdims=True)
+        shares = powers / powers.sum(axis=2, keepdims=True)
+        parts.append((shares @ v).transpose(1, 0, 2).reshape(length, -1))
+        first += length
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize(("heads", "head"), [(2, 32), (1, 64), (3, 96)])
+def test_attention(family: Family, heads: int, head: int, rng: np.random.Generator) -> None:
+    lengths = [1, 2, 12, 15, 16, 17, 31, 32, 33, 64, 65, 100, 3]
+    total, hidden = sum(lengths), heads * head
+    qkv = rng.normal(size=(total, 3 * hidden)) * (0.7 * head**-0.25)
+    out = family.room(total, hidden)
+    starts = np.cumsum([0, *lengths], dtype=np.int32)
+    held = family.activations(qkv)
+    argument = Attention(pointer(held), pointer(out), pointer(starts), hidden, heads)
+    size = ctypes.CFUNCTYPE(LONG, INT, INT)(family.table.attention_memory)(max(lengths), head)
+    family.run("attend", argument, len(lengths) * heads, size)
+    expected = attention(family.floats(qkv), lengths, heads)
+    tolerance = 2 * BF16_ROUNDING if family.bf16 else 5 * POLYNOMIAL
+    assert error(family.read(out), expected) < tolerance
