@@ -161,7 +161,7 @@ def models_dir(shared: Folders) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def service(models_dir: pathlib.Path) -> Iterator[Server]:
-    """Both bundles, served at fp32 with every default."""
+    """Both bundles, served at fp32, otherwise with servers.py's settings."""
     with serve(models_dir, PRECISION="fp32") as server:
         yield server
 
@@ -188,7 +188,7 @@ def clip_transformer(tiny_clip_folder: pathlib.Path) -> Any:
 
 @pytest.fixture(scope="session")
 def clip_service(clip_models_dir: pathlib.Path) -> Iterator[Server]:
-    """The tiny CLIP, served at fp32 with every default."""
+    """The tiny CLIP, served at fp32, otherwise with servers.py's settings."""
     with serve(clip_models_dir, PRECISION="fp32") as server:
         yield server
 

@@ -28,7 +28,9 @@ class Server(Service):
         prefix: Sequence[str] = (),
         **env: str,
     ) -> None:
-        env = {"MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY, **env}
+        # However slow the machine is, no work is refused for the time that it would wait.
+        patient = {"MAX_QUEUE_SECONDS": "1000"}
+        env = {"MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY, **patient, **env}
         super().__init__(log_path, env, port=port, prefix=prefix)
         self.client = httpx.Client(
             base_url=self.url, headers={"X-API-Key": KEY}, timeout=60, trust_env=False
