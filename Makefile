@@ -31,8 +31,12 @@ validators = $(VENV)/validators/bin
 find = find . -not -path './.*/*' -not -path './models/*' -type f
 yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}, comments: {min-spaces-from-content: 1}}}
 
+# Two processes, because many tests wait for servers. A file's tests stay in one process, which makes
+# their fixtures once, and in tests/conftest.py's order, in which bundles are baked meanwhile.
+in_parallel = -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint engine/encoder/encoder.so
-	$(bin)/python -m pytest --cov
+	$(bin)/python -m pytest $(in_parallel) --cov
 
 lint: $(VENV)/.test $(VENV)/.validators
 	$(bin)/flake8 $(sources)

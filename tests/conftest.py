@@ -1,6 +1,7 @@
 """What the tests share: the real model, bundles baked from it, services that run."""
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -34,11 +35,10 @@ class Folders(NamedTuple):
 MADE = pytest.StashKey[tuple[Folders, list[Future[None]]]]()
 
 
-def pytest_configure() -> None:
-    """Under coverage, have it follow greenlets in the processes that are started from here."""
-    if os.environ.pop("COVERAGE_PROCESS_CONFIG", None):  # pytest's own
-        os.environ["COVERAGE_PROCESS_START"] = str(ROOT / "pyproject.toml")
-        os.environ["COVERAGE_CHILD_CONCURRENCY"] = "greenlet"
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """pytest-cov measures xdist's workers, so coverage must not start in them by itself."""
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 
 @pytest.fixture
@@ -53,7 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=needs_bundles)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
+    """Begin to bake. Under coverage, have it follow greenlets in the processes that tests start."""
+    if os.environ.pop("COVERAGE_PROCESS_CONFIG", None):  # pytest's own
+        os.environ["COVERAGE_PROCESS_START"] = str(ROOT / "pyproject.toml")
+        os.environ["COVERAGE_CHILD_CONCURRENCY"] = "greenlet"
     if not session.config.option.collectonly and any(map(needs_bundles, session.items)):
         session.config.stash[MADE] = make(session.config)
 
@@ -94,18 +99,20 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
 
     def bake() -> None:
         # The bundle baked first is the default.
-        for name, options in ((NAME, []), (WIDE, ["--max-tokens", "512"])):
-            if not (folders.texts / name).exists():
-                named = ["--name", name, "--source", f"sentence-transformers/{name}"]
-                run("bake_model.py", packaged(), *named, *options, "--output", folders.texts)
+        with locked(bundles / "texts.lock"):
+            for name, options in ((NAME, []), (WIDE, ["--max-tokens", "512"])):
+                if not (folders.texts / name).exists():
+                    named = ["--name", name, "--source", f"sentence-transformers/{name}"]
+                    run("bake_model.py", packaged(), *named, *options, "--output", folders.texts)
 
     def train_and_bake() -> None:
-        if not trained.exists():
-            unfinished = trained.with_name("unfinished")
-            run(TINY_CLIP, unfinished)
-            unfinished.rename(trained)
-        if not (folders.pictures / trained.name).exists():
-            run("bake_model.py", trained, "--output", folders.pictures)
+        with locked(bundles / "pictures.lock"):
+            if not trained.exists():
+                unfinished = trained.with_name("unfinished")
+                run(TINY_CLIP, unfinished)
+                unfinished.rename(trained)
+            if not (folders.pictures / trained.name).exists():
+                run("bake_model.py", trained, "--output", folders.pictures)
 
     pool = ThreadPoolExecutor(2)
     jobs = [pool.submit(bake), pool.submit(train_and_bake)]
@@ -120,8 +127,16 @@ def cache(config: pytest.Config, name: str, *recipe: pathlib.Path) -> pathlib.Pa
     folder = config.cache.mkdir(f"{name}-{content.hexdigest()[:16]}")
     for other in folder.parent.glob(f"{name}-{'?' * 16}"):
         if other != folder:
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)  # another worker may be removing it too
     return folder
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Hold a lock among xdist's workers: the first one makes what the others then find."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def packaged() -> pathlib.Path:
@@ -162,7 +177,7 @@ def models_dir(shared: Folders) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def service(models_dir: pathlib.Path) -> Iterator[Server]:
-    """Both bundles, served at fp32 with every default."""
+    """Both bundles, served at fp32, otherwise with servers.py's settings."""
     with serve(models_dir, PRECISION="fp32") as server:
         yield server
 
@@ -189,7 +204,7 @@ def clip_transformer(tiny_clip_folder: pathlib.Path) -> Any:
 
 @pytest.fixture(scope="session")
 def clip_service(clip_models_dir: pathlib.Path) -> Iterator[Server]:
-    """The tiny CLIP, served at fp32 with every default."""
+    """The tiny CLIP, served at fp32, otherwise with servers.py's settings."""
     with serve(clip_models_dir, PRECISION="fp32") as server:
         yield server
 

@@ -1,6 +1,7 @@
 """Services that the tests start, with a client that sends the key."""
 
 import contextlib
+import os
 import pathlib
 import socket
 import subprocess
@@ -10,11 +11,24 @@ from typing import Any
 
 import httpx
 
-from loadtest.service import ROOT, Service, free_port
+from loadtest import service
+from loadtest.service import ROOT, Service
 
 __all__ = ["KEY", "ROOT", "Server", "free_port", "launch", "letters", "serve", "wait_ready"]
 KEY = "test-key"
 START_TIMEOUT = 60.0  # seconds
+
+
+def free_port() -> int:
+    """A port that is free. Each of pytest-xdist's workers takes other ports than the rest, because
+    a port is handed out a while before its server listens.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        port = service.free_port()
+        if port // 2 % workers == worker:  # Linux prefers odd ports
+            return port
 
 
 class Server(Service):
@@ -28,8 +42,10 @@ class Server(Service):
         prefix: Sequence[str] = (),
         **env: str,
     ) -> None:
-        env = {"MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY, **env}
-        super().__init__(log_path, env, port=port, prefix=prefix)
+        # However slow the machine is, no work is refused for the time that it would wait.
+        patient = {"MAX_QUEUE_SECONDS": "1000"}
+        env = {"MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY, **patient, **env}
+        super().__init__(log_path, env, port=port or free_port(), prefix=prefix)
         self.client = httpx.Client(
             base_url=self.url, headers={"X-API-Key": KEY}, timeout=60, trust_env=False
         )

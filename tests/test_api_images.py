@@ -475,7 +475,7 @@ def test_memory_after_2000_pictures_is_that_after_200(clip_models_dir: pathlib.P
     chance = np.random.default_rng(3)
     files = []
     for number in range(40):
-        width, height = (int(side) for side in chance.integers(16, 900, 2))
+        width, height = (int(side) for side in chance.integers(16, 450, 2))
         pixels = chance.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
         image = Image.fromarray(pixels).resize((width, height))
         files.append(encoded(image, ("JPEG", "PNG", "WEBP", "BMP")[number % 4]))

@@ -230,9 +230,11 @@ def test_models_and_workers_are_described(own: Server) -> None:
     memory = now[labelled("worker_resident_memory_bytes", worker="0")]
     assert memory == pytest.approx(int(rss[1]) * 1024, rel=0.1)
     assert now[labelled("worker_cpu_seconds_total", worker="0")] > 0.1
-    age = time.time() - now[labelled("worker_start_time_seconds", worker="0")]
-    born = time.time() - pathlib.Path(f"/proc/{pid}").stat().st_ctime
-    assert age == pytest.approx(born, abs=2)
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[19])  # from the machine's start to the process's
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    born = booted + ticks / os.sysconf("SC_CLK_TCK")
+    assert now[labelled("worker_start_time_seconds", worker="0")] == pytest.approx(born, abs=2)
     assert {dict(labels).get("reason") for _, labels in now} >= set(REASONS)
 
 

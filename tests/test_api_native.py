@@ -363,7 +363,7 @@ def test_a_request_that_waits_too_long_is_given_up(models_dir: pathlib.Path) -> 
         response = server.post("/embeddings", {"text": letters(60_000)})
         mentions(refusal(response, 504, "timeout"), "REQUEST_TIMEOUT")
         assert response.headers["x-should-retry"] == "false"
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20  # and not the minute that is the default
         assert server.embed("the next one")
         assert "Traceback" not in server.log
 

@@ -18,6 +18,7 @@ import openai
 import pytest
 from conftest import NAME, WIDE
 from servers import KEY, Server, letters, serve, wait_ready
+from test_api_metrics import labelled, scrape_until
 from tokenizers import Tokenizer
 
 ALIAS = "text-embedding-3-small"
@@ -247,11 +248,12 @@ def test_while_loading_and_too_late(models_dir: pathlib.Path, tmp_path: pathlib.
 
 def test_a_full_queue(models_dir: pathlib.Path) -> None:
     limits = {"MAX_REQUEST_TOKENS": "10000", "MAX_QUEUE_TOKENS": "10000", "MAX_BODY_SIZE": "30000"}
+    limits["INFERENCE_THREADS"] = "1"
     with serve(models_dir, PRECISION="fp32", **limits) as server, client_of(server) as (client, _):
         large = {"input": letters(9900)}
         first = threading.Thread(target=server.post, args=("/v1/embeddings", large))
         first.start()
-        time.sleep(0.4)  # it is in the queue, and takes seconds
+        scrape_until(server, lambda now: now[labelled("queue_tokens")] > 0)
         with pytest.raises(openai.RateLimitError, match="MAX_QUEUE_TOKENS") as info:
             client.embeddings.create(model=NAME, **large)
         assert (info.value.code, info.value.type) == ("rate_limit_exceeded", "rate_limit_error")

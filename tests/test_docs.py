@@ -23,6 +23,7 @@ and a test checks that it does. How each kind is run:
 In every block `localhost:5001` stands for the tests' service, and `abc123` for its key.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -204,15 +205,20 @@ def check_options(words: list[str]) -> None:
         assert importlib.util.find_spec(words[1])
         return
     script = words[:2] if words[0] == "-m" else words[:1]
-    done = subprocess.run(
-        [sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    says = help_of(*script)
     for word in words[len(script) :]:
         if word.startswith("-"):
-            assert re.search(rf"(?<!\S){word.partition('=')[0]}\b", done.stdout), word
+            assert re.search(rf"(?<!\S){word.partition('=')[0]}\b", says), word
         elif word in ("recommend", "ceiling", "fairness", "padding", "start"):
-            assert re.search(rf"^ +{word} ", done.stdout, re.MULTILINE), word
+            assert re.search(rf"^ +{word} ", says, re.MULTILINE), word
+
+
+@functools.cache
+def help_of(*script: str) -> str:
+    command = [sys.executable, *script, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("command", run_by("pip"))
