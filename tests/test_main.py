@@ -27,13 +27,13 @@ from engine.openvino_backend import has_bf16
 from image_embeddings import probe_picture
 from settings import available_cores
 
-TEXTS = 200
-MIX = 25  # texts a batch
+TEXTS = 80
+MIX = 20  # texts a batch
 
 
 @pytest.fixture(scope="module")
 def expected(sentence_transformer: Any) -> dict[str, tuple[list[str], Any]]:
-    """For each bundle: 200 texts of 1 token to its full window, and sentence-transformers'
+    """For each bundle: texts of 1 token to its full window, and sentence-transformers'
     vectors of them."""
     result = {}
     threads = torch.get_num_threads()  # tiny_models has set one
