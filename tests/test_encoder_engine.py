@@ -409,6 +409,8 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(families, "_cpu_flags", lambda: set(needs))
 
     monkeypatch.setattr(families.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(families, "_tiles_allowed", lambda: True)
+    monkeypatch.setattr(families, "_cpuinfo", lambda field: "vendor_id : AuthenticAMD")
     return has
 
 
@@ -457,17 +459,23 @@ def test_elsewhere_openvino_serves(
     monkeypatch.setattr(library, "LIBRARY", pathlib.Path("/absent/encoder.so"))
     assert chosen(bundle) == dict.fromkeys(WANTED)
     monkeypatch.undo()
+    assert families._cpuinfo("no such field") == ""
     on_x86 = families.platform.machine() == "x86_64"
     assert bool(families._cpu_flags() & {"fpu", "sse2"}) == on_x86
 
 
-def test_amx_that_linux_does_not_allow_is_refused() -> None:
-    class Library:
-        def encoder_allow_tiles(self) -> int:
-            return -1
-
-    with pytest.raises(RuntimeError, match="set ENCODER_ISA=bf16"):
-        library.kernels(Library(), "amx")  # type: ignore[arg-type]
+def test_amx_that_linux_does_not_give(
+    bundle: Bundle, cpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu("amx")
+    monkeypatch.setattr(families, "_tiles_allowed", lambda: False)
+    family = families.fastest("bf16")
+    assert family and family.name == "bf16"
+    assert chosen(bundle) == WITH_BF16
+    # Intel's AVX512-BF16 is slower than its fp32.
+    monkeypatch.setattr(families, "_cpuinfo", lambda field: "vendor_id : GenuineIntel")
+    assert chosen(bundle) == {**WITH_BF16, "auto": "fp32"}
+    assert chosen(bundle, "bf16") == WITH_BF16  # for measurements
 
 
 def manifest(bundle: Bundle, **changes: Any) -> dict[str, Any]:

@@ -42,8 +42,9 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
     """
     if not (bundle.manifest.encoder and library.LIBRARY.exists()):
         return None
+    prefers_fp32 = isa == "auto" and families.slow_at_bf16()
     precisions: dict[str, tuple[Precision, ...]] = {
-        "auto": ("bf16", "fp32"),
+        "auto": ("fp32", "bf16") if prefers_fp32 else ("bf16", "fp32"),
         "fp32": ("fp32",),
         "bf16": ("bf16",),
         "int8": ("int8",),
@@ -72,7 +73,7 @@ class EncoderEngine(Engine):
             streams: cores that a batch which is alone may use.
             isa: ENCODER_ISA, the fastest CPU family that may be used, or "auto".
 
-        Raises: RuntimeError when the library is of another version, or AMX is not allowed.
+        Raises: RuntimeError when the library is of another version.
         """
         manifest, encoder = bundle.manifest, bundle.manifest.encoder
         family = families.fastest(precision, isa)

@@ -1,9 +1,6 @@
-// Sizes and offsets that library.py has to agree with, and what it asks of a CPU.
+// Sizes and offsets that library.py has to agree with.
 
 #include "encoder.h"
-
-#include <sys/syscall.h>
-#include <unistd.h>
 
 // The first number says how many follow.
 #define AT(type, field) (int32_t)offsetof(type, field)
@@ -23,13 +20,3 @@ const int32_t encoder_layout[] = {
 };
 _Static_assert(sizeof encoder_layout == 43 * sizeof(int32_t), "the first number is wrong");
 const int32_t encoder_crew_size = sizeof(Crew);
-
-// Ask the kernel for AMX's tile registers, once in a process. Returns 0 if it may use them.
-int encoder_allow_tiles(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };  // Documentation/arch/x86/xstate.rst
-#ifdef SYS_arch_prctl
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 ? 0 : -1;
-#else
-    return -1;
-#endif
-}

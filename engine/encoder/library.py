@@ -87,12 +87,7 @@ def load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
 
 
 def kernels(library: ctypes.CDLL, family: str) -> Kernels:
-    """The kernels of a CPU family.
-
-    Raises: RuntimeError when the kernel does not let this process use AMX's registers.
-    """
-    if family == "amx" and library.encoder_allow_tiles():
-        raise RuntimeError("Linux does not let this process use AMX: set ENCODER_ISA=bf16")
+    """The kernels of a CPU family, which this CPU has to have."""
     return Kernels.in_dll(library, f"encoder_{family}")
 
 
