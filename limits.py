@@ -1,5 +1,5 @@
 """The limits on texts and pictures of a request, and the errors over them: InputTooLarge (413), and
-InvalidInput (400) for no inputs, too many, or empty ones.
+InvalidInput (400) for no inputs, too many, or empty ones. The numbers come from settings.py.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Bytes to bodies and back: msgspec in, orjson out."""
+"""Bytes to bodies and back: msgspec in, orjson out. Bodies of errors are made in api/errors.py."""
 
 import base64
 import functools

@@ -1,6 +1,7 @@
 """The stages of a bake, which `stages` runs in this order: `source` (find and load the model),
 `samples` and `pictures` (what its vectors are compared over), `export` (trace and save), `rewrite`
-(make the text graph faster), `weights` (for our own engine), `parity` (compare the vectors).
+(make the text graph faster), `encoder` (whether our own engine runs the model), `parity`
+(compare the vectors).
 """
 
 import argparse

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from bake import BakeError, Options, pictures, source, stage, weights
+from bake import BakeError, Options, encoder, pictures, source, stage
 from bake.export import export, trace_pictures, trace_texts
 from bake.parity import certify, reference
 from bake.samples import PROBE_TEXT, Sample, beginning, sample_pictures, sample_texts
@@ -60,7 +60,7 @@ def bake(options: Options) -> Bundle:
             files.append(bundles.PREPROCESSING)
         manifest = _manifest(options, model, samples)
         manifest.files = {name: bundles.fingerprint(folder / name) for name in files}
-        manifest.encoder = weights.describe(model, tokenizer, folder / "text.xml")
+        manifest.encoder = encoder.describe(model, tokenizer, folder / "text.xml")
         certify(Bundle(folder, manifest), samples)
         return manifest
 

@@ -1,4 +1,5 @@
-"""Decides when the queue is full, and when a refused request should come back.
+"""Decides when the queue is full (429), and when a refused request should come back. Two more
+limits end in 429: server/tasks.py has the threads, server/worker.py the memory.
 
 The queue is limited in tokens and in seconds. For the seconds, the speed has to be known: it is
 measured from the batches that end.

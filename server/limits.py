@@ -1,4 +1,6 @@
-"""The limits of HTTP: what a connection may take of the server."""
+"""The limits of HTTP: what a connection may take of the server. gunicorn.conf.py sets `max_body`,
+`max_fields`, `max_field` and `keepalive` from the settings and from gunicorn's options.
+"""
 
 from dataclasses import dataclass
 

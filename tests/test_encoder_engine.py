@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -24,24 +25,23 @@ from sentence_transformers import SentenceTransformer
 import bake_model
 from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Precision, read
 from engine.choice import text_engine
-from engine.encoder import encoder_engine, families, library
+from engine.encoder import cpu, encoder_engine, library
 from engine.encoder.build import build
 from engine.encoder.encoder_engine import AHEAD_TOKENS, EncoderEngine, EncoderThreads
 from engine.openvino_backend import OpenVINOTextEngine
 from engine.protocol import InputRefused
+from settings import Settings
 from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 needs_the_cpu = pytest.mark.skipif(
-    families.fastest("fp32") is None, reason="this CPU is not x86-64 with AVX2"
+    cpu.fastest("fp32") is None, reason="this CPU is not x86-64 with AVX2"
 )
-CASES = [
-    (family.name, precision) for family in families.FAMILIES for precision in family.precisions
-]
+CASES = [(family.name, precision) for family in cpu.FAMILIES for precision in family.precisions]
 # Those that are the fastest here.
-PRECISIONS: list[Precision] = [each for each in PARITY_FLOOR if families.fastest(each)]
+PRECISIONS: list[Precision] = [each for each in PARITY_FLOOR if cpu.fastest(each)]
 
 
 def cosines(a: Float32, b: Float32) -> Float32:
@@ -126,7 +126,7 @@ def test_vectors_of_every_architecture(
     assert len({len(each) for each in inputs}) > 5
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
     assert cosines(expected[1:], expected[:-1]).max() < 0.99, "too alike to tell right from wrong"
-    for family in families.runnable():
+    for family in cpu.runnable():
         for precision in family.precisions:
             options = {"pad_id": pad_id, "pad_left": pad_left, "streams": 1, "isa": family.name}
             engine = text_engine(bundle, precision, **options)
@@ -189,7 +189,7 @@ def exact(bundle: Bundle) -> OpenVINOTextEngine:
 
 
 def made(bundle: Bundle, precision: Precision, *, streams: int, isa: str = "auto") -> EncoderEngine:
-    if families.fastest(precision, isa) is None:
+    if cpu.fastest(precision, isa) is None:
         pytest.skip(f"this CPU has no kernels for {precision}")
     return EncoderEngine(bundle, precision, streams=streams, isa=isa)
 
@@ -197,7 +197,7 @@ def made(bundle: Bundle, precision: Precision, *, streams: int, isa: str = "auto
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def engine(request: Any, bundle: Bundle) -> EncoderEngine:
     name, precision = request.param
-    if name not in [family.name for family in families.runnable()]:
+    if name not in [family.name for family in cpu.runnable()]:
         pytest.skip(f"this CPU has no {name}")
     return made(bundle, precision, streams=3, isa=name)
 
@@ -401,79 +401,84 @@ def chosen(bundle: Bundle, isa: str = "auto") -> dict[str, Precision | None]:
 
 
 @pytest.fixture
-def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Pretend that this CPU has the instructions of a family and no more."""
 
     def has(name: str) -> None:
-        needs = families.FAMILIES[families.NAMES.index(name)].needs
-        monkeypatch.setattr(families, "_cpu_flags", lambda: set(needs))
+        needs = cpu.FAMILIES[cpu.NAMES.index(name)].needs
+        monkeypatch.setattr(cpu, "_cpu_flags", lambda: set(needs))
 
-    monkeypatch.setattr(families.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(families, "_tiles_allowed", lambda: True)
-    monkeypatch.setattr(families, "_cpuinfo", lambda field: "vendor_id : AuthenticAMD")
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu, "_tiles_allowed", lambda: True)
+    monkeypatch.setattr(cpu, "_cpuinfo", lambda field: "vendor_id : AuthenticAMD")
     return has
 
 
-def test_which_precision_serves(bundle: Bundle, cpu: Callable[[str], None]) -> None:
+def test_which_precision_serves(bundle: Bundle, pretend: Callable[[str], None]) -> None:
     for name in ("avx2", "avxvnni", "avx512", "vnni"):
-        cpu(name)
+        pretend(name)
         assert chosen(bundle) == OURS
     for name in ("bf16", "amx"):
-        cpu(name)
+        pretend(name)
         assert chosen(bundle) == WITH_BF16
         assert chosen(bundle, "vnni") == OURS
-    cpu("portable")  # OpenVINO is faster, unless the user insists
+    pretend("portable")  # OpenVINO is faster, unless the user insists
     assert chosen(bundle) == dict.fromkeys(WANTED)
     assert chosen(bundle, "portable") == OURS
-    cpu("amx")
+    pretend("amx")
     without = Bundle(bundle.path, Manifest(**manifest(bundle, precisions=["int8", "fp32"])))
     assert chosen(without) == OURS
     other = Bundle(bundle.path, Manifest(**manifest(bundle, encoder=None)))
     assert chosen(other) == dict.fromkeys(WANTED)
 
 
-def test_which_family_computes(cpu: Callable[[str], None]) -> None:
+def test_the_setting_takes_every_family() -> None:
+    (field,) = [each for each in fields(Settings) if each.name == "encoder_isa"]
+    assert field.metadata["choices"] == ("auto", *cpu.NAMES)
+
+
+def test_which_family_computes(pretend: Callable[[str], None]) -> None:
     def fastest(precision: Precision, limit: str = "auto") -> str:
-        family = families.fastest(precision, limit)
+        family = cpu.fastest(precision, limit)
         return family.name if family else "none"
 
-    cpu("amx")
+    pretend("amx")
     assert [fastest(each) for each in PARITY_FLOOR] == ["avx512", "amx", "bf16"]
     assert [fastest(each, "bf16") for each in PARITY_FLOOR] == ["avx512", "bf16", "bf16"]
     assert [fastest(each, "vnni") for each in PARITY_FLOOR] == ["avx512", "none", "vnni"]
     assert [fastest(each, "avx512") for each in PARITY_FLOOR] == ["avx512", "none", "avx512"]
     assert [fastest(each, "avx2") for each in PARITY_FLOOR] == ["avx2", "none", "avx2"]
     assert [fastest(each, "portable") for each in PARITY_FLOOR] == ["portable", "none", "portable"]
-    cpu("avxvnni")
+    pretend("avxvnni")
     assert [fastest(each) for each in PARITY_FLOOR] == ["avx2", "none", "avxvnni"]
     assert [fastest(each, "amx") for each in PARITY_FLOOR] == ["avx2", "none", "avxvnni"]
 
 
 def test_elsewhere_openvino_serves(
-    bundle: Bundle, cpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu("amx")
-    monkeypatch.setattr(families.platform, "machine", lambda: "aarch64")
+    pretend("amx")
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
     assert chosen(bundle) == dict.fromkeys(WANTED)
     monkeypatch.undo()
     monkeypatch.setattr(library, "LIBRARY", pathlib.Path("/absent/encoder.so"))
     assert chosen(bundle) == dict.fromkeys(WANTED)
     monkeypatch.undo()
-    assert families._cpuinfo("no such field") == ""
-    on_x86 = families.platform.machine() == "x86_64"
-    assert bool(families._cpu_flags() & {"fpu", "sse2"}) == on_x86
+    assert cpu._cpuinfo("no such field") == ""
+    on_x86 = cpu.platform.machine() == "x86_64"
+    assert bool(cpu._cpu_flags() & {"fpu", "sse2"}) == on_x86
 
 
 def test_amx_that_linux_does_not_give(
-    bundle: Bundle, cpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu("amx")
-    monkeypatch.setattr(families, "_tiles_allowed", lambda: False)
-    family = families.fastest("bf16")
+    pretend("amx")
+    monkeypatch.setattr(cpu, "_tiles_allowed", lambda: False)
+    family = cpu.fastest("bf16")
     assert family and family.name == "bf16"
     assert chosen(bundle) == WITH_BF16
     # Intel's AVX512-BF16 is slower than its fp32.
-    monkeypatch.setattr(families, "_cpuinfo", lambda field: "vendor_id : GenuineIntel")
+    monkeypatch.setattr(cpu, "_cpuinfo", lambda field: "vendor_id : GenuineIntel")
     assert chosen(bundle) == {**WITH_BF16, "auto": "fp32"}
     assert chosen(bundle, "bf16") == WITH_BF16  # for measurements
 
@@ -493,7 +498,7 @@ def test_without_the_library_openvino_serves_the_same(
         engine = text_engine(bundle, "int8", pad_id=0, pad_left=False, streams=1)
         return engine.backend, engine.run(inputs)
 
-    (ours, vectors), could = run(), families.fastest("int8") is not None
+    (ours, vectors), could = run(), cpu.fastest("int8") is not None
     monkeypatch.setattr(library, "LIBRARY", pathlib.Path("/absent/encoder.so"))
     other, same = run()
     assert other == "OpenVINO" and (ours != other) == could

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from engine.bundle import Precision
-from engine.encoder import families, library
+from engine.encoder import cpu, library
 from engine.encoder.library import Kernels, Linear, aligned, pointer
 
 Float32 = npt.NDArray[np.float32]
@@ -129,18 +129,16 @@ def gelu(x: Array) -> Array:
     return result
 
 
-CASES = [
-    (family.name, precision) for family in families.FAMILIES for precision in family.precisions
-]
+CASES = [(family.name, precision) for family in cpu.FAMILIES for precision in family.precisions]
 
 
 def kernels(name: str) -> Family:
-    if name not in [family.name for family in families.runnable()]:
+    if name not in [family.name for family in cpu.runnable()]:
         pytest.skip(f"this CPU has no {name}")
     return Family(name)
 
 
-@pytest.fixture(params=families.NAMES)
+@pytest.fixture(params=cpu.NAMES)
 def family(request: Any) -> Family:
     return kernels(request.param)
 

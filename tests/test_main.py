@@ -22,7 +22,7 @@ from servers import KEY, ROOT, Server, free_port, launch, serve, wait_ready
 
 from bake.samples import sample_texts
 from engine.bundle import PARITY_FLOOR, Precision
-from engine.encoder import families
+from engine.encoder import cpu
 from engine.openvino_backend import has_bf16
 from image_embeddings import probe_picture
 from settings import available_cores
@@ -142,7 +142,7 @@ def test_serving_imports_no_torch_transformers_or_sentence_transformers(
     heavy = {"torch", "transformers", "sentence_transformers", "nncf", "scipy", "sklearn", "pandas"}
     assert not (heavy | {"torchvision"}) & set(modules)
     # Half of the start, where it is not needed.
-    assert ("openvino" in modules) == (pictures or families.fastest("fp32") is None)
+    assert ("openvino" in modules) == (pictures or cpu.fastest("fp32") is None)
     assert ("PIL" in modules) == pictures
 
 

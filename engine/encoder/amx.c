@@ -1,4 +1,5 @@
 // AMX in bf16, beside AVX-512 with VNNI and BF16: Intel since Sapphire Rapids.
+// kernels.h says what each macro means, and where the code is that all families share.
 
 #define FAMILY amx
 #define WIDTH 16

@@ -1,4 +1,5 @@
 // AVX2 and FMA: Intel since Haswell, AMD since Zen.
+// kernels.h says what each macro means, and where the code is that all families share.
 
 #define FAMILY avx2
 #define WIDTH 8

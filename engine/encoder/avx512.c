@@ -1,4 +1,5 @@
 // AVX-512 without VNNI: Intel since Skylake-SP.
+// kernels.h says what each macro means, and where the code is that all families share.
 
 #define FAMILY avx512
 #define WIDTH 16

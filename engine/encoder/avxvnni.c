@@ -1,4 +1,5 @@
 // AVX2 with AVX-VNNI: Intel since Alder Lake, AMD since Zen 5, where AVX-512 is missing.
+// kernels.h says what each macro means, and where the code is that all families share.
 
 #define FAMILY avxvnni
 #define WIDTH 8

@@ -1,4 +1,5 @@
 // AVX-512 with VNNI and BF16: AMD since Zen 4, Intel Cooper Lake.
+// kernels.h says what each macro means, and where the code is that all families share.
 
 #define FAMILY bf16
 #define WIDTH 16

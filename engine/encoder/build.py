@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 
-from engine.encoder.families import FAMILIES
+from engine.encoder.cpu import FAMILIES
 from engine.encoder.library import LIBRARY
 
 # The glibc is the oldest of any Linux for which there are wheels for Python 3.11.

@@ -8,7 +8,7 @@
 // Each CPU family has a file of its own (portable.c, avx2.c, avx512.c, vnni.c, bf16.c, amx.c), which
 // is compiled with that family's instructions. It sets a few macros and includes kernels.h, which
 // includes the code that all families share:
-//   vectors.h     arithmetic on WIDTH values at once
+//   arithmetic.h  on WIDTH values at once: GELU, powers of 2, conversions
 //   products.h    matrix products
 //   attention.h   attention of one head of one text
 //   rows.h        layer norm, quantisation, embedding, pooling: row by row

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.bundle import Bundle, Precision
-from engine.encoder import families, library
+from engine.encoder import cpu, library
 from engine.encoder.library import Batch, Bytes, Pointer, Shape, aligned, pointer
 from engine.encoder.weights import LaidOut
 from engine.protocol import Engine, Float32, InputRefused
@@ -42,7 +42,7 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
     """
     if not (bundle.manifest.encoder and library.LIBRARY.exists()):
         return None
-    prefers_fp32 = isa == "auto" and families.slow_at_bf16()
+    prefers_fp32 = isa == "auto" and cpu.slow_at_bf16()
     precisions: dict[str, tuple[Precision, ...]] = {
         "auto": ("fp32", "bf16") if prefers_fp32 else ("bf16", "fp32"),
         "fp32": ("fp32",),
@@ -50,7 +50,7 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
         "int8": ("int8",),
     }
     for precision in precisions[wanted]:
-        if bundle.offers(precision) and families.fastest(precision, isa):
+        if bundle.offers(precision) and cpu.fastest(precision, isa):
             return precision
     return None
 
@@ -76,7 +76,7 @@ class EncoderEngine(Engine):
         Raises: RuntimeError when the library is of another version.
         """
         manifest, encoder = bundle.manifest, bundle.manifest.encoder
-        family = families.fastest(precision, isa)
+        family = cpu.fastest(precision, isa)
         assert encoder and family
         self.isa = family.name
         self.name, self.dimensions, self.precision = manifest.name, manifest.dimensions, precision

@@ -1,4 +1,5 @@
-// The kernels of one CPU family. The file that includes this defines
+// The kernels of one CPU family: arithmetic.h has GELU, products.h and tiles.h the matrix products,
+// attention.h and rows.h the rest. The file that includes this defines
 //   FAMILY      the name of the exported table, encoder_FAMILY
 //   WIDTH       float32 values in a vector
 //   ROWS        rows of activations in a tile of sums, ROWS_INT8 in int8
@@ -9,7 +10,7 @@
 
 #include "encoder.h"
 
-#include "vectors.h"
+#include "arithmetic.h"
 
 #include "products.h"
 

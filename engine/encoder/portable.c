@@ -1,4 +1,5 @@
 // Any CPU: what the compiler makes of vectors of four values.
+// kernels.h says what each macro means, and where the code is that all families share.
 
 #define FAMILY portable
 #define WIDTH 4

@@ -1,4 +1,5 @@
 // AVX-512 with VNNI: Intel since Cascade Lake.
+// kernels.h says what each macro means, and where the code is that all families share.
 
 #define FAMILY vnni
 #define WIDTH 16

@@ -1,4 +1,6 @@
-"""Where a BERT's weights are in the file of its graph, for our own engine (engine/encoder)."""
+"""Which models our own engine (engine/encoder) runs, and where their weights are in the file of the
+graph.
+"""
 
 import pathlib
 import re

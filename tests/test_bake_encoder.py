@@ -1,4 +1,4 @@
-"""bake/weights.py: where the weights are that our own engine reads, and which models it gets."""
+"""bake/encoder.py: where the weights are that our own engine reads, and which models it gets."""
 
 import pathlib
 from typing import Any
