@@ -6,14 +6,17 @@ INLINE void softmax(float *scores, Activation *shares, float *factors, int rows,
     for (int i = 0; i < rows; i++) {
         float *s = scores + (long)i * width;
         F most = set(-__builtin_inff()), sum = {};
-        for (int j = 0; j < length; j += WIDTH)
-            most = max(most, choose(first_lanes(length - j), load(s + j), most));
+        for (int j = 0; j < length; j += WIDTH) {
+            F x = load(s + j);
+            most = max(most, j + WIDTH <= length ? x : choose(first_lanes(length - j), x, most));
+        }
         most = set(largest_of(most));
         for (int j = 0; j < width; j += 2 * WIDTH) {
             F e[2];
             for (int h = 0; h < 2; h++) {
-                F power = exp2_(load(s + j + WIDTH * h) - most);
-                e[h] = choose(first_lanes(length - j - WIDTH * h), power, (F){});
+                int at = j + WIDTH * h;
+                e[h] = exp2_(load(s + at) - most);
+                if (at + WIDTH > length) e[h] = choose(first_lanes(length - at), e[h], (F){});
                 sum += e[h];
             }
             store_activations(shares + (long)i * width + j, e[0], e[1]);
