@@ -198,6 +198,8 @@ class Info(msgspec.Struct):
     auto_truncate: bool
     tokenization_workers: int
     version: str
+    engine: str  # this and the next are not in text-embeddings-inference
+    instruction_set: str | None  # none where the engine does not tell
 
 
 # Pictures

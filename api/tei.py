@@ -137,4 +137,6 @@ def _describe(embedder: TextEmbedder) -> dict[str, object]:
         "max_input_length": manifest.max_tokens,
         "auto_truncate": False,
         "version": VERSION,
+        "engine": embedder.engine.backend,
+        "instruction_set": embedder.engine.isa or None,
     }

@@ -14,6 +14,8 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from servers import KEY, Server, serve
 
+from engine.encoder import cpu
+
 LONG = "the river rose " * 200
 PAIR = {"source_sentence": "A cat sleeps.", "sentences": ["A kitten naps.", "Taxes are due."]}
 
@@ -116,6 +118,9 @@ def test_tokens_with_the_code_points_they_stand_for(service: Server) -> None:
 
 def test_info(service: Server) -> None:
     info = service.client.get("/info").json()
+    family = cpu.fastest("fp32")
+    engine = (info.pop("engine"), info.pop("instruction_set"))
+    assert engine == (("our own encoder", family.name) if family else ("OpenVINO", None))
     assert info == {
         "model_id": f"sentence-transformers/{NAME}",
         "model_sha": None,
