@@ -23,6 +23,7 @@ import logging
 import math
 import operator
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -376,6 +377,7 @@ class Queue:
         if self._collector.is_alive():
             self._collector.join()
         while not self._drained:
+            select.select([self._wake], [], [])  # an event loop may have made it non-blocking
             self.collect()
         for threads in self._threads.values():
             threads.close()

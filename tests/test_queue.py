@@ -865,6 +865,7 @@ def test_close_waits_for_their_batches(attached: bool) -> None:
     queue = Queue(max_batch_size=1, max_batch_tokens=64, max_queue_tokens=100, threads=1)
     if attached:
         queue.attach(lambda call: None)
+        os.set_blocking(queue.fileno(), False)  # as uvloop does
     else:
         queue.start()
     engine = HasOwn()

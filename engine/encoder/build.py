@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 from engine.encoder.cpu import FAMILIES
 from engine.encoder.library import LIBRARY
@@ -37,9 +38,13 @@ def build(library: pathlib.Path = LIBRARY) -> None:
 
         cpus = {name: "x86_64" for name in _BASE} | {each.name: each.compiler for each in FAMILIES}
         objects = [str(pathlib.Path(folder) / f"{name}.o") for name in cpus]
-        for (name, cpu), made in zip(cpus.items(), objects):
+
+        def compile_one(name: str, made: str) -> None:
             source = str(sources / f"{name}.c")
-            run(f"-mcpu={cpu}", *_OPTIONS, *_WARNINGS, "-c", source, "-o", made)
+            run(f"-mcpu={cpus[name]}", *_OPTIONS, *_WARNINGS, "-c", source, "-o", made)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, cpus, objects))
         linked = pathlib.Path(folder) / library.name
         run("-shared", "-s", "-lpthread", *objects, "-o", str(linked))
         linked.replace(library)
