@@ -14,7 +14,7 @@ from bake.export import export, trace_pictures, trace_texts
 from bake.parity import certify, reference
 from bake.samples import PROBE_TEXT, Sample, beginning, sample_pictures, sample_texts
 from engine import bundle as bundles
-from engine.bundle import Bundle, Manifest, Probe
+from engine.bundle import Bundle, Manifest, Probe, graph_file
 from image_embeddings import probe_picture
 
 TEXTS = 120  # in the sample
@@ -60,7 +60,7 @@ def bake(options: Options) -> Bundle:
             files.append(bundles.PREPROCESSING)
         manifest = _manifest(options, model, samples)
         manifest.files = {name: bundles.fingerprint(folder / name) for name in files}
-        manifest.encoder = encoder.describe(model, tokenizer, folder / "text.xml")
+        manifest.encoder = encoder.describe(model, tokenizer, folder / graph_file("text", "fp32"))
         certify(Bundle(folder, manifest), samples)
         return manifest
 

@@ -38,7 +38,7 @@ class Threads(Protocol):
     """
 
     def room(self) -> float:
-        """Most tokens of a batch that may be put now; 0 for none."""
+        """Most tokens of a batch that may be put now, unless it is one input; 0 for none."""
 
     def put(self, number: int, engine: Any, inputs: Sequence[Array], alone: bool) -> Float32:
         """Queue a batch; `engine` is of this backend.
@@ -62,8 +62,8 @@ class Engine(Protocol):
     name: str  # the model's
     modality: str
     precision: Precision
-    backend: str  # the kind of engine, for the log
-    isa: str = ""  # the instruction set that it computes with, for the log; "" if it does not tell
+    backend: str  # the kind of engine, for the log and for /info
+    isa: str | None = None  # the instruction set that it computes with; None if it does not tell
     dimensions: int
     padding_cost: float  # of a padded token, as a share of a real one
     min_batch_tokens: int  # no batch is made smaller to leave work for other threads

@@ -362,12 +362,17 @@ class Queue:
 
     def _collect(self) -> None:
         with vital():
-            while not (self._closed and self._drained):
+            while not (self._closed and self._is_drained()):
                 self.collect()
 
     @property
     def _drained(self) -> bool:
-        return not self._put and not self._jobs
+        """With the lock only: a batch that is taken is for a moment in neither of these."""
+        return not self._jobs and not self._running
+
+    def _is_drained(self) -> bool:
+        with self._lock:
+            return self._drained
 
     def close(self) -> None:
         """Refuse new requests, compute what waits and end the threads. To be called before a
@@ -376,7 +381,7 @@ class Queue:
         self._refuse()
         if self._collector.is_alive():
             self._collector.join()
-        while not self._drained:
+        while not self._is_drained():
             select.select([self._wake], [], [])  # an event loop may have made it non-blocking
             self.collect()
         for threads in self._threads.values():

@@ -4,11 +4,8 @@
 #define FAMILY amx
 #define WIDTH 16
 #define ROWS 32
-#define ROWS_INT8 6
-#define DEPTH 2  // values of k in 32 bits
 #define TILES
 #define BF16_ACTIVATIONS
-#define VNNI
 #define DPBUSD(sum, w, a) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(w), (__m512i)(a))
 
 #include <immintrin.h>

@@ -17,8 +17,10 @@ INLINE void store(float *p, F x) { *(FloatsAt *)p = x; }
 INLINE F set(float x) { return (F){} + x; }
 INLINE F max(F a, F b) { return __builtin_elementwise_max(a, b); }
 INLINE F min(F a, F b) { return __builtin_elementwise_min(a, b); }
-INLINE F to_whole(F x) { return __builtin_elementwise_roundeven(x); }
-INLINE I to_int(F x) { return __builtin_convertvector(x, I); }
+// The nearest whole number, for |x| < 2^22: 1.5 * 2^23 leaves no bits for a fraction, and its last
+// bits are the number.
+#define WHOLE 12582912.0f
+INLINE I to_int(F x) { return (I)(x + WHOLE) - 0x4b400000; }
 INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 INLINE F from_half(const uint16_t *p) { return __builtin_convertvector(*(const HalvesAt *)p, F); }
 INLINE float largest_of(F x) { return __builtin_reduce_max(x); }
@@ -45,14 +47,14 @@ INLINE F choose(I lanes, F x, F y) { return (F)(((I)x & lanes) | ((I)y & ~lanes)
 
 // 2^x for x <= 0, relative error 3e-6: a polynomial (minimax) for the fraction.
 INLINE F exp2_(F x) {
-    x = max(x, set(-126.0f));
-    F whole = to_whole(x), f = x - whole;
+    x = max(x, set(-125.0f));  // so that no result is subnormal
+    F moved = x + WHOLE, f = x - (moved - WHOLE);
     F y = set(0.009570102207362652f);
     y = y * f + 0.05591786280274391f;
     y = y * f + 0.240247443318367f;
     y = y * f + 0.6931217908859253f;
     y = y * f + 0.9999992847442627f;
-    return (F)((I)y + (to_int(whole) << 23));
+    return (F)((I)y + ((I)moved << 23));
 }
 
 // x Phi(x), error below 8e-6: Phi(x) - 1/2 as x times a polynomial (minimax) in x^2, for |x| <= 5.
@@ -71,6 +73,7 @@ INLINE F gelu(F x) {
 // Activations: bf16 where the family computes in it, else float32.
 #ifdef BF16_ACTIVATIONS
 typedef uint16_t Activation;
+#define DEPTH 2  // of them in 32 bits
 
 INLINE F from_activation(const Activation *p) {
     return (F)(__builtin_convertvector(*(const WordsAt *)p, U) << 16);
@@ -80,6 +83,7 @@ INLINE void store_activations(Activation *p, F low, F high) {
 }
 #else
 typedef float Activation;
+#define DEPTH 1
 
 INLINE F from_activation(const Activation *p) { return load(p); }
 INLINE void store_activations(Activation *p, F low, F high) {

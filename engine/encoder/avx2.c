@@ -4,7 +4,6 @@
 #define FAMILY avx2
 #define WIDTH 8
 #define ROWS 6
-#define ROWS_INT8 6
 
 #include <immintrin.h>
 

@@ -4,7 +4,6 @@
 #define FAMILY avx512
 #define WIDTH 16
 #define ROWS 12
-#define ROWS_INT8 6
 
 #include <immintrin.h>
 

@@ -4,8 +4,6 @@
 #define FAMILY avxvnni
 #define WIDTH 8
 #define ROWS 6
-#define ROWS_INT8 6
-#define VNNI
 #define DPBUSD(sum, w, a) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(w), (__m256i)(a))
 
 #include <immintrin.h>

@@ -82,7 +82,8 @@ static int64_t compute(const Batch *batch, Mapping *memory) {
     fit(memory, encoder_memory(batch->shape, batch->weights, batch->starts[batch->texts], longest_text(batch)));
     if (!memory->size) return -1;
     encoder_run(batch, memory->bytes);
-    return nanoseconds() - begun;
+    int64_t took = nanoseconds() - begun;
+    return took > 0 ? took : 1;  // 0 would say that it has not ended
 }
 
 // What a thread runs; returns after encoder_stop. Working memory above `kept` bytes is given back

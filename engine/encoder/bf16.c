@@ -4,9 +4,7 @@
 #define FAMILY bf16
 #define WIDTH 16
 #define ROWS 12  // 24 of the 32 registers hold sums
-#define ROWS_INT8 6  // 12 registers hold the sums of a group, 12 those of all groups
 #define BF16_ACTIVATIONS
-#define VNNI
 #define DPBUSD(sum, w, a) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(w), (__m512i)(a))
 
 #include <immintrin.h>

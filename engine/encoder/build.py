@@ -19,10 +19,10 @@ _TARGET = ("-target", "x86_64-linux-gnu.2.28")
 # `a * b + c` may be one instruction. So may a minimum or maximum: with the rules for NaN it takes
 # three, which costs 10 % at int8 and 20 % with AMX. Activations are read as 32 bits that may be one
 # float32 or two bf16.
-_OPTIONS = ("-O3", "-fPIC", "-ffp-contract=fast", "-fno-honor-nans", "-fno-strict-aliasing")
-_OPTIONS += ("-D_GNU_SOURCE",)
+_ARITHMETIC = ("-ffp-contract=fast", "-fno-honor-nans", "-fno-strict-aliasing")
+_OPTIONS = ("-O3", "-fPIC", "-D_GNU_SOURCE", *_ARITHMETIC)
 _WARNINGS = ("-Wall", "-Wextra", "-Werror")
-_BASE = ("crew", "model", "batches", "layout")  # for every CPU
+_BASE = ("crew", "model", "batches", "structures")  # for every CPU
 
 
 def build(library: pathlib.Path = LIBRARY) -> None:

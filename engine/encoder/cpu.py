@@ -22,7 +22,7 @@ _VNNI = _AVX512 | {"avx512_vnni"}
 _BF16 = _VNNI | {"avx512_bf16"}
 _V4_BF16 = "x86_64_v4+avx512vnni+avx512bf16"
 
-# Each is faster than those before it, at the precisions that it has.
+# The later of two that this CPU has is the faster, at the precisions that it has.
 FAMILIES = (
     Family("portable", "x86_64", frozenset(), ("fp32", "int8")),
     Family("avx2", "x86_64_v3", _AVX2, ("fp32", "int8")),
@@ -33,8 +33,6 @@ FAMILIES = (
     Family("amx", f"{_V4_BF16}+amx_tile+amx_bf16", _BF16 | {"amx_tile", "amx_bf16"}, ("bf16",)),
 )
 NAMES = tuple(family.name for family in FAMILIES)
-# The portable kernels are for tests: OpenVINO is faster.
-SLOWEST = "avx2"
 
 
 def runnable(limit: str = "auto") -> list[Family]:
@@ -49,10 +47,13 @@ def runnable(limit: str = "auto") -> list[Family]:
 
 
 def fastest(precision: Precision, limit: str = "auto") -> Family | None:
-    """The family to compute with at a precision. The portable one only if `limit` names it."""
-    slowest = NAMES.index(limit if limit == NAMES[0] else SLOWEST)
-    usable = [family for family in runnable(limit) if family in FAMILIES[slowest:]]
-    return next((family for family in usable[::-1] if precision in family.precisions), None)
+    """The family to compute with at a precision. The portable one only if `limit` names it: it is
+    for tests, and OpenVINO is faster.
+    """
+    for family in reversed(runnable(limit)):
+        if precision in family.precisions and (family.needs or family.name == limit):
+            return family
+    return None
 
 
 def slow_at_bf16() -> bool:

@@ -5,19 +5,19 @@
 // products are computed in float32, in bf16, or in int8 with a scale for every GROUP activations
 // and for every column of the weights. Sums, layer norms and softmax are float32.
 //
-// Each CPU family has a file of its own (portable.c, avx2.c, avx512.c, vnni.c, bf16.c, amx.c), which
-// is compiled with that family's instructions. It sets a few macros and includes kernels.h, which
+// Each CPU family has a file of its own (portable.c, avx2.c, avxvnni.c, avx512.c, vnni.c,
+// bf16.c, amx.c), which is compiled with that family's instructions. It sets a few macros and includes kernels.h, which
 // includes the code that all families share:
 //   arithmetic.h  on WIDTH values at once: GELU, powers of 2, conversions
-//   products.h    matrix products
+//   products.h    matrix products, tiles.h those by AMX
 //   attention.h   attention of one head of one text
 //   rows.h        layer norm, quantisation, embedding, pooling: row by row
-//   layout.h      the layout of the weights
+//   panels.h      the layout of the weights
 // These files belong to no family:
 //   crew.c        several cores work on one batch
 //   model.c       a whole batch through all layers
 //   batches.c     threads that compute batches from a FIFO
-//   layout.c      sizes and offsets of the structures, for library.py
+//   structures.c  sizes and offsets of the structures, for library.py
 
 #pragma once
 
@@ -27,11 +27,11 @@
 #include <string.h>
 
 #define GROUP 64      // activations with one scale, int8 only
-#define SPARE_ROWS 32  // rows behind the last that kernels may read and write
+#define SPARE_ROWS 16  // rows behind the last that kernels may read
 
 enum { FLOAT32, BF16, INT8 };  // precision of products
 
-typedef struct {  // int32 throughout, so that ctypes and C agree
+typedef struct {
     int32_t hidden, heads, inner, layers;
     int32_t first_position;  // of a text's first token
     int32_t pad;             // RoBERTa: this token has position `pad` and is not counted; else -1

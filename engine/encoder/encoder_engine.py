@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine.bundle import Bundle, Precision
+from engine.bundle import PRECISIONS, Bundle, Precision
 from engine.encoder import cpu, library
 from engine.encoder.library import Batch, Bytes, Pointer, Shape, aligned, pointer
 from engine.encoder.weights import LaidOut
@@ -27,7 +27,6 @@ Int64 = npt.NDArray[np.int64]
 # At 512, short texts beside long ones wait 240 ms in place of 100; at 128, texts of 128 tokens cost
 # 4 % more (int8, MiniLM, two threads on Emerald Rapids).
 AHEAD_TOKENS = 256
-_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")  # as in encoder.h
 
 # Working memory above this many bytes is given back after the batch that needed it.
 KEPT_MEMORY = 32_000_000
@@ -42,14 +41,12 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
     """
     if not (bundle.manifest.encoder and library.LIBRARY.exists()):
         return None
-    prefers_fp32 = isa == "auto" and cpu.slow_at_bf16()
-    precisions: dict[str, tuple[Precision, ...]] = {
-        "auto": ("fp32", "bf16") if prefers_fp32 else ("bf16", "fp32"),
-        "fp32": ("fp32",),
-        "bf16": ("bf16",),
-        "int8": ("int8",),
-    }
-    for precision in precisions[wanted]:
+    precisions = [each for each in PRECISIONS if each == wanted]
+    if wanted == "auto":
+        precisions = ["bf16", "fp32"]
+        if isa == "auto" and cpu.slow_at_bf16():
+            precisions.reverse()
+    for precision in precisions:
         if bundle.offers(precision) and cpu.fastest(precision, isa):
             return precision
     return None
@@ -58,7 +55,7 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
 class EncoderEngine(Engine):
     """A bundle's text model. Safe to call from any number of threads."""
 
-    backend = "our own encoder"
+    backend = "own engine"
     modality = "text"
     padding_cost = 0.0
     # A batch of one short query costs 6 % more than its part of a larger one; with four clients two
@@ -87,7 +84,7 @@ class EncoderEngine(Engine):
             first_position=encoder.first_position,
             pad=-1 if encoder.pad is None else encoder.pad,
             first_token=encoder.pooling == "cls",
-            precision=_PRECISIONS.index(precision),
+            precision=PRECISIONS.index(precision),  # encoder.h has the same order
             vocabulary=encoder.vocabulary,
             window=manifest.max_tokens,
             epsilon=encoder.epsilon,
@@ -197,10 +194,8 @@ class EncoderThreads:
         if len(self._in_use) == self._capacity:
             raise RuntimeError(f"{self._capacity} batches are here already")
         batch, arrays = engine.batch(inputs, alone)
-        self._in_use[number] = batch, (
-            engine,
-            arrays,
-        )  # first: the batch may end before this returns
+        # First, since the batch may end before this returns.
+        self._in_use[number] = batch, (engine, arrays)
         refused = self._quick.encoder_put(self._at, ctypes.byref(batch))
         if refused >= 0:
             del self._in_use[number]

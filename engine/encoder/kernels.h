@@ -2,10 +2,10 @@
 // attention.h and rows.h the rest. The file that includes this defines
 //   FAMILY      the name of the exported table, encoder_FAMILY
 //   WIDTH       float32 values in a vector
-//   ROWS        rows of activations in a tile of sums, ROWS_INT8 in int8
+//   ROWS        rows of activations whose sums are in registers at a time
 // and as the family has it
 //   BF16_ACTIVATIONS  it multiplies bf16; else float32
-//   VNNI, DPBUSD      it has VPDPBUSD; else MADD multiplies pairs of 16 bits
+//   DPBUSD            it has VPDPBUSD; else MADD multiplies pairs of 16 bits
 //   TILES             it multiplies bf16 by AMX
 
 #include "encoder.h"
@@ -16,7 +16,7 @@
 
 #include "attention.h"
 #include "rows.h"
-#include "layout.h"
+#include "panels.h"
 
 static void gelu_all(const float *x, float *y, long n) {
     for (long i = 0; i < n; i += WIDTH) store(y + i, gelu(load(x + i)));

@@ -75,7 +75,7 @@ def load() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
     for structure in STRUCTURES:
         layout.append(ctypes.sizeof(structure))
         layout += [getattr(structure, name).offset for name, *_ in structure._fields_]
-    layout += [Kernels.panel.offset, Kernels.lay_out.offset]
+    layout += [ctypes.sizeof(Kernels), Kernels.panel.offset, Kernels.lay_out.offset]
     try:
         compiled = (ctypes.c_int32 * (1 + len(layout))).in_dll(quick, "encoder_layout")
         same = list(compiled) == [len(layout), *layout]

@@ -22,11 +22,11 @@ static uintptr_t divide(Memory *m, uintptr_t at, const Shape *shape, const Kerne
     long width = shape->hidden, inner = shape->inner, most = width > inner ? width : inner;
     long rows = tokens + SPARE_ROWS, row = width * kernels->activation_size;
     m->local = carve(&at, kernels->attention_memory(longest, shape->hidden / shape->heads));
-    m->x = carve(&at, rows * width * 4);
-    m->a = carve(&at, rows * row);
-    m->attended = carve(&at, rows * row);
-    m->qkv = carve(&at, rows * row * 3);
-    m->h = carve(&at, rows * inner * kernels->activation_size);
+    long most_row = (3 * width > inner ? 3 * width : inner) * kernels->activation_size;
+    m->x = carve(&at, tokens * width * 4);
+    // Attention's output replaces its input, and the inner activations replace queries and keys.
+    m->a = m->attended = carve(&at, rows * row);
+    m->qkv = m->h = carve(&at, rows * most_row);
     if (shape->precision != INT8) return at;
     m->q.values = carve(&at, tokens * most * kernels->code_size);
     m->q.scales = carve(&at, tokens * most / GROUP * 4);

@@ -4,7 +4,6 @@
 #define FAMILY portable
 #define WIDTH 4
 #define ROWS 6
-#define ROWS_INT8 6
 
 #include <stdint.h>
 

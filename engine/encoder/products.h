@@ -33,14 +33,12 @@ INLINE void prefetch(const char *next, long k) {
 #include "tiles.h"
 #else
 #ifdef BF16_ACTIVATIONS
-#define DEPTH 2  // values of k in 32 bits
 typedef __m512bh Pairs;
 INLINE F multiply_add(F sum, uint32_t a, const uint32_t *w) {
     __m512i both = _mm512_set1_epi32((int)a);
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)_mm512_loadu_si512(w));
 }
 #else
-#define DEPTH 1
 INLINE F multiply_add(F sum, uint32_t a, const uint32_t *w) {
     float value;
     memcpy(&value, &a, 4);
@@ -71,7 +69,8 @@ INLINE void tile(int mode, int rows, const uint32_t *a, long lda, const uint32_t
 // int8: a code is a rounded value. VPDPBUSD needs one unsigned operand, so weights are stored with
 // 128 added there; `start`, of each row and group, subtracts it again. Without VPDPBUSD pairs of
 // 16 bits are multiplied; codes of activations are stored with 16 bits.
-#ifdef VNNI
+#define ROWS_INT8 6
+#ifdef DPBUSD
 #define CODES 4  // in 32 bits
 #define OFFSET 128
 typedef int8_t Code;

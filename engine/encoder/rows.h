@@ -7,7 +7,7 @@ INLINE void quantise_group(const F x[GROUP / WIDTH], Code *codes, float *scale, 
     F factor = set(largest > 0 ? 127.0f / largest : 0.0f);
     I sum = {};
     for (int i = 0; i < GROUP / WIDTH; i++) {
-        I whole = to_int(to_whole(x[i] * factor));
+        I whole = to_int(x[i] * factor);
         sum += whole;
         typedef Code CodesAt __attribute__((vector_size(sizeof(Code) * WIDTH), aligned(1), may_alias));
         typedef Code Codes __attribute__((vector_size(sizeof(Code) * WIDTH)));

@@ -4,8 +4,6 @@
 #define FAMILY vnni
 #define WIDTH 16
 #define ROWS 12
-#define ROWS_INT8 6
-#define VNNI
 #define DPBUSD(sum, w, a) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(w), (__m512i)(a))
 
 #include <immintrin.h>

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from engine.bundle import Bundle, Encoder, graph_file
 from engine.encoder.library import Kernels, Layer, Linear, Pointer, Weights, aligned
+from engine.errors import BundleError
 
 # A token's embedding is the sum of its rows in these.
 TABLES = ("word", "position", "token_type")
@@ -44,20 +45,32 @@ class LaidOut:
             layer.down = self._linear(width, inner, [f"{own}.output.dense"])
             layer.norm1 = self._norm(f"{own}.attention.output")
             layer.norm2 = self._norm(f"{own}.output")
-        tables = [self._address(f"embeddings.{name}_embeddings.weight") for name in TABLES]
+        positions = encoder.first_position + bundle.manifest.max_tokens
+        rows = zip(TABLES, (encoder.vocabulary, positions, 1))
+        tables = [
+            self._address(f"embeddings.{name}_embeddings.weight", count * width)
+            for name, count in rows
+        ]
         self.weights = Weights(
             ctypes.addressof(kernels), *tables, self._norm("embeddings"), ctypes.addressof(layers)
         )
 
-    def _address(self, tensor: str) -> int:
-        return int(self._file.ctypes.data) + self._encoder.tensors[tensor]
+    def _start(self, tensor: str, values: int) -> int:
+        """A tensor's offset. Raises: BundleError if the file does not hold so many values of it."""
+        start = self._encoder.tensors.get(tensor, -1)
+        if not 0 <= start <= len(self._file) - 2 * values:
+            raise BundleError(f"{self._file.filename} does not hold {tensor}: bake the model again")
+        return start
+
+    def _address(self, tensor: str, values: int) -> int:
+        return int(self._file.ctypes.data) + self._start(tensor, values)
 
     def _floats(self, length: int, tensors: Sequence[str], factor: float = 1.0) -> int:
         """Join float16 tensors of `length` values as float32; the first is multiplied by `factor`.
 
         Returns: their address.
         """
-        starts = [self._encoder.tensors[name] for name in tensors]
+        starts = [self._start(name, length) for name in tensors]
         halves = [self._file[start : start + 2 * length].tobytes() for start in starts]
         joined = np.frombuffer(b"".join(halves), np.float16).astype(np.float32)
         joined[:length] *= np.float32(factor)
@@ -73,7 +86,7 @@ class LaidOut:
         scales = self._keep(np.zeros(rows * len(names), np.float32))
         made = Linear(self._free, biases, scales)
         for number, name in enumerate(names):
-            source = Pointer(self._address(f"{name}.weight"))
+            source = Pointer(self._address(f"{name}.weight", rows * columns))
             size = ctypes.c_long(rows), ctypes.c_long(columns)
             by = ctypes.c_float(1 if number else factor)
             to = Pointer(self._free)

@@ -27,7 +27,7 @@ static void lay_out_int8(void *to, float *scales, const uint16_t *from, long n, 
         scales[column] = largest / 127.0f * factor;
         char *panel = (char *)to + column / PANEL * PANEL * k + column % PANEL * CODES;
         for (long i = 0; i < k; i += WIDTH) {
-            I whole = to_int(to_whole(from_half(from + column * k + i) * inverse)) + OFFSET;
+            I whole = to_int(from_half(from + column * k + i) * inverse) + OFFSET;
             typedef int8_t Codes __attribute__((vector_size(WIDTH)));
             Codes codes = __builtin_convertvector(whole, Codes);
             for (long j = 0; j < WIDTH / CODES; j++)

@@ -5,7 +5,7 @@
 // The first number says how many follow.
 #define AT(type, field) (int32_t)offsetof(type, field)
 const int32_t encoder_layout[] = {
-    42,
+    43,
     sizeof(Shape), AT(Shape, hidden), AT(Shape, heads), AT(Shape, inner), AT(Shape, layers),
     AT(Shape, first_position), AT(Shape, pad), AT(Shape, first_token), AT(Shape, precision),
     AT(Shape, vocabulary), AT(Shape, window), AT(Shape, epsilon),
@@ -16,7 +16,7 @@ const int32_t encoder_layout[] = {
     AT(Weights, norm), AT(Weights, layers),
     sizeof(Batch), AT(Batch, shape), AT(Batch, weights), AT(Batch, ids), AT(Batch, starts),
     AT(Batch, out), AT(Batch, crew), AT(Batch, nanoseconds), AT(Batch, texts), AT(Batch, helpers),
-    AT(Kernels, panel), AT(Kernels, lay_out),
+    sizeof(Kernels), AT(Kernels, panel), AT(Kernels, lay_out),
 };
-_Static_assert(sizeof encoder_layout == 43 * sizeof(int32_t), "the first number is wrong");
+_Static_assert(sizeof encoder_layout == 44 * sizeof(int32_t), "the first number is wrong");
 const int32_t encoder_crew_size = sizeof(Crew);
