@@ -18,5 +18,6 @@ class Limits:
     receive_timeout: float = 3.0  # without a byte in the middle of a request
     send_timeout: float = 30.0  # in which a client takes nothing of its response
     close_timeout: float = 2.0  # for a client to close its side after the last response
-    keepalive: float = 75.0  # for an idle connection
+    # For an idle connection: longer than the 60 s after which load balancers let go of theirs.
+    keepalive: float = 75.0
     held_bodies: int = 4  # memory for requests that are not answered, in bodies of `max_body`

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import resource
 import signal
@@ -60,13 +61,15 @@ class Worker(BaseWorker):  # type: ignore[misc]  # gunicorn has no types
         self._loop = loop = uvloop.new_event_loop()
         asyncio.set_event_loop(loop)
         self._tasks = Tasks(loop, self.cfg.threads, self.max_wait)
-        loop.add_signal_handler(signal.SIGTERM, self._drain)
         self.wsgi.start(self.cfg.workers, self)
         for listener in self.sockets:
             listener.setblocking(False)
-        self._listen()
-        self._tick()
         self._warming = loop.create_task(self._warm_up())
+        self._listen()
+        # Once the loop runs: uvloop loses a signal that comes before. gunicorn's own handler, which
+        # is there until then, leaves a mark that the next tick sees.
+        loop.call_soon(loop.add_signal_handler, signal.SIGTERM, self._drain)
+        self._tick()
         loop.run_forever()
         self._tasks.close()
         self.wsgi.close()
@@ -74,14 +77,16 @@ class Worker(BaseWorker):  # type: ignore[misc]  # gunicorn has no types
     async def _warm_up(self) -> None:
         """Send the application's own requests through a connection, one after the other."""
         ours, served = socket.socketpair()
-        await self._serve(served, OWN)
-        reader, writer = await asyncio.open_connection(sock=ours)
-        with contextlib.suppress(asyncio.IncompleteReadError), contextlib.closing(writer):
-            for request in self.wsgi.warm_up():
-                writer.write(request)
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-                await reader.readexactly(length)
+        with contextlib.closing(ours):  # also where SIGTERM cancels this, so that nothing waits
+            await self._serve(served, OWN)
+            reader, writer = await asyncio.open_connection(sock=ours)
+            with contextlib.suppress(asyncio.IncompleteReadError), contextlib.closing(writer):
+                for request in self.wsgi.warm_up():
+                    writer.write(request)
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+                    await reader.readexactly(length)
+        gc.freeze()  # what stays for good need not be looked through again and again
 
     # -- connections
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import pathlib
+import platform
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAME, WIDE
-from servers import KEY, ROOT, Server, free_port, launch, serve, wait_ready
+from servers import KEY, ROOT, Server, free_port, held, hold, launch, serve, wait_ready
 
 from bake.samples import sample_texts
 from engine.bundle import PARITY_FLOOR, Precision
@@ -94,23 +95,62 @@ def test_vectors_over_http_are_the_models_own_alone_and_in_company(
 
 
 def test_health_answers_while_the_model_loads_and_calls_wait_for_it(
-    models_dir: pathlib.Path,
+    clip_models_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    with serve(models_dir, wait=False) as server:
-        while True:
-            try:
-                response = server.client.get("/health/ready")
-                break
-            except Exception:
-                assert server.process.poll() is None, server.log
-        if response.status_code == 503:  # the first answer comes before the model, all but always
-            assert response.json() == {"status": "loading"}
-            assert response.headers["Retry-After"] == "1"
+    (name,) = [folder.name for folder in clip_models_dir.iterdir()]
+    shutil.copytree(clip_models_dir / name, tmp_path / name, copy_function=os.symlink)
+    content = hold(tmp_path / name)
+    with (
+        serve(tmp_path, wait=False) as server,
+        ThreadPoolExecutor(1) as pool,
+        held(server, tmp_path / name) as pipe,
+    ):
+        response = server.client.get("/health/ready")
+        assert (response.status_code, response.json()) == (503, {"status": "loading"})
+        assert response.headers["Retry-After"] == "1"
         assert server.client.get("/health").json() == {"status": "ok"}
-        assert len(server.embed("waits for the model instead of failing")) == 384
+        waiting = pool.submit(server.embed, "waits for the model instead of failing")
+        time.sleep(0.3)
+        assert not waiting.done()
+        pipe.write(content)
+        pipe.close()
+        assert len(waiting.result()) > 1
         wait_ready(server)
         ready = server.client.get("/health/ready")
-        assert ready.json() == {"status": "ready", "model": NAME, "supports_images": False}
+        assert ready.json() == {"status": "ready", "model": name, "supports_images": True}
+
+
+@pytest.mark.parametrize("later", [0.01, 0.03, 0.05, 0.07, 0.1])  # seconds: while it starts
+def test_sigterm_while_a_worker_starts_ends_it_cleanly(
+    models_dir: pathlib.Path, later: float
+) -> None:
+    with serve(models_dir, wait=False) as server:
+        while "Booting worker" not in server.log:
+            time.sleep(0.002)
+        time.sleep(later)
+        started = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - started < 8, "it did not see the signal"
+        assert "Traceback" not in server.log
+
+
+def test_limits_that_the_probe_would_exceed_do_not_stop_the_service(
+    models_dir: pathlib.Path,
+) -> None:
+    with serve(models_dir, MAX_TEXT_SIZE="3", MAX_REQUEST_TOKENS="3") as server:
+        assert len(server.embed("cat")) == 384
+        assert server.post("/embeddings", {"text": "cats"}).status_code == 413
+
+
+def test_the_engine_is_held_below_what_the_cpu_has(models_dir: pathlib.Path) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("our own engine is for x86-64")
+    with serve(models_dir, PRECISION="fp32", ENCODER_ISA="portable") as server:
+        info = server.client.get("/info").json()
+        assert (info["engine"], info["instruction_set"]) == ("own engine", "portable")
+        assert "fp32 by own engine (portable)" in server.log
+        assert len(server.embed("cat")) == 384
 
 
 @pytest.mark.parametrize("pictures", [False, True])
@@ -146,19 +186,18 @@ def test_serving_imports_no_torch_transformers_or_sentence_transformers(
     assert ("PIL" in modules) == pictures
 
 
-def test_garbage_is_collected_again_once_gunicorn_is_ready(models_dir: pathlib.Path) -> None:
+def test_garbage_is_collected_once_gunicorn_has_read_its_file(models_dir: pathlib.Path) -> None:
     program = (
-        "import gc, runpy, unittest.mock\n"
-        "before = gc.isenabled()\n"
-        "config = runpy.run_path('gunicorn.conf.py')\n"
-        "config['when_ready'](unittest.mock.Mock())\n"
-        "print(before, gc.isenabled(), gc.get_freeze_count() > 10_000)"
+        "import gc, runpy\n"
+        "for _ in range(2):\n"  # SIGHUP reads it again
+        "    runpy.run_path('gunicorn.conf.py')\n"
+        "    print(gc.isenabled(), gc.get_freeze_count() > 10_000)"
     )
     environ = {**os.environ, "MODELS_DIR": str(models_dir)}
     out = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environ, capture_output=True, check=True
     )
-    assert out.stdout.split() == [b"True", b"True", b"True"]
+    assert out.stdout.split() == [b"True"] * 4
 
 
 def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) -> tuple[int, str]:
