@@ -4,7 +4,7 @@ worker is forked.
 
 import gc
 
-gc.disable()  # until `when_ready`: what is imported stays, and collections cost 30 ms of a start
+gc.disable()  # while this imports: all of it stays, and collections cost 30 ms of a start
 
 import contextlib
 import ctypes
@@ -24,6 +24,9 @@ from server.limits import Limits
 from server.spread import Spread
 from server.worker import Worker, drain_gently
 from settings import DEFAULT_API_KEY, SettingsError
+
+gc.freeze()  # collections in workers need not look through what they share with the master
+gc.enable()
 
 try:
     settings = configuration.load(os.environ)
@@ -49,6 +52,7 @@ with contextlib.suppress(AttributeError, OSError):
     M_MMAP_THRESHOLD = -3  # malloc.h
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 262_144)
 
+usual = Limits()
 bind = address
 Worker.max_wait = settings.max_queue_seconds / 4  # for a thread; the rest is for the engine
 worker_class = Worker
@@ -57,15 +61,15 @@ threads = settings.request_threads
 worker_connections = max(2000, 2 * threads)  # a thousand at once, and the probes
 loglevel = settings.log_level
 logger_class = logs.GunicornLogger
-keepalive = 75  # seconds; longer than the 60 s after which load balancers let go of idle ones
+keepalive = int(usual.keepalive)
 graceful_timeout = 9  # Cloud Run kills 10 s after SIGTERM
 timeout = 60  # for a worker whose event loop hangs; requests have REQUEST_TIMEOUT
 worker_tmp_dir = (
     "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 )  # the heartbeat must not wait for a disk
 control_socket_disable = True  # gunicorn 27 would open it under $HOME
-limit_request_fields = 64
-limit_request_field_size = 8190
+limit_request_fields = usual.max_fields
+limit_request_field_size = usual.max_field
 
 
 def on_starting(server: Arbiter) -> None:
@@ -74,7 +78,8 @@ def on_starting(server: Arbiter) -> None:
     try:
         configuration.load({**os.environ, "WEB_CONCURRENCY": str(cfg.workers)})
     except SettingsError as error:
-        sys.exit(logs.last_line(settings.log_format, f"cannot start: {error}"))
+        log.critical("cannot start: %s", error)
+        sys.exit(1)
     metrics.share(cfg.workers)
     Worker.spread = Spread(cfg.workers)
     Worker.limits = Limits(
@@ -92,8 +97,6 @@ def pre_fork(server: Arbiter, worker: Worker) -> None:
 def when_ready(server: Arbiter) -> None:
     """Called by gunicorn before it starts workers."""
     drain_gently(server)
-    gc.freeze()  # collections in workers need not look through what they share with the master
-    gc.enable()
 
 
 def child_exit(server: Arbiter, worker: Worker) -> None:

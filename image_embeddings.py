@@ -29,12 +29,10 @@ from engine.bundle import Bundle, Preprocessing
 from engine.errors import DeadlineExceeded, EmbedderError, InvalidInput
 from engine.protocol import Engine
 from engine.queue import Queue
-from limits import ImageLimits
+from limits import FORMATS, FORMATS_SENTENCE, ImageLimits
 
 UInt8 = npt.NDArray[np.uint8]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # as Pillow calls them
-FORMATS_SENTENCE = "a picture may be JPEG, PNG, WebP, GIF, BMP or TIFF"
 # A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that leaves its sides at least this many
 # times as long as the model's input. Ten photographs on a trained CLIP at scales 1/2 and 1/4:
 #   margin  smallest cosine to the full decode  with the mean vector subtracted  mean pixel error

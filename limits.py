@@ -8,6 +8,9 @@ from math import inf
 
 from engine.errors import InputTooLarge, InvalidInput
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # of pictures, as Pillow calls them
+FORMATS_SENTENCE = "a picture may be JPEG, PNG, WebP, GIF, BMP or TIFF"
+
 
 @dataclass(frozen=True, slots=True)
 class TextLimits:

@@ -1,7 +1,6 @@
 """The service: `gunicorn main:app`. Puts settings, models, routes and the server together."""
 
 import atexit
-import gc
 import logging
 import math
 import os
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/health/ready", "/healthcheck", *docs.PATHS)
+OPEN_PATHS = (*health.PATHS, *docs.PATHS)
 
 # Seconds after which a ready service prepares to compute lone texts on all cores, so that this does
 # not compete with the requests that waited for the start.
@@ -54,6 +53,7 @@ class Application:
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         self._environ = environ
         self._leaving = threading.Event()
+        self._starting = threading.Lock()  # other servers' threads may come at once
         self._router: Router | None = None
 
     def start(self, workers: int = 1, loop: Loop | None = None) -> None:
@@ -136,7 +136,6 @@ class Application:
                 log.error("unexpected error while loading", exc_info=error)
             _stop_service(str(error))
             return
-        gc.freeze()  # what stays for good need not be looked through again and again
         if self._leaving.wait(WIDEN_AFTER):
             return
         try:
@@ -181,9 +180,10 @@ class Application:
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         """The service as a WSGI application, for other servers than our own."""
-        if self._router is None:
-            self.start()
-            assert self._router
+        with self._starting:
+            if self._router is None:
+                self.start()
+        assert self._router
         return self._router(environ, start_response)
 
 
@@ -256,9 +256,10 @@ def load_embedder(
     limits = TextLimits(
         settings.max_texts_per_batch, settings.max_text_size, settings.max_request_tokens
     )
-    embedder = TextEmbedder(bundle, tokenizer, engine, queue, limits, cache)
     probe = bundle.manifest.probe
-    (embedding,) = embedder.embed([probe.text], deadline=time.monotonic() + PROBE_TIMEOUT)
+    # The probe passes whatever limits were set.
+    unlimited = TextEmbedder(bundle, tokenizer, engine, queue, TextLimits())
+    (embedding,) = unlimited.embed([probe.text], deadline=time.monotonic() + PROBE_TIMEOUT)
     cosine = _check_probe(bundle, engine.precision, "probe text", probe.vector, embedding.vector)
     log.info(
         "model %s ready in %.2f s: %s by %s, %d dimensions, window %d tokens, %d inference "
@@ -272,7 +273,7 @@ def load_embedder(
         settings.inference_threads,
         cosine,
     )
-    return embedder
+    return TextEmbedder(bundle, tokenizer, engine, queue, limits, cache)
 
 
 def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "ImageEmbedder":

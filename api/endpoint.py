@@ -76,6 +76,5 @@ def endpoint(
 def to_flask(response: Response) -> flask.Response:
     """A response of a view or an error, for Flask."""
     made = flask.Response(response.body, response.status, content_type=response.content_type)
-    for name, value in response.headers:
-        made.headers[name] = value
+    made.headers.extend(response.headers)
     return made

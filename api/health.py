@@ -10,6 +10,8 @@ from api.schemas import Ready, Status
 from engine.models import Models
 from server.messages import Response
 
+PATHS = ("/health", "/health/ready", "/healthcheck")
+
 
 def blueprint(models: Models[Any]) -> Blueprint:
     """GET /health, /healthcheck: the process listens. GET /health/ready: every model has given its

@@ -19,6 +19,7 @@ from api.endpoint import endpoint
 from api.schemas import BatchEmbeddings, Embeddings, EmbedImage, EmbedImages, ImageOptions
 from api.service import Service
 from engine.errors import InvalidInput
+from limits import FORMATS_SENTENCE
 from server.messages import HttpError, Request
 
 Options = TypeVar("Options", bound=ImageOptions)
@@ -152,8 +153,6 @@ def _read_raw(request: Request) -> Pictures:
     content. SVG is refused by its Content-Type: it is a document.
     """
     if "svg" in request.media_type:
-        from image_embeddings import FORMATS_SENTENCE  # see main.load_image_embedder
-
         raise HttpError(
             415, "unsupported_media_type", f"{request.media_type} is not taken: {FORMATS_SENTENCE}"
         )

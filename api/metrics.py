@@ -25,6 +25,7 @@ import numpy.typing as npt
 from flask import Blueprint
 from werkzeug.routing import Map
 
+from api import health
 from api.endpoint import endpoint
 from api.service import Embedders
 from engine.errors import ModelNotReady
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 UNKNOWN = "unknown"  # the label of unknown paths
-PROBES = ("/health", "/health/ready", "/healthcheck")
 # Upper bounds of the histograms' buckets.
 LATENCIES = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -276,7 +276,7 @@ class Metrics:
         with self._lock:
             self._row[self._in_flight] -= 1.0
             self._observe_at(route.seconds, LATENCIES, seconds)
-            self._answered(route, status, None if path in PROBES else _REASON.get(status))
+            self._answered(route, status, None if path in health.PATHS else _REASON.get(status))
 
     def dropped(self) -> None:
         """It has ended after it had been refused."""

@@ -17,16 +17,15 @@ from urllib.parse import quote, unquote_to_bytes
 from wsgiref.types import StartResponse
 
 import flask
-from werkzeug.datastructures import EnvironHeaders
+from werkzeug.datastructures import EnvironHeaders, Headers
 from werkzeug.exceptions import HTTPException
-from werkzeug.test import run_wsgi_app
 
-from api import errors
+from api import errors, health
 from api.auth import KeyCheck
 from api.endpoint import to_flask
 from api.headers import add_headers
 from api.logs import RequestLog, request_id
-from api.metrics import PROBES, Metrics
+from api.metrics import Metrics
 from engine.errors import CallerGone
 from engine.queue import Queue
 from server.messages import OWN, HttpError, Request, Response, current
@@ -88,7 +87,7 @@ class Router:
             return
         seconds = time.perf_counter() - request.arrived
         self._metrics.end(path, response.status, seconds)
-        level = logging.DEBUG if path in PROBES else logging.INFO
+        level = logging.DEBUG if path in health.PATHS else logging.INFO
         self._log.write(request, response.status, size, seconds, level=level)
 
     def dropped(self, request: Request) -> None:
@@ -141,12 +140,23 @@ class Router:
 
     def _through_flask(self, request: Request) -> Response:
         """Flask's whole dispatch, with whatever has been added to it."""
-        parts, status, headers = run_wsgi_app(
-            self._app.wsgi_app, environ_of(request), buffered=True
-        )
+        body: list[bytes] = []
+        begun = "500", Headers()
+
+        def start(status: str, fields: list[tuple[str, str]], _: object = None) -> Any:
+            nonlocal begun
+            begun = status, Headers(fields)
+            return body.append
+
+        parts = self._app.wsgi_app(environ_of(request), start)
+        try:
+            body.extend(parts)
+        finally:
+            getattr(parts, "close", lambda: None)()
+        status, headers = begun
         content_type = headers.pop("Content-Type", "application/json")
         headers.pop("Content-Length", None)
-        return Response(b"".join(parts), int(status[:3]), content_type, [*headers])
+        return Response(b"".join(body), int(status[:3]), content_type, [*headers])
 
     # -- other servers and tests
 

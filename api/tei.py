@@ -138,5 +138,5 @@ def _describe(embedder: TextEmbedder) -> dict[str, object]:
         "auto_truncate": False,
         "version": VERSION,
         "engine": embedder.engine.backend,
-        "instruction_set": embedder.engine.isa or None,
+        "instruction_set": embedder.engine.isa,
     }

@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flask
@@ -155,6 +157,52 @@ def test_head_is_answered_like_get(plain: main.Application) -> None:
     response = Client(plain).head("/health")
     assert response.status_code == 200
     assert int(response.headers["Content-Length"]) == len(Client(plain).get("/health").data)
+
+
+def test_what_added_code_may_do_by_wsgi_arrives(environ: dict[str, str]) -> None:
+    """A header twice, a body by `write`, and an end of its own."""
+    ended = []
+
+    class Parts(list[bytes]):
+        def close(self) -> None:
+            ended.append(self)
+
+    def middleware(_: Any, start_response: Any) -> Parts:
+        cookies = [("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
+        write = start_response("201 CREATED", [("Content-Type", "text/plain"), *cookies])
+        write(b"by write, ")
+        return Parts([b"and by the list"])
+
+    class Wrapped(main.Application):
+        def make_flask(self) -> CheckedFlask:
+            app = super().make_flask()
+            app.wsgi_app = middleware  # type: ignore[method-assign,assignment]
+            return app
+
+    application = Wrapped(environ)
+    answer = Client(application).post("/embeddings", json={"text": "a"}, headers=AUTH)
+    application.close()
+    assert (answer.status_code, answer.text) == (201, "by write, and by the list")
+    assert answer.content_type == "text/plain"
+    assert answer.headers.getlist("Set-Cookie") == ["a=1", "b=2"]
+    assert len(ended) == 1
+
+
+def test_threads_of_another_server_start_the_service_once(environ: dict[str, str]) -> None:
+    class Counted(main.Application):
+        started = 0
+
+        def start(self, *arguments: Any) -> None:
+            type(self).started += 1
+            time.sleep(0.1)
+            super().start(*arguments)
+
+    application = Counted(environ)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(Client(application).get, "/health") for _ in range(4)]
+        assert [one.result().status_code for one in asked] == [200] * 4
+    application.close()
+    assert Counted.started == 1
 
 
 def test_a_request_survives_wsgis_environ() -> None:
