@@ -31,8 +31,9 @@ validators = $(VENV)/validators/bin
 find = find . -not -path './.*/*' -not -path './models/*' -type f
 yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}, comments: {min-spaces-from-content: 1}}}
 
-# Two processes, because many tests wait for servers. A file's tests stay in one process, which makes
-# their fixtures once, and in tests/conftest.py's order, in which bundles are baked meanwhile.
+# Two processes, because many tests wait for servers. A file's tests stay in one process, so that its
+# fixtures are made once. The order is conftest.py's: tests without bundles first, while those are
+# baked.
 in_parallel = -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint engine/encoder/encoder.so
@@ -72,7 +73,7 @@ $(VENV)/.test: requirements-dev.txt requirements-plot.txt $(VENV)/.run
 	$(bin)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-engine/encoder/encoder.so: $(wildcard engine/encoder/*.[ch]) engine/encoder/build.py | $(VENV)/.run
+engine/encoder/encoder.so: $(wildcard engine/encoder/*.[ch]) engine/encoder/build.py engine/encoder/cpu.py | $(VENV)/.run
 	$(bin)/python -m engine.encoder.build
 
 $(VENV)/.validators: requirements-lint.txt

@@ -2,6 +2,7 @@
 `main` builds them.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -100,10 +101,9 @@ class Ceiling:
 
 def ceilings(options: Settings, bundle: Bundle, names: Iterable[str]) -> dict[str, Ceiling]:
     """One for each of LOADS named, all on one engine. Raises: BundleError, PrecisionUnavailable."""
-    queue = main.make_queue(options)
-    queue.start()  # for the probe of the bundle
-    embedder = main.load_embedder(bundle, options, queue)
-    queue.close()
+    with contextlib.closing(main.make_queue(options)) as queue:  # for the probe of the bundle
+        queue.start()
+        embedder = main.load_embedder(bundle, options, queue)
     made = {}
     for name in names:
         chunks: list[list[Int64]] = []
@@ -141,24 +141,23 @@ def speed(
 
     Raises: BundleError; ValueError for a length that this tokenizer cannot make.
     """
-    queue = main.make_queue(options)
-    queue.start()
     made: dict[Precision, Embedders] = {}
-    for precision in precisions(bundle):
-        ours = dataclasses.replace(options, precision=precision)
-        made[precision] = main.load_embedders(bundle, ours, queue)
     rows = []
-    for kind, number in itertools.product(_kinds(bundle, made, lengths), concurrencies):
-        sides: list[tuple[str, Side]] = [
-            (precision, _embed(embedder, kind.inputs, number))
-            for precision, embedder in kind.embedders.items()
-        ]
-        if reference:
-            sides.append((REFERENCE, _encode(reference, kind.parts, number)))
-        for row in compare(kind.name, number, sides, reference is not None, seconds, rounds):
-            tokens = row["rate"] * kind.tokens if kind.tokens else None
-            rows.append({**row, "tokens": tokens})
-    queue.close()
+    with contextlib.closing(main.make_queue(options)) as queue:
+        queue.start()
+        for precision in precisions(bundle):
+            ours = dataclasses.replace(options, precision=precision)
+            made[precision] = main.load_embedders(bundle, ours, queue)
+        for kind, number in itertools.product(_kinds(bundle, made, lengths), concurrencies):
+            sides: list[tuple[str, Side]] = [
+                (precision, _embed(embedder, kind.inputs, number))
+                for precision, embedder in kind.embedders.items()
+            ]
+            if reference:
+                sides.append((REFERENCE, _encode(reference, kind.parts, number)))
+            for row in compare(kind.name, number, sides, reference is not None, seconds, rounds):
+                tokens = row["rate"] * kind.tokens if kind.tokens else None
+                rows.append({**row, "tokens": tokens})
     return rows
 
 

@@ -98,7 +98,7 @@ def padding(target: Target, pairs: Sequence[tuple[str, int]], seconds: float) ->
                 "rate": result.rate,
                 "real_tokens": real,
                 "padded_tokens": padded,
-                "wasted": 1 - real / padded,
+                "wasted": 1 - real / padded if padded else 0.0,
             }
         )
     return rows

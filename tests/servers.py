@@ -1,27 +1,30 @@
 """Services that the tests start, with a client that sends the key."""
 
 import contextlib
+import json
 import os
 import pathlib
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 
 from loadtest import service
 from loadtest.service import ROOT, Service
 
-__all__ = ["KEY", "ROOT", "Server", "free_port", "launch", "letters", "serve", "wait_ready"]
+__all__ = ["KEY", "ROOT", "Server", "free_port", "held", "hold", "launch", "letters", "serve"]
+__all__ += ["wait_ready"]
 KEY = "test-key"
 START_TIMEOUT = 60.0  # seconds
 
 
 def free_port() -> int:
-    """A port that is free. Each of pytest-xdist's workers takes other ports than the rest, because
-    a port is handed out a while before its server listens.
+    """A port that is free. Each of pytest-xdist's workers asks here for other ports than the rest,
+    because a port is handed out a while before its server listens.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -42,9 +45,11 @@ class Server(Service):
         prefix: Sequence[str] = (),
         **env: str,
     ) -> None:
-        # However slow the machine is, no work is refused for the time that it would wait.
+        # However slow the machine is, no work is refused for the time that it would wait. Nor does
+        # a request that waits for a thread get its 429 before the client's timeout.
         patient = {"MAX_QUEUE_SECONDS": "1000"}
         env = {"MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY, **patient, **env}
+        self.launched = time.time()
         super().__init__(log_path, env, port=port or free_port(), prefix=prefix)
         self.client = httpx.Client(
             base_url=self.url, headers={"X-API-Key": KEY}, timeout=60, trust_env=False
@@ -70,6 +75,37 @@ class Server(Service):
 
     def http(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+
+def hold(bundle: pathlib.Path) -> bytes:
+    """Make a pipe of a file that a model of pictures reads while it loads, so that loading waits.
+    The tokenizer's would not do: it is read under the interpreter's lock. gunicorn's master reads
+    all files that the manifest lists, so this one leaves the list.
+
+    Args:
+        bundle: a copy, or a folder of links.
+
+    Returns: what the file held.
+    """
+    file, path = bundle / "preprocess.json", bundle / "manifest.json"
+    content, manifest = file.read_bytes(), json.loads(path.read_bytes())
+    del manifest["files"][file.name]
+    for link in (file, path):
+        link.unlink()
+    path.write_text(json.dumps(manifest))
+    os.mkfifo(file)
+    return content
+
+
+def held(server: Server, bundle: pathlib.Path) -> BinaryIO:
+    """The other end of the pipe that `hold` made, once the service reads it."""
+    while True:
+        try:
+            end = os.open(bundle / "preprocess.json", os.O_WRONLY | os.O_NONBLOCK)
+            return os.fdopen(end, "wb")
+        except OSError:  # nobody reads it yet
+            assert server.process.poll() is None, server.log
+            time.sleep(0.01)
 
 
 def letters(count: int) -> str:

@@ -341,7 +341,7 @@ def test_the_body_limit_is_exact(small: Server, chunked: bool) -> None:
 def test_a_full_queue_is_said_so_and_lets_small_requests_through(
     models_dir: pathlib.Path,
 ) -> None:
-    limits = {"MAX_REQUEST_TOKENS": "6000", "MAX_QUEUE_TOKENS": "6000"}
+    limits = {"MAX_REQUEST_TOKENS": "6000", "MAX_QUEUE_TOKENS": "6000", "INFERENCE_THREADS": "1"}
     with serve(models_dir, PRECISION="fp32", **limits) as server, ThreadPoolExecutor(3) as pool:
         large = {"text": letters(5900)}
         pending = [pool.submit(server.post, "/embeddings", large) for _ in range(3)]
@@ -358,7 +358,8 @@ def test_a_full_queue_is_said_so_and_lets_small_requests_through(
 
 
 def test_a_request_that_waits_too_long_is_given_up(models_dir: pathlib.Path) -> None:
-    with serve(models_dir, PRECISION="fp32", REQUEST_TIMEOUT="0.5") as server:
+    slow = {"PRECISION": "fp32", "INFERENCE_THREADS": "1"}
+    with serve(models_dir, REQUEST_TIMEOUT="0.5", **slow) as server:
         started = time.monotonic()
         response = server.post("/embeddings", {"text": letters(60_000)})
         mentions(refusal(response, 504, "timeout"), "REQUEST_TIMEOUT")

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import openai
 import pytest
 from conftest import NAME, WIDE
-from servers import KEY, Server, letters, serve, wait_ready
+from servers import KEY, Server, held, hold, letters, serve, wait_ready
 from test_api_metrics import labelled, scrape_until
 from tokenizers import Tokenizer
 
@@ -214,37 +215,37 @@ def test_a_picture_for_a_model_of_texts_is_not_tried_again(aliased: Server) -> N
     assert len(sent) == 1
 
 
-def test_while_loading_and_too_late(models_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """503 is worth another try, 504 is not. Many models take longer to load than one request may,
-    on the slowest kernels.
-    """
-    last = 29  # each takes 0.09 s or more
-    for number in range(last + 1):
-        shutil.copytree(models_dir / NAME, tmp_path / f"m{number}", copy_function=os.symlink)
-        path = tmp_path / f"m{number}" / "manifest.json"
-        manifest = json.loads(path.read_bytes()) | {"name": f"m{number}"}
-        path.unlink()
-        path.write_text(json.dumps(manifest))
-    slow = {"PRECISION": "fp32", "ENCODER_ISA": "portable"}
-    with serve(tmp_path, wait=False, REQUEST_TIMEOUT=str(TIMEOUT), **slow) as server:
-        while True:
-            try:
-                server.client.get("/health")
-                break
-            except httpx.TransportError:
-                time.sleep(0.01)
+def test_while_loading_and_too_late(
+    models_dir: pathlib.Path, clip_models_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """503 is worth another try, 504 is not."""
+    slow = "tiny-clip"
+    for folder in (models_dir / NAME, clip_models_dir / slow):
+        shutil.copytree(folder, tmp_path / folder.name, copy_function=os.symlink)
+    content = hold(tmp_path / slow)
+    options = {"EMBEDDING_MODEL": NAME, "REQUEST_TIMEOUT": str(TIMEOUT), "INFERENCE_THREADS": "1"}
+    with (
+        serve(tmp_path, wait=False, PRECISION="fp32", **options) as server,
+        ThreadPoolExecutor(1) as pool,
+        held(server, tmp_path / slow) as pipe,
+    ):
         with client_of(server) as (client, sent):
             with pytest.raises(openai.InternalServerError, match="still loading") as info:
-                client.embeddings.create(model=f"m{last}", input="a")
+                client.embeddings.create(model=slow, input="a")
         assert (info.value.status_code, info.value.code) == (503, "not_ready")
         assert "x-should-retry" not in info.value.response.headers
-        # Its own retries bring it through.
-        with client_of(server, retries=20) as (client, sent):
-            assert client.embeddings.create(model=f"m{last}", input="a").model == f"m{last}"
+        with client_of(server, retries=20) as (client, sent):  # its own retries bring it through
+            answer = pool.submit(client.embeddings.create, model=slow, input="a")
+            while len(sent) < 2:
+                assert not answer.done() and server.process.poll() is None
+                time.sleep(0.01)
+            pipe.write(content)
+            pipe.close()
+            assert answer.result(60).model == slow
         wait_ready(server)
         with client_of(server, retries=2) as (client, sent):
             with pytest.raises(openai.InternalServerError, match="REQUEST_TIMEOUT") as info:
-                client.embeddings.create(model="m0", input=letters(60_000))
+                client.embeddings.create(model=NAME, input=letters(60_000))
         assert (info.value.status_code, info.value.code) == (504, "timeout")
         assert len(sent) == 1
         assert "Traceback" not in server.log

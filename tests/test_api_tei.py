@@ -120,7 +120,7 @@ def test_info(service: Server) -> None:
     info = service.client.get("/info").json()
     family = cpu.fastest("fp32")
     engine = (info.pop("engine"), info.pop("instruction_set"))
-    assert engine == (("our own encoder", family.name) if family else ("OpenVINO", None))
+    assert engine == (("own engine", family.name) if family else ("OpenVINO", None))
     assert info == {
         "model_id": f"sentence-transformers/{NAME}",
         "model_sha": None,

@@ -153,14 +153,34 @@ def test_peers_of_all_habits(peer: tuple[str, type[Peer]]) -> None:
     assert len(result.latencies) - 3 <= result.rate * 0.2 / 32 <= len(result.latencies)
 
 
-def test_clients_of_different_kinds_at_the_same_time(service: Server) -> None:
-    target = Target(service.url)
-    large = Client(loads.requests(target, LOADS["batch32"], 1), 1, 32)
-    small = Client(loads.requests(target, LOADS["query"], 2), 2)
-    results = client.drive(service.url, [large, small], 0.5)
-    assert all(result.failed == 0 and result.rate > 0 for result in results)
-    for sender, result in zip((large, small), results):
-        assert result.rate * 0.5 / sender.units <= len(result.latencies)
+def test_clients_of_different_kinds_at_the_same_time() -> None:
+    """A server that answers once a request of each connection is there, and refuses batches."""
+    together = threading.Barrier(3)
+
+    class Handler(Peer):
+        met = False  # of a connection
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if not self.met:
+                together.wait(30)
+                self.met = True
+            self.send_response(400 if b'"texts"' in body else 200)
+            self.send_header("Content-Length", "3")
+            self.end_headers()
+            self.wfile.write(b"[0]")
+
+    with PeerServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        target = Target(f"http://127.0.0.1:{server.server_port}")
+        large = Client(loads.requests(target, LOADS["batch32"], 1), 1, 32)
+        small = Client(loads.requests(target, LOADS["query"], 2), 2)
+        batches, queries = client.drive(target.url, [large, small], 0.5)
+        server.shutdown()
+        thread.join()
+    assert batches.failed > 0 and len(batches.latencies) == 0 and batches.rate == 0
+    assert queries.failed == 0 and len(queries.latencies) >= 2 and queries.rate > 0
 
 
 def test_rounds_alternate(capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,6 @@ def test_what_cannot_be_computed_in_time_is_answered_503(
     limits = {
         "REQUEST_THREADS": "8",
         "MAX_QUEUE_TOKENS": "10000000",
-        "MAX_QUEUE_SECONDS": "1000",
         "INFERENCE_THREADS": "1",
         "MAX_BATCH_SIZE": "256",
         "MAX_BATCH_TOKENS": "65536",
@@ -176,7 +175,7 @@ def test_probes_are_answered_while_every_thread_is_busy(
     models_dir: pathlib.Path, send: Send
 ) -> None:
     """And what finds no thread is refused, on a connection that stays."""
-    limits = {"REQUEST_THREADS": "2", "INFERENCE_THREADS": "1", "MAX_QUEUE_SECONDS": "1000"}
+    limits = {"REQUEST_THREADS": "2", "INFERENCE_THREADS": "1"}
     with serve(models_dir, PRECISION="fp32", **limits) as server:
         waiting = [send(server, long_batch(15)) for _ in range(2 + 6)]
         with httpx.Client(
@@ -227,7 +226,6 @@ def test_what_a_client_has_left_behind_is_not_computed(
     models_dir: pathlib.Path, send: Send, threads: int
 ) -> None:
     limits = {"REQUEST_THREADS": str(threads), "INFERENCE_THREADS": "1", "LOG_LEVEL": "debug"}
-    limits["MAX_QUEUE_SECONDS"] = "1000"  # however slow the engine is
     with serve(models_dir, PRECISION="fp32", **limits) as server:
         running = send(server, long_batch(80))  # longer than GONE_AFTER on any machine
         for _ in range(3):
