@@ -77,14 +77,15 @@ class Settings:
     precision: str = _option(
         "PRECISION",
         "auto",
-        "auto (bf16 where the CPU has it, else fp32), fp32, bf16 or int8; with mixed CPUs name one",
+        "auto (bf16 where that is faster, else fp32), fp32, bf16 or int8; with mixed CPUs name one",
         choices=("auto", "fp32", "bf16", "int8"),
     )
     encoder_isa: str = _option(
         "ENCODER_ISA",
         "auto",
-        "fastest instructions for the service's own engine: auto (what the CPU has), portable, "
-        "avx2, avxvnni, avx512, vnni, bf16 or amx; for measurements",
+        "most that the service's own engine may use of the CPU: portable, avx2, avxvnni, avx512, "
+        "vnni, bf16, amx or auto (all that it has), for measurements; below bf16, PRECISION=auto "
+        "is fp32",
         choices=("auto", "portable", "avx2", "avxvnni", "avx512", "vnni", "bf16", "amx"),
     )
     max_batch_size: int = _option(

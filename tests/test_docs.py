@@ -227,8 +227,10 @@ def test_pip_installs_what_is_installed_here(command: str) -> None:
     assert words[1] == "install"
     if words[2] == "-r":
         words[2:] = re.findall(r"^([\w-]+)", (ROOT / words[3]).read_text(), re.MULTILINE)
-    for name in words[2:]:
-        assert importlib.metadata.version(name)
+    for word in words[2:]:
+        name, _, version = word.partition("==")
+        installed = importlib.metadata.version(name)
+        assert installed == (version or installed)
 
 
 @pytest.mark.parametrize("command", run_by("gunicorn"))
