@@ -67,6 +67,8 @@ class Engine(Protocol):
     dimensions: int
     padding_cost: float  # of a padded token, as a share of a real one
     min_batch_tokens: int  # no batch is made smaller to leave work for other threads
+    max_batch_tokens: int | None = None  # of a batch of several inputs; None: the queue's limits
+    calls: int | None = None  # calls of `run` that it takes at a time; None: one for each core
 
     def run(self, inputs: Sequence[Array], *, alone: bool = False) -> Float32:
         """Compute a batch. With `alone`, nothing else is computed, so it may use all cores.

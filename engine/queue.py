@@ -167,11 +167,12 @@ class Queue:
         backend = job.engine.backend
         if backend not in self._threads:
             own = job.engine.start_threads(self.threads, self._wake)
-            self._threads[backend] = own or PythonThreads(self.threads, self._collect_ended)
+            count = job.engine.calls or self.threads
+            self._threads[backend] = own or PythonThreads(count, self._collect_ended)
         job.threads = self._threads[backend]
         self._in_system += 1
         self._lately = max(self._in_system, self._lately * 0.9)
-        job.began, job.free = self._share_clock, self.max_batch_tokens
+        job.began, job.free = self._share_clock, self._limits(job.engine)[1]
         self._jobs.append(job)
         self.waiting_tokens += tokens
         if threading.get_ident() != self._loop_thread:
@@ -231,20 +232,22 @@ class Queue:
         # finds work: callers send their next requests only when they have their answers. One
         # thread shares its core with the answers anyway.
         in_hand = self.waiting_tokens + self._running_tokens
-        shares = self.threads + 1 if self.threads > 1 else 1
+        threads = lead.engine.calls or self.threads
+        shares = threads + 1 if threads > 1 else 1
         share = min(most_tokens, max(lead.engine.min_batch_tokens, -(-in_hand // shares)))
         active = len(self._jobs)
+        max_size, max_tokens = self._limits(lead.engine)
         for job in (lead, *self._jobs):
             if job.engine is not lead.engine:
                 continue
-            while job.costs and len(entries) < self.max_batch_size:
+            while job.costs and len(entries) < max_size:
                 at = _nearest(job.costs, longest)
                 cost = job.costs[at]
                 with_it = max(longest, cost) * (len(entries) + 1)
                 padding = (with_it - tokens - cost) * lead.engine.padding_cost
                 more_padding = padding - (padded - tokens) * lead.engine.padding_cost
                 if (
-                    tokens + cost + padding > self.max_batch_tokens
+                    tokens + cost + padding > max_tokens
                     or more_padding > CALL_OVERHEAD_TOKENS
                     or tokens + cost > share
                 ):
@@ -261,6 +264,12 @@ class Queue:
         self._running_tokens += tokens
         padding = (padded - tokens) * lead.engine.padding_cost
         return Batch(lead.engine, entries, tokens, tokens + round(padding), alone)
+
+    def _limits(self, engine: Engine) -> tuple[float, int]:
+        """Most inputs and tokens of a batch."""
+        if engine.max_batch_tokens is None:
+            return self.max_batch_size, self.max_batch_tokens
+        return math.inf, engine.max_batch_tokens
 
     def _finish(self, batch: Batch, vectors: Float32, seconds: float | None) -> None:
         """Give a batch's vectors, shape (len(batch.entries), dimensions), to its requests; with

@@ -880,3 +880,39 @@ def test_close_waits_for_their_batches(attached: bool) -> None:
         closing.result(10)
         vectors = sorted(call.result(10)[0][0] for call in calls)
     assert vectors == [1, 2, 3] and engine.own.closed == 1
+
+
+def test_an_engines_own_limit_of_a_batch_takes_the_place_of_the_queues(bench: Make) -> None:
+    b, engine = bench(max_batch_size=2, max_batch_tokens=30), Echo(padding_cost=0.0)
+    engine.max_batch_tokens = 50
+    future = b.submit(*((marker, 10) for marker in range(1, 8)), engine=engine)
+    assert sorted(map(len, (b.take().inputs, b.take().inputs))) == [2, 5]
+    assert not future.done()
+
+
+def test_an_engine_says_how_many_calls_it_takes_at_a_time() -> None:
+    """The queue has one thread for each core; two of them wait for the same GPU."""
+    engine, running, most = Echo(), list[int](), list[int]()
+    engine.calls, go = 2, threading.Event()
+    right = engine.run
+
+    def run(inputs: Sequence[Any], *, alone: bool = False) -> Any:
+        running.append(1)
+        most.append(len(running))
+        assert go.wait(30)
+        running.pop()
+        return right(inputs)
+
+    engine.run = run  # type: ignore[method-assign]
+    queue = Queue(max_batch_size=1, max_batch_tokens=8, max_queue_tokens=100, threads=5)
+    queue.start()
+    with ThreadPoolExecutor(6) as pool:
+        futures = [
+            pool.submit(queue.submit, engine, [tokens(marker, 4)], [4], NEVER)
+            for marker in range(1, 7)
+        ]
+        until(lambda: queue.waiting_jobs == 4)
+        go.set()
+        assert sorted(future.result()[0][0] for future in futures) == [1, 2, 3, 4, 5, 6]
+    queue.close()
+    assert max(most) == 2
