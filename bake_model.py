@@ -1,5 +1,5 @@
-"""Bake a SentenceTransformers model into a bundle: load it, trace it to OpenVINO, check its
-vectors, write the folder.
+"""Bake a SentenceTransformers model into a bundle: load it, trace it to OpenVINO or save it for
+torch, check its vectors, write the folder.
 
     python bake_model.py MODEL [--name NAME] [--output models] …
 
@@ -27,14 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments, Options())
     try:
         options.name = bundle_name(options)
+        if options.engine == "torch" and "int8" in (options.precisions or []):
+            raise BakeError("--engine torch has no int8; leave it out of --precisions")
         with _stoppable(options.output, options.name):
             # Imports torch, which takes seconds: wrong options are refused before.
             from bake.stages import bake
 
-            bundle = bake(options)
+            bundle, notes = bake(options)
     except (BakeError, EmbedderError, OSError) as error:
         sys.exit(f"cannot bake {options.model}: {error}")
-    print(summary(bundle))
+    print(summary(bundle, notes))
 
 
 @contextlib.contextmanager
@@ -79,10 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--layer-norm", action="store_true", help=help)
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     help = (
-        "what it may be served at, comma-separated (default: fp32,bf16,int8); fp32 is always baked "
-        "and checked, it shows that the trace is right"
+        "what runs the model: OpenVINO (and the service's own engine, where it can), or torch, "
+        "which runs what sentence-transformers does but needs it installed (default: auto, which "
+        "is torch where tracing to OpenVINO fails)"
     )
-    add("--precisions", type=_precisions, default=list(PRECISIONS), help=help)
+    add("--engine", choices=["auto", "openvino", "torch"], default="auto", help=help)
+    help = (
+        "what it may be served at, comma-separated (default: fp32,bf16,int8; torch: fp32, and bf16 "
+        "where its vectors allow); fp32 is always baked and checked, it shows that the trace is "
+        "right"
+    )
+    add("--precisions", type=_precisions, help=help)
     return parser
 
 
@@ -114,8 +123,8 @@ def bundle_name(options: Options) -> str:
     return name
 
 
-def summary(bundle: Bundle) -> str:
-    """A table of what was baked."""
+def summary(bundle: Bundle, notes: Sequence[str] = ()) -> str:
+    """A table of what was baked, and `notes` below it."""
     manifest = bundle.manifest
     prompts = [f"{name}={prompt!r}" for name, prompt in manifest.prompts.items() if prompt]
     rows = {
@@ -125,10 +134,18 @@ def summary(bundle: Bundle) -> str:
         "window": f"{manifest.max_tokens} tokens",
         "prompts": ", ".join(prompts) or "none",
     }
-    rows |= {name: f"{file.size / 1e6:.1f} MB" for name, file in manifest.files.items()}
+    sizes: dict[str, int] = {}
+    for name, file in manifest.files.items():
+        part = name.partition("/")[0]
+        sizes[part] = sizes.get(part, 0) + file.size
+    rows |= {part: f"{size / 1e6:.1f} MB" for part, size in sizes.items()}
+    if manifest.torch:
+        traits = {"with code of its own": manifest.torch.code, "unpadded": manifest.torch.packed}
+        rows["engine"] = ", ".join(["torch", *(name for name, has in traits.items() if has)])
     rows |= {precision: _certificate(bundle, precision) for precision in PRECISIONS}
     width = max(map(len, rows))
-    return "\n".join(f"{label:{width}}  {text}" for label, text in rows.items())
+    lines = [f"{label:{width}}  {text}" for label, text in rows.items()]
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
 def _certificate(bundle: Bundle, precision: Precision) -> str:

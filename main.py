@@ -20,7 +20,7 @@ from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service
 from embeddings import Float32, TextEmbedder, VectorCache
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
-from engine.choice import text_engine
+from engine.choice import image_engine, text_engine
 from engine.errors import BundleError, EmbedderError
 from engine.models import Models
 from engine.queue import Queue
@@ -229,7 +229,7 @@ def load_embedders(
 ) -> Embedders:
     """Load one model for texts, and for pictures where it takes them.
 
-    Raises: BundleError, PrecisionUnavailable.
+    Raises: BundleError, PrecisionUnavailable, DeviceUnavailable.
     """
     pictures = "image" in bundle.manifest.modalities
     embedder = load_image_embedder(bundle, settings, queue) if pictures else None
@@ -241,7 +241,7 @@ def load_embedder(
 ) -> TextEmbedder:
     """Load one model and see that it still gives its probe's vector.
 
-    Raises: BundleError, PrecisionUnavailable.
+    Raises: as `load_embedders`.
     """
     started = time.perf_counter()
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
@@ -252,6 +252,7 @@ def load_embedder(
         pad_left=pad_left,
         streams=settings.inference_threads,
         isa=settings.encoder_isa,
+        device=settings.device,
     )
     limits = TextLimits(
         settings.max_texts_per_batch, settings.max_text_size, settings.max_request_tokens
@@ -279,14 +280,13 @@ def load_embedder(
 def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "ImageEmbedder":
     """Load a model's image tower and see that it still gives its probe's vector.
 
-    Raises: BundleError, PrecisionUnavailable.
+    Raises: as `load_embedders`.
     """
-    # Here, since Pillow and OpenVINO cost time and memory that a model of texts may do without.
-    from engine.openvino_backend import OpenVINOImageEngine, choose_precision
+    # Here, since Pillow costs time and memory that a model of texts may do without.
     from image_embeddings import ImageEmbedder, probe_picture
 
-    precision = choose_precision(settings.precision, bundle)
-    engine = OpenVINOImageEngine(bundle, precision, streams=settings.inference_threads)
+    streams, device = settings.inference_threads, settings.device
+    engine = image_engine(bundle, settings.precision, streams=streams, device=device)
     limits = ImageLimits(
         settings.max_images_per_batch,
         settings.max_image_size,
@@ -297,7 +297,7 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
     probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
     (embedding,) = probe.embed([probe_picture()], deadline=time.monotonic() + PROBE_TIMEOUT)
     expected = bundle.manifest.image_probe or []
-    _check_probe(bundle, precision, "probe picture", expected, embedding.vector)
+    _check_probe(bundle, engine.precision, "probe picture", expected, embedding.vector)
     return ImageEmbedder(bundle, engine.preprocessing, engine, queue, limits)
 
 

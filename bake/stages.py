@@ -1,32 +1,43 @@
 """A bake from the first stage to the last."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import pathlib
+import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import msgspec
 
-from bake import BakeError, Options, encoder, pictures, source, stage
-from bake.export import export, trace_pictures, trace_texts
-from bake.parity import certify, reference
+from bake import BakeError, CannotTrace, Options, pictures, refusing, source, stage, untraced
+from bake.parity import reference
 from bake.samples import PROBE_TEXT, Sample, beginning, sample_pictures, sample_texts
 from engine import bundle as bundles
-from engine.bundle import Bundle, Manifest, Probe, graph_file
+from engine.bundle import PRECISIONS, Bundle, Manifest, Probe
 from image_embeddings import probe_picture
 
 TEXTS = 120  # in the sample
 PACKAGES = ("sentence-transformers", "transformers", "torch", "openvino", "tokenizers", "nncf")
+INSTEAD = (
+    "So it is baked for torch instead, which serving needs then: the image gets about 1 GB larger, "
+    "a start takes seconds longer, and a process takes more memory."
+)
 
 
-def bake(options: Options) -> Bundle:
+def bake(options: Options) -> tuple[Bundle, list[str]]:
     """Make one bundle.
 
-    Returns: the bundle, in its place.
+    Returns: the bundle, in its place; what else there is to say about it, a line each, which has
+        been printed to stderr.
     Raises: BakeError, EmbedderError; nothing is left behind.
     """
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        print(line, file=sys.stderr)
+        notes.append(line)
+
     with stage(f"loading {options.model}"):
         model = source.load(options)
         tokenizer = source.tokenizer(model, options.tokenizer)
@@ -50,21 +61,46 @@ def bake(options: Options) -> Bundle:
     def fill(folder: pathlib.Path) -> Manifest:
         tokenizer.save(str(folder / bundles.TOKENIZER))
         files = [bundles.TOKENIZER]
-        trace = partial(trace_texts, model, tokenizer, texts)
-        files += export("text", trace, folder, options.precisions)
         if preprocessing:
-            trace = partial(trace_pictures, model, preprocessing)
-            files += export("image", trace, folder, options.precisions)
             steps = msgspec.json.format(msgspec.json.encode(preprocessing), indent=1)
             (folder / bundles.PREPROCESSING).write_bytes(steps)
             files.append(bundles.PREPROCESSING)
-        manifest = _manifest(options, model, samples)
-        manifest.files = {name: bundles.fingerprint(folder / name) for name in files}
-        manifest.encoder = encoder.describe(model, tokenizer, folder / graph_file("text", "fp32"))
-        certify(Bundle(folder, manifest), samples)
-        return manifest
 
-    return bundles.write(options.output, options.name, fill)
+        def begun() -> Bundle:
+            bundle = Bundle(folder, _manifest(options, model, samples))
+            bundle.record(files)
+            return bundle
+
+        if options.engine != "torch":
+            try:
+                with refusing("OpenVINO and nncf are not there; --engine torch bakes without"):
+                    from bake import traced
+                return traced.complete(begun(), model, tokenizer, samples, preprocessing)
+            except CannotTrace as error:
+                if options.engine == "openvino":
+                    raise
+                if "int8" in (options.precisions or []):
+                    raise BakeError(f"{error} (torch could run it, but not at int8)") from None
+                note(f"{error}. {INSTEAD}")
+            _clear(folder, keep=files)
+        return untraced.complete(begun(), options, model, samples, note)
+
+    return bundles.write(options.output, options.name, fill), notes
+
+
+def _clear(folder: pathlib.Path, keep: Sequence[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in keep:
+            path.unlink()
+
+
+def _versions() -> dict[str, str]:
+    """Those of PACKAGES that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _manifest(options: Options, model: Any, samples: Sequence[Sample]) -> Manifest:
@@ -73,7 +109,7 @@ def _manifest(options: Options, model: Any, samples: Sequence[Sample]) -> Manife
     return Manifest(
         name=options.name,
         source=options.source or source.origin(options.model),
-        revision=getattr(model[0].config, "_commit_hash", None),  # None for a folder
+        revision=getattr(model.config, "_commit_hash", None),  # None for a folder
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         modalities=list(probes),
         dimensions=len(probes["text"]),
@@ -84,9 +120,9 @@ def _manifest(options: Options, model: Any, samples: Sequence[Sample]) -> Manife
         prompts={key: prompt for key, prompt in model.prompts.items() if prompt is not None},
         default_prompt=model.default_prompt_name,
         files={},
-        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+        versions=_versions(),
         probe=Probe(samples[0].inputs[0], probes["text"]),
-        precisions=options.precisions,
+        precisions=list(options.precisions or PRECISIONS),
         parity={},
         image_probe=probes.get("image"),
     )

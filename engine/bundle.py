@@ -8,7 +8,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import msgspec
@@ -22,11 +22,21 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPLACED = "replaced"  # .NAME.replaced: the earlier bundle, while the new one is moved in
 PREPROCESSING = "preprocess.json"
+TORCH_MODEL = "torch"  # folder with the model itself, in a bundle for engine/torch_engine
+# NumPy archive with the sample of texts that the bake compared, for devices that it did not have:
+# `ids` (int64, all texts' token ids, one after the other), `lengths` (int64, tokens of each text),
+# `vectors` (float32, shape (texts, dimensions), sentence-transformers' own).
+SAMPLE = "sample.npz"
 Modality = Literal["text", "image"]
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "int8", "fp16"]  # fp16: on GPUs only, see Torch
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 # Smallest cosine to sentence-transformers' own vector at which a bundle may be written and served.
-PARITY_FLOOR: dict[Precision, float] = {"fp32": 0.9999, "bf16": 0.9998, "int8": 0.99}
+PARITY_FLOOR: dict[Precision, float] = {
+    "fp32": 0.9999,
+    "fp16": 0.9999,
+    "bf16": 0.9998,
+    "int8": 0.99,
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -113,6 +123,18 @@ class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     tensors: dict[str, int]  # byte offsets of float16 tensors, by transformers' names
 
 
+class Torch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A bundle for engine/torch_engine: it holds the model itself, as sentence-transformers saves
+    it, in the folder TORCH_MODEL, and SAMPLE.
+    """
+
+    # The model brings Python code of its own. The bake was told to trust it, and serving runs it.
+    code: bool
+    # Texts of different lengths may be computed side by side without padding: the model gave the
+    # same vectors so.
+    packed: bool
+
+
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A bundle's description of itself: written by the bake, read by serving."""
 
@@ -141,6 +163,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     image_parity: dict[Precision, Parity] = {}
     image_probe: list[float] | None = None
     encoder: Encoder | None = None
+    torch: Torch | None = None
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -150,11 +173,16 @@ class Bundle(msgspec.Struct, frozen=True):
     def file(self, name: str) -> pathlib.Path:
         return self.path / name
 
+    def record(self, names: Iterable[str]) -> None:
+        """Enter files that are there in the manifest, by their paths below the bundle's."""
+        self.manifest.files |= {name: fingerprint(self.path / name) for name in names}
+
     def offers(self, precision: Precision) -> bool:
         """Whether the bundle was baked for `precision` and contains its graphs."""
         manifest = self.manifest
-        return precision in manifest.precisions and all(
-            graph_file(modality, precision) in manifest.files for modality in manifest.modalities
+        return precision in manifest.precisions and (
+            manifest.torch is not None
+            or all(graph_file(each, precision) in manifest.files for each in manifest.modalities)
         )
 
     def preprocessing(self) -> Preprocessing:
@@ -215,7 +243,8 @@ def read(path: pathlib.Path) -> Bundle:
         raise BundleError(
             f"bundle {path}: {MANIFEST} is damaged ({error}); bake it again"
         ) from None
-    escaping = [name for name in manifest.files if pathlib.PurePath(name).name != name]
+    parts = {name: pathlib.PurePosixPath(name).parts for name in manifest.files}
+    escaping = [name for name in parts if name[:1] == "/" or ".." in parts[name] or not parts[name]]
     if escaping:
         raise BundleError(
             f"bundle {path}: {MANIFEST} names a file outside the bundle: {escaping[0]!r}"
@@ -271,8 +300,8 @@ def write(models_dir: pathlib.Path, name: str, fill: Callable[[pathlib.Path], Ma
     try:
         manifest = fill(draft)
         (draft / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-        for path in draft.iterdir():
-            path.chmod(0o644)
+        for path in draft.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         draft.chmod(0o755)  # mkdtemp's 0700 would hide the bundle from the user the service runs as
         if target.exists():
             os.rename(target, models_dir / f"{prefix}{REPLACED}")

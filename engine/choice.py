@@ -1,23 +1,92 @@
-"""Chooses the engine that embeds a bundle's texts: our own where it can, else OpenVINO."""
+"""Chooses the engine that computes a bundle: torch where it was baked for it; else, for texts, our
+own where it can; else OpenVINO.
+
+Engines are imported only where they are chosen: that takes as long as the rest of a start.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from typing import Any
 
 from engine.bundle import Bundle
 from engine.encoder import encoder_engine
+from engine.errors import DeviceUnavailable, PrecisionUnavailable
 from engine.protocol import Engine
+
+_CODE = "HF_MODULES_CACHE"  # where transformers copies a model's code to, to import it
 
 
 def text_engine(
-    bundle: Bundle, wanted: str, *, pad_id: int, pad_left: bool, streams: int, isa: str = "auto"
+    bundle: Bundle,
+    wanted: str,
+    *,
+    pad_id: int,
+    pad_left: bool,
+    streams: int,
+    isa: str = "auto",
+    device: str = "auto",
 ) -> Engine:
-    """The fastest engine for PRECISION=`wanted` and ENCODER_ISA=`isa`.
+    """The fastest engine for PRECISION=`wanted`, ENCODER_ISA=`isa` and DEVICE=`device`.
 
-    Raises: PrecisionUnavailable for bf16 on a CPU without it, or when the bundle was baked without
-    the graph that the precision runs.
+    Raises: PrecisionUnavailable for a precision that this machine does not have, or that the bundle
+    was baked without; DeviceUnavailable; BundleError.
     """
+    if bundle.manifest.torch:
+        engine: Engine = _torch(bundle).TorchTextEngine(_open(bundle, wanted, streams, device))
+        return engine
+    _check_for_cpu(bundle, wanted, device)
     precision = encoder_engine.choose(wanted, bundle, isa)
     if precision:
         return encoder_engine.EncoderEngine(bundle, precision, streams=streams, isa=isa)
-    # Imported only here: that takes as long as the rest of this engine's start.
     from engine.openvino_backend import OpenVINOTextEngine, choose_precision
 
     precision = choose_precision(wanted, bundle)
     return OpenVINOTextEngine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=streams)
+
+
+def image_engine(bundle: Bundle, wanted: str, *, streams: int, device: str = "auto") -> Any:
+    """The engine for pictures, with their `preprocessing`. Raises: as `text_engine`."""
+    if bundle.manifest.torch:
+        return _torch(bundle).TorchImageEngine(_open(bundle, wanted, streams, device))
+    _check_for_cpu(bundle, wanted, device)
+    from engine.openvino_backend import OpenVINOImageEngine, choose_precision
+
+    return OpenVINOImageEngine(bundle, choose_precision(wanted, bundle), streams=streams)
+
+
+def _check_for_cpu(bundle: Bundle, wanted: str, device: str) -> None:
+    hint = f"but bundle {bundle.manifest.name} was baked for CPUs; bake it with --engine torch"
+    if device.startswith("cuda"):
+        raise DeviceUnavailable(f"DEVICE={device}, {hint}")
+    if wanted == "fp16":
+        raise PrecisionUnavailable(f"PRECISION=fp16 is for GPUs, {hint}")
+
+
+def _torch(bundle: Bundle) -> Any:
+    """engine.torch_engine, imported so that it asks no network, and keeps a model's code where a
+    container without a home folder can write.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Freed memory of one size can be used for another: sizes of batches differ.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Threads that spin for work take time from those that serve requests: 20 % of the speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Else torch compiles some products with Triton, for which a container has no C compiler.
+    os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # a read-only root: torch wants a folder when it is imported
+        tempfile.tempdir = "/dev/shm"
+    if bundle.manifest.torch and bundle.manifest.torch.code and _CODE not in os.environ:
+        folder = tempfile.mkdtemp(prefix="model-code-")
+        os.environ[_CODE] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    import engine.torch_engine
+
+    return engine.torch_engine
+
+
+def _open(bundle: Bundle, wanted: str, threads: int, device: str) -> Any:
+    return _torch(bundle).open_model(bundle, device=device, precision=wanted, threads=threads)

@@ -84,3 +84,7 @@ class BundleError(EmbedderError):
 
 class PrecisionUnavailable(EmbedderError):
     """This CPU, or this bundle, cannot run the precision that was asked for."""
+
+
+class DeviceUnavailable(EmbedderError):
+    """This machine, or this bundle, cannot serve on the device that was asked for."""

@@ -17,7 +17,6 @@ import settings as configuration
 from api.service import Embedders
 from embeddings import TextEmbedder
 from engine.bundle import Bundle, Precision
-from engine.openvino_backend import available_precisions
 from engine.protocol import Engine
 from image_embeddings import ImageEmbedder
 from loadtest.client import Result
@@ -50,6 +49,10 @@ def default_bundle(options: Settings) -> Bundle:
 
 def precisions(bundle: Bundle) -> list[Precision]:
     """The precisions that both this CPU and this bundle offer."""
+    if bundle.manifest.torch:
+        return list(bundle.manifest.precisions)
+    from engine.openvino_backend import available_precisions
+
     return [precision for precision in available_precisions() if bundle.offers(precision)]
 
 

@@ -52,7 +52,7 @@ def test_a_tower_that_gives_other_vectors_is_refused(
         model[0].model.visual_projection.weight.data[0] *= -1
         return trace_pictures(model, preprocessing)
 
-    monkeypatch.setattr("bake.stages.trace_pictures", other)
+    monkeypatch.setattr("bake.traced.trace_pictures", other)
     line = refusal(tiny_clip_folder, tmp_path)
     assert ": at fp32 its pictures' vectors are not the model's own: smallest cosine" in line
 

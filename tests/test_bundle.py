@@ -93,6 +93,28 @@ def test_damage_is_named(tmp_path: pathlib.Path) -> None:
         made.verify()
 
 
+def test_files_in_folders_are_checked_too(tmp_path: pathlib.Path) -> None:
+    def fill(draft: pathlib.Path) -> Manifest:
+        (draft / "torch" / "1_Pooling").mkdir(parents=True)
+        (draft / "torch" / "1_Pooling" / "config.json").write_bytes(b"{}")
+        made = Bundle(draft, manifest("a"))
+        made.record(["torch/1_Pooling/config.json"])
+        return made.manifest
+
+    write(tmp_path, "a", fill)
+    made = read(tmp_path / "a")
+    assert list(made.manifest.files) == ["torch/1_Pooling/config.json"]
+    made.verify()
+    file = tmp_path / "a" / "torch" / "1_Pooling" / "config.json"
+    assert file.stat().st_mode & 0o777 == 0o644 and file.parent.stat().st_mode & 0o777 == 0o755
+    file.write_bytes(b"[]")
+    with pytest.raises(BundleError, match="torch/1_Pooling/config.json is damaged"):
+        made.verify()
+    shutil.rmtree(file.parent)
+    with pytest.raises(BundleError, match="torch/1_Pooling/config.json is missing"):
+        made.verify()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -104,6 +126,12 @@ def test_damage_is_named(tmp_path: pathlib.Path) -> None:
         ({"surprise": 1}, "unknown field `surprise`"),
         ({"dimensions": "384"}, "Expected `int`"),
         ({"files": {"../x": {"sha256": "", "size": 0}}}, "a file outside the bundle: '../x'"),
+        (
+            {"files": {"torch/../../x": {"sha256": "", "size": 0}}},
+            "a file outside the bundle: 'torch/../../x'",
+        ),
+        ({"files": {"/x": {"sha256": "", "size": 0}}}, "a file outside the bundle: '/x'"),
+        ({"files": {"": {"sha256": "", "size": 0}}}, "a file outside the bundle: ''"),
     ],
 )
 def test_a_manifest_that_cannot_be_believed(tmp_path: pathlib.Path, change: Any, says: str) -> None:

@@ -1,0 +1,170 @@
+"""Make a bundle for the torch engine: the model itself, its code, a sample, and the certificate."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import huggingface_hub.constants
+import msgspec
+import numpy as np
+import torch
+
+from bake import BakeError, Options, refusing, source, stage
+from bake.parity import BelowFloor, measure, without
+from bake.samples import Sample
+from engine.bundle import SAMPLE, TORCH_MODEL, Bundle, Manifest, Parity, Precision, Torch
+from engine.packing import can_pack
+from engine.torch_engine import Model, TorchImageEngine, TorchTextEngine
+from tokens import load_tokenizer
+
+ALONE = 12  # texts that are also embedded each alone
+MIXED = 8  # of very different lengths, in a request
+
+
+def complete(
+    bundle: Bundle,
+    options: Options,
+    model: Any,
+    samples: Sequence[Sample],
+    note: Callable[[str], None],
+) -> Manifest:
+    """Save and certify.
+
+    Args:
+        bundle: with its tokenizer, and PREPROCESSING where the model takes pictures.
+        note: told what the user should know.
+
+    Returns: the manifest, complete.
+    Raises: BakeError.
+    """
+    manifest, folder = bundle.manifest, bundle.file(TORCH_MODEL)
+    manifest.precisions = [each for each in manifest.precisions if each != "int8"]
+    with stage("saving the model"):
+        source.as_published(options, manifest.revision).save(str(folder), create_model_card=False)
+        code = gather_code(folder)
+    manifest.torch = Torch(code=bool(code), packed=can_pack(model))
+    for package in sorted({name.partition(".")[0] for name in code if not name.endswith(".py")}):
+        note(f"it needs the package {package}, which is not part of it: serving needs that too")
+    write_sample(bundle, samples[0])
+    below = sorted(path for path in folder.rglob("*") if path.is_file())
+    bundle.record([SAMPLE, *(path.relative_to(bundle.path).as_posix() for path in below)])
+    with _offline():
+        certify(bundle, options, samples, note)
+    return manifest
+
+
+def gather_code(folder: pathlib.Path) -> list[str]:
+    """Make the Python code of a saved model complete: `SentenceTransformer.save` puts a module's
+    file beside its weights, but looks for it in the model's folder; and `auto_map` may still name
+    classes in other repositories, or in files that were not saved, as nothing uses them.
+
+    Returns: the code's files, and the classes in installed packages.
+    Raises: BakeError for two different files of one name, and for weights that are only an adapter.
+    """
+    for path in list(folder.glob("*/*.py")):
+        there = folder / path.name
+        if there.exists() and there.read_bytes() != path.read_bytes():
+            raise BakeError(f"its code has two different files {path.name}: not supported")
+        shutil.move(path, there)
+    if next(folder.rglob("adapter_config.json"), None):
+        raise BakeError("its weights are an adapter (PEFT); merge them into the model first")
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_text())
+        if isinstance(settings, dict) and "auto_map" in settings:
+            settings["auto_map"] = _local(settings["auto_map"], folder)
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    files = [path.name for path in folder.glob("*.py")]
+    types = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
+    return files + [
+        name
+        for name in types
+        if not name.startswith("sentence_transformers.") and f"{name.split('.')[0]}.py" not in files
+    ]
+
+
+def _local(auto_map: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    """The entries whose classes are in `folder`. A tokenizer's has two, one of them may be null."""
+
+    def there(reference: str | None) -> bool:
+        return reference is None or (folder / f"{reference.split('.')[0]}.py").exists()
+
+    return {
+        kind: value
+        for kind, value in auto_map.items()
+        if all(map(there, value if isinstance(value, list) else [value]))
+    }
+
+
+def write_sample(bundle: Bundle, texts: Sample) -> None:
+    """Write SAMPLE, with the default prompt's tokens in it."""
+    tokenizer, _, _ = load_tokenizer(bundle)
+    manifest = bundle.manifest
+    prompt = manifest.prompts.get(manifest.default_prompt or "") or ""
+    ids = [tokenizer.encode(prompt + text).ids for text in texts.inputs]
+    np.savez(
+        bundle.file(SAMPLE),
+        ids=np.concatenate(ids).astype(np.int64),
+        lengths=np.array([len(each) for each in ids], np.int64),
+        vectors=texts.expected,
+    )
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Within it, nothing is had from the hub: the bundle must hold all that loading it takes."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def certify(
+    bundle: Bundle, options: Options, samples: Sequence[Sample], note: Callable[[str], None]
+) -> None:
+    """Fill the manifest's parities, measured on the CPU. Where the model gives other vectors
+    without padding, or fails, it is served with it. A precision below its floor is left out,
+    unless it was asked for by name.
+
+    Raises: BakeError.
+    """
+    manifest = bundle.manifest
+    assert manifest.torch
+    for precision in list(manifest.precisions):
+        try:
+            with stage(f"checking vectors at {precision}"):
+                try:
+                    parities = _measure(bundle, precision, samples)
+                except Exception:  # of whatever kind: padding shows whether packing is to blame
+                    if precision != "fp32" or not manifest.torch.packed:
+                        raise
+                    manifest.torch = msgspec.structs.replace(manifest.torch, packed=False)
+                    parities = _measure(bundle, precision, samples)
+        except BelowFloor as error:
+            if precision == "fp32" or options.precisions:
+                raise BakeError(f"{error}{without(bundle, precision)}") from None
+            note(f"{error}: left out")
+            manifest.precisions.remove(precision)
+        else:
+            manifest.parity[precision] = parities[0]
+            manifest.image_parity |= {precision: each for each in parities[1:]}
+
+
+def _measure(bundle: Bundle, precision: Precision, samples: Sequence[Sample]) -> list[Parity]:
+    """A parity for each sample: of every input in requests of mixed lengths, and of some alone."""
+    assert bundle.manifest.torch
+    with refusing("it cannot be loaded from what sentence-transformers saved of it"):
+        model = Model(bundle, [torch.device("cpu")], precision, bundle.manifest.torch.packed)
+    parities = []
+    for sample in samples:
+        engine = TorchImageEngine(model) if sample.modality == "image" else TorchTextEngine(model)
+        count = len(sample.inputs)
+        step = -(-count // MIXED)
+        requests = [range(first, count, step) for first in range(step)]
+        requests += [range(each, each + 1) for each in range(0, count, -(-count // ALONE))]
+        parities.append(measure(bundle, engine, sample, requests))
+    return parities
