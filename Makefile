@@ -50,8 +50,8 @@ lint: $(VENV)/.test $(VENV)/.validators
 	$(validators)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*
 	$(validators)/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(validators)/zizmor --offline --quiet --strict-collection .github
-	$(validators)/kubernetes-validate --strict --quiet -k 1.30 deploy/kubernetes.yaml
-	$(validators)/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
+	$(validators)/kubernetes-validate --strict --quiet -k 1.30 deploy/kubernetes*.yaml
+	$(validators)/kubernetes-validate --strict --quiet deploy/kubernetes*.yaml
 	$(validators)/python tests/validate_deploy.py
 
 format: $(VENV)/.test

@@ -49,7 +49,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-TOPICS = "api models deploy operate performance architecture troubleshooting upgrading"
+TOPICS = "api models deploy gpu operate performance architecture troubleshooting upgrading"
 MARKS = {"needs-docker", "needs-account"}
 MODEL = "all-MiniLM-L6-v2"
 BIN = pathlib.Path(sys.executable).parent

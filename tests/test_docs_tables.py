@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 
+import yaml
 from servers import ROOT, Server
 from test_docs import MODEL, PAGES
 
@@ -35,8 +36,9 @@ def makefile_default(name: str) -> str:
 
 
 def dockerfile_arguments() -> dict[str, str]:
+    """Names and defaults. A stage that takes an argument from above names it once more."""
     found = re.findall(r"^ARG (\w+)=?(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    return dict(found)
+    return dict(sorted(found, key=lambda pair: bool(pair[1])))
 
 
 def test_there_is_one_default_model() -> None:
@@ -71,6 +73,28 @@ def test_torch_without_cuda_is_the_default() -> None:
     assert "--extra-index-url" not in second
     assert "--extra-index-url" not in recipe("TORCH_INDEX=")
     assert "PIP_EXTRA_INDEX_URL" not in (ROOT / ".github/workflows/test.yml").read_text()
+
+
+def test_torch_serves_at_the_versions_that_bake() -> None:
+    def pins(name: str) -> set[str]:
+        return set(re.findall(r"^[\w-]+==\S+", (ROOT / name).read_text(), re.MULTILINE))
+
+    assert {pin.partition("==")[0] for pin in pins("requirements-torch.txt")} == {
+        "sentence-transformers",
+        "transformers",
+        "torch",
+    }
+    assert pins("requirements-torch.txt") < pins("requirements.txt")
+
+
+def test_the_image_and_the_workflow_know_the_engines() -> None:
+    engines = re.findall(r"^ +(\w+)\) \\$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text())
+    triggers = workflow[True]  # YAML 1.1 reads `on` as true
+    assert triggers["workflow_dispatch"]["inputs"]["engine"]["options"] == engines
+    assert engines == [dockerfile_arguments()["ENGINE"], "torch"] == ["openvino", "torch"]
+    arguments = set(re.findall(r"format\('(\w+)=", workflow["jobs"]["image"]["env"]["BUILD_ARGS"]))
+    assert arguments < set(dockerfile_arguments())
 
 
 def test_the_table_of_build_arguments_is_the_dockerfiles() -> None:

@@ -1,6 +1,6 @@
-"""Checks the files in deploy/ that no ready-made validator covers: cloudrun.yaml against Google's
-description of the Cloud Run API, baseten/config.yaml as `truss push` does, and that *.json is JSON.
-`make lint` runs it in the validators' environment (requirements-lint.txt).
+"""Checks the files in deploy/ that no ready-made validator covers: cloudrun*.yaml against Google's
+description of the Cloud Run API, baseten*/config.yaml as `truss push` does, and that *.json is
+JSON. `make lint` runs it in the validators' environment (requirements-lint.txt).
 """
 
 import json
@@ -83,10 +83,8 @@ def json_errors(path: pathlib.Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    files = {
-        DEPLOY / "cloudrun.yaml": cloud_run_errors,
-        DEPLOY / "baseten/config.yaml": baseten_errors,
-    }
+    files = {path: cloud_run_errors for path in DEPLOY.glob("cloudrun*.yaml")}
+    files |= {path: baseten_errors for path in DEPLOY.glob("baseten*/config.yaml")}
     files |= {path: json_errors for path in DEPLOY.rglob("*.json")}
     errors = [f"{path}: {error}" for path, check in files.items() for error in check(path)]
     sys.exit("\n".join(errors) or None)
