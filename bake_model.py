@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     help = "a prompt beside the model's own, such as query='query: '; may be repeated"
     add("--prompt", action="append", type=_prompt, default=[], metavar="NAME=TEXT", help=help)
     add("--default-prompt", metavar="NAME", help="the prompt of requests that name none")
+    help = "what makes one vector of a text's tokens, where the model does not say (transformers)"
+    add("--pooling", choices=["mean", "cls", "lasttoken", "max"], help=help)
+    help = "which route to bake of a model with a Router (query, document); each is a bundle"
+    add("--route", metavar="NAME", help=help)
     help = "normalise layer-wise before `dimensions` cuts, as nomic-embed-text-v1.5 wants it"
     add("--layer-norm", action="store_true", help=help)
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")

@@ -7,6 +7,7 @@ for OpenVINO or for torch), `parity` (compare the vectors). `traced` uses `expor
 import argparse
 import contextlib
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from engine.bundle import Precision
 
 # OpenVINO's telemetry needs a network; engine/openvino_backend.py says more.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
+_CHECK = re.compile(r"^Check '|^Exception from ")  # of OpenVINO's C++
 
 
 class Options(argparse.Namespace):
@@ -30,6 +34,8 @@ class Options(argparse.Namespace):
     max_tokens: int | None
     prompt: list[tuple[str, str]]  # name and text of each
     default_prompt: str | None
+    pooling: Literal["mean", "cls", "lasttoken", "max"] | None  # for a model that states none
+    route: str | None  # of a model with a Router
     layer_norm: bool
     trust_remote_code: bool
     engine: Literal["auto", "openvino", "torch"]  # auto: torch where tracing fails
@@ -55,9 +61,15 @@ def refusing(what: str, kind: type[BakeError] = BakeError) -> Iterator[None]:
         raise kind(f"{what}: {one_line(error)}") from error
 
 
-def one_line(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+def one_line(error: Exception, characters: int = 400) -> str:
+    """What an exception says, on one line. Of OpenVINO's, only the cause, which stands last."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if any(_CHECK.search(line) for line in lines):
+        lines = lines[-1:]
+    said = " ".join(" ".join(lines).split())[:characters]
+    return said.replace("`trust_remote_code=True`", "--trust-remote-code")
 
 
 @contextlib.contextmanager

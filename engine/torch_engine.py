@@ -19,6 +19,7 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from engine.bundle import PARITY_FLOOR, SAMPLE, TORCH_MODEL, Bundle, Modality, Parity, Precision
 from engine.errors import BundleError, DeviceUnavailable, PrecisionUnavailable
@@ -59,16 +60,21 @@ class Pipeline(torch.nn.Module):
         parts = list(model)
         if isinstance(parts[-1], Normalize):
             del parts[-1]
+        if isinstance(parts[0], StaticEmbedding):
+            parts[0] = _Table(parts[0])
         for part in parts[1:]:
             part.float()
         self.parts, self.dtype = torch.nn.ModuleList(parts), dtype
         # CLIP pools at the first of its end tokens, and pads with the same token; which of several
         # equal values is the largest, a graph does not define. Nothing after the first end token
         # has any effect: clear it.
-        self.end = model.tokenizer.eos_token_id if model.config.model_type == "clip" else None
+        self.end = model.tokenizer.eos_token_id if _model_type(model) == "clip" else None
         self.counts_positions = pools_at_the_end(model)
-        self.pad_id = model.tokenizer.pad_token_id
-        self.pad_left = self.counts_positions or model.tokenizer.padding_side == "left"
+        # A StaticEmbedding's tokenizer has neither.
+        self.pad_id = getattr(model.tokenizer, "pad_token_id", 0)
+        side = getattr(model.tokenizer, "padding_side", "right")
+        self.pad_left = self.counts_positions or side == "left"
+        self.prompt_length = _prompt_left_out(model)
 
     def embed(self, features: dict[str, Any]) -> torch.Tensor:
         """The vectors of features that the first module takes."""
@@ -80,6 +86,8 @@ class Pipeline(torch.nn.Module):
             for name in ("token_embeddings", "sentence_embedding"):
                 if name in features:
                     features[name] = features[name].float()
+        if self.prompt_length:
+            features["prompt_length"] = self.prompt_length
         for part in self.parts[1:]:
             features = part(features)
         vectors: torch.Tensor = features["sentence_embedding"]
@@ -106,7 +114,34 @@ def pools_at_the_end(model: Any) -> bool:
     SigLIP's does. Its vectors are right for a text alone; a batch gives the same when it is padded
     on the left, masked, and its positions count from the text's beginning.
     """
-    return str(model.config.model_type).startswith("siglip")
+    return _model_type(model).startswith("siglip")
+
+
+def _model_type(model: Any) -> str:
+    """transformers' name of the architecture; empty for a StaticEmbedding."""
+    return str(getattr(model.config, "model_type", ""))
+
+
+def _prompt_left_out(model: Any) -> int:
+    """How many tokens at a text's beginning the pooling leaves out: its bundle has one prompt."""
+    prompt = model.prompts.get(model.default_prompt_name)
+    if not prompt or all(getattr(part, "include_prompt", True) for part in model):
+        return 0
+    return int(model.preprocess(["a"], prompt=prompt)["prompt_length"])
+
+
+class _Table(torch.nn.Module):
+    """sentence-transformers' StaticEmbedding for padded texts: the mean of the tokens' vectors."""
+
+    def __init__(self, static: StaticEmbedding) -> None:
+        super().__init__()
+        rows, width = static.embedding.weight.shape
+        self.table = torch.nn.Embedding(rows, width, _weight=static.embedding.weight.detach())
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        mask = features["attention_mask"].unsqueeze(-1).to(self.table.weight.dtype)
+        total = (self.table(features["input_ids"]) * mask).sum(1)
+        return {"sentence_embedding": total / mask.sum(1).clamp(min=1)}
 
 
 class _Replica:
@@ -125,7 +160,8 @@ class _Replica:
 
     def record(self) -> list[int]:
         """Record calls of some sizes, where that pays. Returns: the sizes, in tokens."""
-        if self._packer is None or self.device.type == "cpu":
+        # What leaves out a prompt's tokens waits for the device, which a recording cannot.
+        if self._packer is None or self.device.type == "cpu" or self.pipeline.prompt_length:
             return []
         finish = self.pipeline.finish
         self._recordings = Recordings(self._packer, finish, self.device, self.texts)
