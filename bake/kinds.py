@@ -169,6 +169,12 @@ def merge_adapter(model: Any) -> bool:
             parent, _, child = name.rpartition(".")
             setattr(transformer.get_submodule(parent), child, layer.get_base_layer())
     transformer._hf_peft_config_loaded = False
+    # Else it would be saved with an adapter's names.
+    transformer._weight_conversions = [
+        each
+        for each in transformer._weight_conversions
+        if not any("lora_" in name or "base_model." in name for name in each.source_patterns)
+    ]
     return True
 
 
@@ -218,8 +224,8 @@ def check_kind(model: Any) -> None:
         )
     if "message" in model.modalities:
         raise BakeError(
-            "it takes chats (its tokenizer has a chat template): not supported; take the template "
-            "out of the model's folder (chat_template) if it was trained on plain texts"
+            "it renders texts through its tokenizer's chat template: not supported; if it was "
+            "trained on plain texts, take the template out of its folder (chat_template)"
         )
     table = isinstance(model[0], StaticEmbedding)
     if not table and (model.config is None or getattr(model[0], "tokenizer", None) is None):

@@ -36,7 +36,11 @@ def reference(model: Any, inputs: Sequence[Any], what: str = "") -> Float32:
     size = min(BATCH, max(1, BATCH_TOKENS // model.max_seq_length))
     if pools_at_the_end(model):
         size = 1
-    with refusing(f"sentence-transformers cannot embed {what}with it"):
+    chain = ", ".join(type(module).__name__ for module in model)
+    with refusing(
+        f"sentence-transformers itself fails to embed {what}with its modules ({chain}); mend the "
+        "model's folder, or bake another"
+    ):
         vectors = model.encode(list(inputs), batch_size=size, show_progress_bar=False)
     return np.asarray(vectors, np.float32)
 

@@ -16,6 +16,10 @@ from limits import ImageLimits
 
 # Most mean difference to the processor's pixels, on a scale of 0 to 255.
 PIXEL_TOLERANCE = 1.0
+FIXED = (
+    "not supported; bake a model whose pictures all get one shape, such as CLIP, or the variant of "
+    "SigLIP 2 with a fixed resolution"
+)
 
 
 def read_processor(model: Any) -> Preprocessing:
@@ -23,23 +27,29 @@ def read_processor(model: Any) -> Preprocessing:
 
     Raises: BakeError for a processor that does something this service cannot.
     """
-    with refusing("its image processor is not understood"):
+    kind = type(getattr(model[0].processor, "image_processor", model[0].processor)).__name__
+    with refusing(f"its image processor ({kind}) is not understood: {FIXED}"):
         options = _options(model)
+        if "max_num_patches" in options:
+            raise BakeError(f"its pictures keep their own shapes (NaFlex): {FIXED}")
         size = {side: value for side, value in options["size"].items() if value is not None}
         if size.keys() == {"shortest_edge"}:
             resize = size["shortest_edge"]
         elif size.keys() == {"height", "width"}:
             resize = size["height"], size["width"]
         else:
-            raise BakeError(f"its processor resizes by {', '.join(size)}: not supported")
+            raise BakeError(f"its processor ({kind}) resizes by {', '.join(size)}: {FIXED}")
         crop = None
         if options.get("do_center_crop"):
             crop = options["crop_size"]["height"], options["crop_size"]["width"]
         if crop is None and isinstance(resize, int):
-            raise BakeError("its processor gives pictures of different shapes: not supported")
+            raise BakeError(f"its processor ({kind}) gives pictures of different shapes: {FIXED}")
         undone = [step for step in ("do_resize", "do_rescale", "do_normalize") if not options[step]]
         if undone or options.get("do_pad"):
-            raise BakeError(f"its processor has {undone or ['do_pad']} set otherwise than CLIP's")
+            raise BakeError(
+                f"its processor ({kind}) has {', '.join(undone) or 'do_pad'} set otherwise than "
+                f"CLIP's: {FIXED}"
+            )
         steps = {
             "resize": resize,
             "crop": crop,
@@ -86,7 +96,7 @@ def check_processor(model: Any, preprocessing: Preprocessing, pictures: Sequence
     Raises: BakeError when they differ.
     """
     for data, picture in zip(pictures, opened(model, pictures)):
-        with refusing("its own processor fails on a picture"):
+        with refusing("its own processor fails on a picture; correct preprocessor_config.json"):
             own = np.asarray(model.preprocess([picture])["pixel_values"], np.float32)
         pixels = preprocess(open_picture(data, ImageLimits()), preprocessing)
         ours = preprocessing.normalize(pixels[np.newaxis])
@@ -95,5 +105,6 @@ def check_processor(model: Any, preprocessing: Preprocessing, pictures: Sequence
         if not off <= PIXEL_TOLERANCE:
             raise BakeError(
                 f"pixels prepared without its processor are off by {off:.2f} of 255 on average, at "
-                f"most {PIXEL_TOLERANCE} allowed (a picture of {picture.width} x {picture.height})"
+                f"most {PIXEL_TOLERANCE} allowed (a picture of {picture.width} x {picture.height}):"
+                f" {FIXED}"
             )

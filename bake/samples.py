@@ -60,7 +60,10 @@ def sample_texts(tokenizer: Any, prompt: str, window: int, count: int) -> list[s
     plain = [len(tokenizer.encode(phrase, add_special_tokens=False).ids) for phrase in _PHRASES]
     least = len(tokenizer.encode(prompt).ids) + 1
     if least > window:
-        raise BakeError(f"its default prompt leaves no room in a window of {window} tokens")
+        raise BakeError(
+            f"its default prompt leaves no room in a window of {window} tokens; give a larger "
+            "--max-tokens, or another --default-prompt"
+        )
     lengths = []
     while window > EVEN_TOKENS:
         lengths.append(window)

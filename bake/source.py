@@ -12,6 +12,7 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bake import BakeError, Options, kinds, one_line, refusing
 from engine.torch_engine import pools_at_the_end
@@ -168,7 +169,7 @@ def tokenizer(model: Any, replacement: str | None) -> tokenizers.Tokenizer:
     if replacement:
         with refusing(f"--tokenizer {replacement} cannot be loaded"):
             chosen = transformers.AutoTokenizer.from_pretrained(replacement)
-    fast = getattr(chosen, "backend_tokenizer", None)
+    fast = getattr(chosen, "backend_tokenizer", None) or _tokenizer_of_bytes(chosen)
     if fast is None:
         raise BakeError(
             f"its tokenizer ({type(chosen).__name__}) runs in Python only, and serving has the "
@@ -179,6 +180,23 @@ def tokenizer(model: Any, replacement: str | None) -> tokenizers.Tokenizer:
     made.no_truncation()
     side = "left" if pools_at_the_end(model) else own.padding_side
     made.enable_padding(direction=side, pad_id=own.pad_token_id, pad_token=own.pad_token)
+    return made
+
+
+def _tokenizer_of_bytes(own: Any) -> tokenizers.Tokenizer | None:
+    """A tokenizer of transformers whose tokens are bytes; None for another."""
+    if not isinstance(own, (transformers.ByT5Tokenizer, transformers.PerceiverTokenizer)):
+        return None
+    letters = bytes_to_unicode()
+    vocabulary = {letters[byte]: own.convert_tokens_to_ids(chr(byte)) for byte in range(256)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary | own.get_added_vocab(), []))
+    made.add_special_tokens([*own.added_tokens_decoder.values()])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
+    around = own.convert_ids_to_tokens(own("a")["input_ids"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=["$A" if token == "a" else token for token in around],
+        special_tokens=[(token, own.convert_tokens_to_ids(token)) for token in around],
+    )
     return made
 
 

@@ -58,7 +58,11 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
             expected = reference(model, pictures.opened(model, files), "pictures ")
             samples.append(Sample("image", files, expected))
             if expected.shape[1] != samples[0].expected.shape[1]:
-                raise BakeError("its texts and its pictures have vectors of different lengths")
+                raise BakeError(
+                    f"its texts have vectors of {samples[0].expected.shape[1]} numbers and its "
+                    f"pictures of {expected.shape[1]}: not supported; bake a model with one space "
+                    "for both"
+                )
 
     def fill(folder: pathlib.Path) -> Manifest:
         tokenizer.save(str(folder / bundles.TOKENIZER))

@@ -67,7 +67,9 @@ def gather_code(folder: pathlib.Path) -> list[str]:
     for path in list(folder.glob("*/*.py")):
         there = folder / path.name
         if there.exists() and there.read_bytes() != path.read_bytes():
-            raise BakeError(f"its code has two different files {path.name}: not supported")
+            raise BakeError(
+                f"its code has two different files {path.name}: not supported; rename one"
+            )
         shutil.move(path, there)
     if next(folder.rglob("adapter_config.json"), None):
         raise BakeError("its weights are an adapter (PEFT); merge them into the model first")

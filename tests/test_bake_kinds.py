@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import tiny_models as tiny
 import torch
 import transformers
-from baking import FAR, bake, cosines, embed, refusal, serving
+from baking import bake, cosines, embed, refusal, serving
 from safetensors.numpy import save_file
 from sentence_transformers import (
     CrossEncoder,
@@ -21,7 +21,6 @@ from sentence_transformers import (
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import (
     BoW,
-    LSTM,
     Pooling,
     StaticEmbedding,
     WordEmbeddings,
@@ -30,9 +29,8 @@ from sentence_transformers.sentence_transformer.modules.tokenizer import Whitesp
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 from test_bake_torch import TORCH, check
 
-import bake_model
 from embeddings import TextEmbedder
-from engine.bundle import Bundle, read
+from engine.bundle import Bundle
 from engine.queue import Queue
 from engine.torch_engine import TorchTextEngine, open_model
 from limits import TextLimits
@@ -303,7 +301,8 @@ PROMPTS = {"query": "What is the mean of it? ", "passage": "the river "}
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
 @pytest.mark.parametrize(
-    ("make", "pooling"), [(tiny.bert, "mean"), (tiny.roberta_left, "mean"), (tiny.modernbert, "cls")]
+    ("make", "pooling"),
+    [(tiny.bert, "mean"), (tiny.roberta_left, "mean"), (tiny.modernbert, "cls")],
 )
 def test_a_prompt_is_left_out_of_the_pooling(
     make: Callable[[], tiny.Made], pooling: str, engine: str, tmp_path: pathlib.Path
@@ -335,7 +334,9 @@ def gpt2() -> tiny.Made:
     tokenizer = tiny.trained(transformers.GPT2Tokenizer, ["<|endoftext|>"])
     assert tokenizer.pad_token is None
     sizes = {"n_embd": tiny.WIDTH, "n_layer": 2, "n_head": 2, "n_positions": tiny.WINDOW}
-    config = transformers.GPT2Config(vocab_size=len(tokenizer), initializer_range=tiny.SPREAD, **sizes)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), initializer_range=tiny.SPREAD, **sizes
+    )
     return tokenizer, transformers.GPT2Model(config)
 
 
@@ -382,9 +383,7 @@ def adapted(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def test_an_adapter_is_merged(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_is_merged(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = adapted(tmp_path / "model")
     model = SentenceTransformer(str(folder), device="cpu")
     expected = model.encode(tiny.TEXTS)
@@ -408,10 +407,6 @@ def bag(folder: pathlib.Path) -> pathlib.Path:
     modules = [BoW(["river", "rain", "days"]), Dense(3, 8)]
     SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
     return folder
-
-
-def recurrent(folder: pathlib.Path) -> pathlib.Path:
-    return tiny.save(folder, heads=())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,6 @@ import tiny_models as tiny
 import transformers
 from baking import FAR, PROMPTS, Baked, bake, cosines, embed, refusal, serving
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from bake.samples import PROBE_TEXT
 from bake.source import location
@@ -49,20 +49,6 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path: pathlib.Path)
     assert "tiny_models.Broken" in line
 
 
-def test_a_model_without_a_transformer_is_refused(tmp_path: pathlib.Path) -> None:
-    embedding = StaticEmbedding(tiny.byte_level(pad_token="[PAD]"), embedding_dim=8)
-    SentenceTransformer(modules=[embedding], device="cpu").save(str(tmp_path / "model"))
-    line = refusal(tmp_path / "model", tmp_path / "models")
-    assert line.endswith(
-        ": it does not begin with a transformer but with StaticEmbedding: not supported"
-    )
-
-
-def no_pad_token() -> tiny.Made:
-    tokenizer = tiny.byte_level()
-    return tokenizer, tiny.bert(tiny.byte_level(pad_token="[PAD]"))[1]
-
-
 def chatting() -> tiny.Made:
     tokenizer, model = tiny.bert()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -70,30 +56,49 @@ def chatting() -> tiny.Made:
 
 
 def slow_tokenizer() -> tiny.Made:
-    return tiny.bert(transformers.ByT5Tokenizer())
+    """Of proteins."""
+    with tempfile.NamedTemporaryFile("w") as vocabulary:
+        vocabulary.write("\n".join(["<cls>", "<pad>", "<eos>", "<unk>", "<mask>", *"abc"]))
+        vocabulary.flush()
+        return tiny.bert(transformers.EsmTokenizer(vocabulary.name))
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (
-            {"include_prompt": False},
-            "its pooling leaves out the prompt's tokens (include_prompt: false): not supported",
-        ),
-        ({"make": no_pad_token}, "its tokenizer has no padding token"),
-        ({"make": chatting}, "it does not take plain text (its modalities: text, message)"),
+        ({"make": chatting}, "it renders texts through its tokenizer's chat template: not "),
         (
             {"make": slow_tokenizer},
-            "its tokenizer (ByT5Tokenizer) has no form that the tokenizers library can run",
+            "its tokenizer (EsmTokenizer) runs in Python only, and serving has the tokenizers "
+            "library: not supported; if there is a fast one with the same ids, name its folder "
+            "with --tokenizer",
         ),
     ],
-    ids=["include-prompt", "no-pad-token", "chat-template", "slow-tokenizer"],
+    ids=["chat-template", "slow-tokenizer"],
 )
 def test_what_serving_could_not_do_is_refused(
     options: dict[str, Any], says: str, tmp_path: pathlib.Path
 ) -> None:
     folder = tiny.save(tmp_path / "model", **options)
-    assert refusal(folder, tmp_path / "models") == f"cannot bake {folder}: {says}"
+    assert refusal(folder, tmp_path / "models").startswith(f"cannot bake {folder}: {says}")
+
+
+def byt5() -> tiny.Made:
+    return tiny.bert(transformers.ByT5Tokenizer())
+
+
+def perceiver() -> tiny.Made:
+    return tiny.bert(transformers.PerceiverTokenizer())
+
+
+@pytest.mark.parametrize("make", [byt5, perceiver])
+def test_tokenizers_of_bytes(make: Callable[[], tiny.Made], tmp_path: pathlib.Path) -> None:
+    folder = tiny.save(tmp_path / "model", make)
+    bundle = bake(folder, tmp_path / "models", "--max-tokens", str(tiny.WINDOW))
+    texts = [text[:20] for text in tiny.TEXTS] + ["</s> [SEP] a"]
+    expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    with serving(bundle) as (embedder, _):
+        assert cosines(embed(embedder, texts), expected).min() >= 0.9999
 
 
 def test_prompts_are_kept_and_the_default_one_is_used(bert: pathlib.Path, baked: Baked) -> None:
@@ -111,7 +116,10 @@ def test_prompts_are_kept_and_the_default_one_is_used(bert: pathlib.Path, baked:
 
 def test_a_default_prompt_must_leave_room(bert: pathlib.Path, tmp_path: pathlib.Path) -> None:
     line = refusal(bert, tmp_path, "--max-tokens", "4")
-    assert line.endswith(": its default prompt leaves no room in a window of 4 tokens")
+    assert line.endswith(
+        ": its default prompt leaves no room in a window of 4 tokens; give a larger "
+        "--max-tokens, or another --default-prompt"
+    )
 
 
 def test_the_window_can_be_raised_and_lowered(
@@ -142,16 +150,36 @@ def check_window(folder: pathlib.Path, bundle: Bundle, window: int) -> None:
 @pytest.mark.parametrize(
     ("make", "options", "says"),
     [
-        (tiny.bert, ["65"], "--max-tokens 65 is more than the 64 tokens its architecture can do"),
+        (
+            tiny.bert,
+            ["65"],
+            "--max-tokens 65 is more than the 64 tokens that it has positions for; give 64 or less",
+        ),
         (
             tiny.roberta,
             ["65"],
-            "--max-tokens 65 is more than the 64 tokens its architecture can do",
+            "--max-tokens 65 is more than the 64 tokens that it has positions for; give 64 or less",
         ),
-        (tiny.mpnet, ["66"], "--max-tokens 66 is more than the 64 tokens its architecture can do"),
-        (tiny.bert, ["3"], "a window of 3 tokens leaves no room for text"),
-        (tiny.bert, ["0"], "a window of 0 tokens leaves no room for text"),
-        (tiny.bert, ["-1"], "a window of -1 tokens leaves no room for text"),
+        (
+            tiny.mpnet,
+            ["66"],
+            "--max-tokens 66 is more than the 64 tokens that it has positions for; give 64 or less",
+        ),
+        (
+            tiny.bert,
+            ["3"],
+            "a window of 3 tokens leaves no room for text; give 4 or more with --max-tokens",
+        ),
+        (
+            tiny.bert,
+            ["0"],
+            "a window of 0 tokens leaves no room for text; give 4 or more with --max-tokens",
+        ),
+        (
+            tiny.bert,
+            ["-1"],
+            "a window of -1 tokens leaves no room for text; give 4 or more with --max-tokens",
+        ),
         (tiny.t5, [], "it states no window; give one with --max-tokens"),
     ],
     ids=["bert", "roberta", "mpnet", "tiny", "none", "negative", "not-stated"],
@@ -178,6 +206,8 @@ def test_another_tokenizer_must_give_the_models_own_ids(
     vocabulary["##e"], vocabulary["##n"] = vocabulary["##n"], vocabulary["##e"]
     transformers.BertTokenizer(vocabulary).save_pretrained(tmp_path / "other")
     line = refusal(bare, tmp_path / "models", "--tokenizer", str(tmp_path / "other"))
-    assert re.search(": the tokenizer gives other ids than the model's own, first for '.+'$", line)
+    assert re.search(
+        ": the tokenizer gives other ids than the model's own, first for '.+': leave out", line
+    )
     line = refusal(bare, tmp_path / "models", "--tokenizer", str(tmp_path / "absent"))
     assert f": --tokenizer {tmp_path / 'absent'} cannot be loaded: " in line
