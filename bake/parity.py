@@ -28,14 +28,36 @@ class BelowFloor(BakeError):
     """An engine's vectors are not the model's own."""
 
 
-def reference(model: Any, inputs: Sequence[Any], what: str = "") -> Float32:
+def reference(model: Any, inputs: Sequence[Any], what: str = "", alone: bool = False) -> Float32:
     """sentence-transformers' own vectors of texts, with the default prompt, or of PIL images.
+
+    Args:
+        alone: embed each without others beside it.
 
     Raises: BakeError when the model's code fails, naming `what` it cannot embed.
     """
     size = min(BATCH, max(1, BATCH_TOKENS // model.max_seq_length))
-    if pools_at_the_end(model):
+    if alone or pools_at_the_end(model):
         size = 1
+    return _encode(model, inputs, size, what)
+
+
+def in_company(model: Any, texts: Sequence[str]) -> float:
+    """The smallest cosine of a text's vector in a batch to the same text's alone, as
+    sentence-transformers gives both: less than 1 where padding changes them (ConvBERT, CNN).
+
+    Raises: as `reference`.
+    """
+    if pools_at_the_end(model):  # its engines mask the padding
+        return 1.0
+    some = sorted(texts, key=len)[: len(texts) // 2 : 10]
+    alone, batch = (_encode(model, some, size) for size in (1, len(some)))
+    lengths = np.linalg.norm(alone, axis=1) * np.linalg.norm(batch, axis=1)
+    return float(((alone * batch).sum(axis=1) / np.maximum(lengths, 1e-30)).min())
+
+
+def _encode(model: Any, inputs: Sequence[Any], size: int, what: str = "") -> Float32:
+    """In batches of `size`."""
     chain = ", ".join(type(module).__name__ for module in model)
     with refusing(
         f"sentence-transformers itself fails to embed {what}with its modules ({chain}); mend the "

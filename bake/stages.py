@@ -5,16 +5,16 @@ import datetime
 import importlib.metadata
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from bake import BakeError, CannotTrace, Options, pictures, refusing, source, stage, untraced
-from bake.parity import reference
+from bake.parity import in_company, reference
 from bake.samples import PROBE_TEXT, Sample, beginning, sample_pictures, sample_texts
 from engine import bundle as bundles
-from engine.bundle import PRECISIONS, Bundle, Manifest, Probe
+from engine.bundle import PARITY_FLOOR, PRECISIONS, Bundle, Manifest, Probe
 from image_embeddings import probe_picture
 
 TEXTS = 120  # in the sample
@@ -48,7 +48,10 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
     for remark in remarks:
         note(remark)
     with stage("embedding the sample with sentence-transformers"):
-        samples = [Sample("text", texts, reference(model, texts))]
+        alone = (together := in_company(model, texts)) < PARITY_FLOOR["fp32"]
+        samples = [Sample("text", texts, reference(model, texts, alone=alone))]
+    if alone:
+        _choose_torch(options, together, note)
     preprocessing = None
     if "image" in model.modalities:
         with stage("embedding pictures with sentence-transformers"):
@@ -89,9 +92,32 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
                     raise BakeError(f"{error} (torch could run it, but not at int8)") from None
                 note(f"{error}. {INSTEAD}")
             _clear(folder, keep=files)
-        return untraced.complete(begun(), options, model, samples, note)
+        return untraced.complete(begun(), options, model, samples, note, alone)
 
     return bundles.write(options.output, options.name, fill), notes
+
+
+def _choose_torch(options: Options, together: float, note: Callable[[str], None]) -> None:
+    """For a model whose vectors depend on the padding beside other texts.
+
+    Args:
+        together: smallest cosine of a text in a batch to the same text alone.
+
+    Raises: BakeError when the options ask for what torch has not.
+    """
+    what = (
+        "its vectors depend on padding: sentence-transformers' own, of a text beside longer ones "
+        f"and alone, have a cosine of only {together:.4f}"
+    )
+    if options.engine == "openvino" or "int8" in (options.precisions or []):
+        raise BakeError(
+            f"{what}; each text has to be computed alone, which only --engine torch does, at fp32 "
+            "or bf16"
+        )
+    if options.engine == "auto":
+        what = f"{what}. {INSTEAD[:-1]}"
+    options.engine = "torch"
+    note(f"{what}. Each text is computed alone, which is slower than in batches.")
 
 
 def _clear(folder: pathlib.Path, keep: Sequence[str]) -> None:

@@ -63,7 +63,12 @@ def _measure(bundle: Bundle, precision: Precision, sample: Sample) -> Parity:
         with running():
             return measure(bundle, _openvino(bundle, precision, sample.modality), sample)
     except BelowFloor as error:
-        raise BakeError(f"{error}{without(bundle, precision)}") from None
+        untraced = (
+            "; its code may branch where a trace cannot follow: --engine torch runs it untraced"
+            if precision == "fp32"
+            else without(bundle, precision)
+        )
+        raise BakeError(f"{error}{untraced}") from None
 
 
 def _openvino(bundle: Bundle, precision: Precision, modality: Modality) -> Any:

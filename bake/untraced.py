@@ -30,12 +30,14 @@ def complete(
     model: Any,
     samples: Sequence[Sample],
     note: Callable[[str], None],
+    alone: bool = False,
 ) -> Manifest:
     """Save and certify.
 
     Args:
         bundle: with its tokenizer, and PREPROCESSING where the model takes pictures.
         note: told what the user should know.
+        alone: each text has to be computed without others beside it.
 
     Returns: the manifest, complete.
     Raises: BakeError.
@@ -45,7 +47,7 @@ def complete(
     with stage("saving the model"):
         source.as_published(options, manifest.revision).save(str(folder), create_model_card=False)
         code = gather_code(folder)
-    manifest.torch = Torch(code=bool(code), packed=can_pack(model))
+    manifest.torch = Torch(code=bool(code), packed=not alone and can_pack(model), alone=alone)
     for package in sorted({name.partition(".")[0] for name in code if not name.endswith(".py")}):
         note(f"it needs the package {package}, which is not part of it: serving needs that too")
     write_sample(bundle, samples[0])

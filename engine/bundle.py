@@ -133,6 +133,8 @@ class Torch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     # Texts of different lengths may be computed side by side without padding: the model gave the
     # same vectors so.
     packed: bool
+    # Each text is computed without others beside it: padding would change its vector.
+    alone: bool = False
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -148,12 +148,13 @@ class _Replica:
     """The model on one device."""
 
     def __init__(
-        self, model: Any, device: torch.device, dtype: torch.dtype, window: int, packed: bool
+        self, model: Any, device: torch.device, dtype: torch.dtype, bundle: Bundle, packed: bool
     ) -> None:
-        """`window`: tokens of the longest text."""
-        self.device = device
+        """`packed`: as `Model` takes it."""
+        self.device, window = device, bundle.manifest.max_tokens
         self.pipeline = Pipeline(model, dtype).to(device).eval()
         self._packer = Packer(model[0], self.pipeline.pad_id, window) if packed else None
+        self._alone = bundle.manifest.torch is not None and bundle.manifest.torch.alone
         self._recordings: Recordings | None = None
         self.running = 0  # calls
         self._streams: list[Any] = []
@@ -179,6 +180,8 @@ class _Replica:
 
     def texts(self, inputs: Sequence[Array]) -> Float32:
         """Token ids of each text, shape (length,). Returns: shape (texts, dimensions)."""
+        if self._alone and len(inputs) > 1:
+            return np.concatenate([self.texts([ids]) for ids in inputs])
         if self._recordings and (vectors := self._recordings.texts(inputs)) is not None:
             return vectors
         with self._call():
@@ -223,7 +226,7 @@ class Model:
         model = _load(bundle, dtype)
         copies = [model, *(copy.deepcopy(model) for _ in devices[1:])]
         self._replicas = [
-            _Replica(each, device, dtype, bundle.manifest.max_tokens, self.packed)
+            _Replica(each, device, dtype, bundle, self.packed)
             for each, device in zip(copies, devices)
         ]
         self._ended = threading.Condition()  # of calls
@@ -530,7 +533,8 @@ class TorchTextEngine(_TorchEngine):
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
-        self.padding_cost = 0.0 if model.packed else 1.0
+        traits = model.bundle.manifest.torch
+        self.padding_cost = 0.0 if model.packed or (traits and traits.alone) else 1.0
 
     def run(self, inputs: Sequence[Array], *, alone: bool = False) -> Float32:
         """Embed token id arrays, each int64 of shape (length,), special tokens included.

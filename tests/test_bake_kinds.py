@@ -20,6 +20,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import (
+    CNN,
     BoW,
     Pooling,
     StaticEmbedding,
@@ -421,3 +422,69 @@ def test_models_of_whole_words(
 ) -> None:
     line = refusal(make(tmp_path / "model"), tmp_path / "models")
     assert says in line and "distil it into a StaticEmbedding (model2vec)" in line
+
+
+def convbert() -> tiny.Made:
+    tokenizer = tiny.trained(transformers.BertTokenizer, tiny.BERT_TOKENS)
+    sizes = tiny.sizes(tokenizer, embedding_size=tiny.WIDTH, head_ratio=2)
+    return tokenizer, transformers.ConvBertModel(transformers.ConvBertConfig(**sizes))
+
+
+def fnet() -> tiny.Made:
+    """It mixes all positions, and knows no mask."""
+    tokenizer = tiny.trained(transformers.BertTokenizer, tiny.BERT_TOKENS)
+    sizes = tiny.sizes(tokenizer)
+    return tokenizer, transformers.FNetModel(transformers.FNetConfig(**sizes))
+
+
+def convolving(folder: pathlib.Path) -> pathlib.Path:
+    bert = SentenceTransformer(str(tiny.save(folder.with_name("bert"))), device="cpu")[0]
+    modules = [bert, CNN(tiny.WIDTH, 16, [1, 3, 5]), Pooling(48)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        convolving,
+        lambda folder: tiny.save(folder, convbert),
+        lambda folder: tiny.save(folder, fnet),
+    ],
+    ids=["cnn", "convbert", "fnet"],
+)
+def test_what_depends_on_padding_is_computed_alone(
+    make: Callable[[pathlib.Path], pathlib.Path],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = make(tmp_path / "model")
+    model = SentenceTransformer(str(folder), device="cpu")
+    alone = np.stack([model.encode(text) for text in tiny.TEXTS])
+    assert cosines(model.encode(tiny.TEXTS), alone).min() < 0.99
+    bundle = bake(folder, tmp_path / "models", *WINDOW)
+    said = capsys.readouterr()
+    for text in (said.out, said.err):
+        assert "its vectors depend on padding: " in text and "Each text is computed alone" in text
+    assert bundle.manifest.torch and bundle.manifest.torch.alone
+    check(bundle, alone)
+    for options in (("--engine", "openvino"), ("--precisions", "int8")):
+        line = refusal(folder, tmp_path / "models", *WINDOW, *options)
+        assert "its vectors depend on padding: " in line and "only --engine torch does" in line
+
+
+def longformer() -> tiny.Made:
+    """It pads each text itself, by as much as its length asks for: a trace by as much for all."""
+    tokenizer = tiny.trained(transformers.RobertaTokenizer, tiny.ROBERTA_TOKENS)
+    config = transformers.LongformerConfig(
+        **tiny.sizes(tokenizer, tiny.WINDOW + 2), attention_window=16
+    )
+    return tokenizer, transformers.LongformerModel(config)
+
+
+def test_a_wrong_trace_says_that_torch_needs_none(tmp_path: pathlib.Path) -> None:
+    folder = tiny.save(tmp_path / "model", longformer)
+    line = refusal(folder, tmp_path / "models", *WINDOW)
+    assert line.endswith(" where a trace cannot follow: --engine torch runs it untraced")
+    bundle = bake(folder, tmp_path / "models", *WINDOW, *TORCH)
+    check(bundle, SentenceTransformer(str(folder), device="cpu").encode(tiny.TEXTS))
