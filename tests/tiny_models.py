@@ -352,21 +352,24 @@ class Broken(_Odd):
 
 
 class Branching(_Odd):
-    """Treats long texts in another way: a trace takes one of the two for all."""
+    """Treats long texts in another way, if there is one: a trace has seen none."""
+
+    def changed(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors.flip(1)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        if int(features["attention_mask"].sum(1).max()) > WINDOW // 2:
-            features["sentence_embedding"] = features["sentence_embedding"].flip(1)
+        vectors = features["sentence_embedding"]
+        long = features["attention_mask"].sum(1, keepdim=True) > WINDOW // 2
+        if bool(long.any()):
+            features["sentence_embedding"] = torch.where(long, self.changed(vectors), vectors)
         return features
 
 
-class Scaling(_Odd):
+class Scaling(Branching):
     """As Branching, but only the vectors' length changes: their cosine is 1."""
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        if int(features["attention_mask"].sum(1).max()) > WINDOW // 2:
-            features["sentence_embedding"] = features["sentence_embedding"] * 1.5
-        return features
+    def changed(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors * 1.5
 
 
 _OWN_CODE = {
