@@ -18,6 +18,7 @@ from engine import bundle as bundles
 from engine.bundle import Bundle
 from engine.openvino_backend import OpenVINOTextEngine
 from engine.queue import Queue
+from engine.torch_engine import TorchTextEngine, open_model
 from limits import TextLimits
 from tokens import load_tokenizer
 
@@ -76,6 +77,28 @@ def serving(
 def embed(embedder: TextEmbedder, texts: Sequence[str], prompt: str | None = None) -> Float32:
     results = embedder.embed(texts, deadline=time.monotonic() + FAR, prompt_name=prompt)
     return np.stack([result.vector for result in results])
+
+
+def serves(bundle: Bundle, expected: Float32, prompt: str | None = None) -> bool:
+    """Whether what is served of tiny.TEXTS, in company and alone, is `expected`."""
+    if not bundle.manifest.torch:
+        with serving(bundle) as (embedder, _):
+            return _agree(embedder, expected, prompt)
+    tokenizer, _, _ = load_tokenizer(bundle)
+    engine = TorchTextEngine(open_model(bundle, device="cpu", precision="fp32", threads=1))
+    queue = Queue(max_batch_size=64, max_batch_tokens=4096, max_queue_tokens=1 << 30, threads=1)
+    queue.start()
+    try:
+        embedder = TextEmbedder(bundle, tokenizer, engine, queue, TextLimits())
+        return _agree(embedder, expected, prompt)
+    finally:
+        queue.close()
+
+
+def _agree(embedder: TextEmbedder, expected: Float32, prompt: str | None) -> bool:
+    company = embed(embedder, tiny.TEXTS, prompt)
+    alone = np.concatenate([embed(embedder, [text], prompt) for text in tiny.TEXTS])
+    return all(cosines(vectors, expected).min() >= 0.9999 for vectors in (company, alone))
 
 
 def cosines(left: Float32, right: Float32) -> Float32:

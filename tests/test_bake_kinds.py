@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_clip
 import tiny_models as tiny
 import torch
 import transformers
-from baking import bake, cosines, embed, refusal, serving
-from safetensors.numpy import save_file
+from baking import bake, refusal, serves
 from sentence_transformers import (
     CrossEncoder,
     MultiVectorEncoder,
@@ -20,22 +20,16 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import (
-    CNN,
     BoW,
     Pooling,
-    StaticEmbedding,
     WordEmbeddings,
 )
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 from test_bake_torch import TORCH, check
 
-from embeddings import TextEmbedder
-from engine.bundle import Bundle
-from engine.queue import Queue
-from engine.torch_engine import TorchTextEngine, open_model
-from limits import TextLimits
-from tokens import load_tokenizer
+from bake import BakeError, one_line
+from bake.pictures import read_processor
 
 WINDOW = ("--max-tokens", str(tiny.WINDOW))
 
@@ -222,179 +216,12 @@ def test_a_route_is_chosen_not_taken(
         for more in ((), TORCH):
             bundle = bake(folder, tmp_path / "models", *options, *more)
             assert f"only its route {route} is baked" in capsys.readouterr().out
-            assert same(bundle, encode(tiny.TEXTS))
+            assert serves(bundle, encode(tiny.TEXTS))
 
 
 def test_a_route_of_a_model_without_any(bare: pathlib.Path, tmp_path: pathlib.Path) -> None:
     line = refusal(bare, tmp_path / "models", "--route", "query")
     assert line.endswith(": it has no routes; leave out --route")
-
-
-def same(bundle: Bundle, expected: Any, prompt: str | None = None) -> bool:
-    """Whether what is served of tiny.TEXTS, in company and alone, is `expected`."""
-    if not bundle.manifest.torch:
-        with serving(bundle) as (embedder, _):
-            return agree(embedder, expected, prompt)
-    tokenizer, _, _ = load_tokenizer(bundle)
-    engine = TorchTextEngine(open_model(bundle, device="cpu", precision="fp32", threads=1))
-    queue = Queue(max_batch_size=64, max_batch_tokens=4096, max_queue_tokens=1 << 30, threads=1)
-    queue.start()
-    try:
-        embedder = TextEmbedder(bundle, tokenizer, engine, queue, TextLimits())
-        return agree(embedder, expected, prompt)
-    finally:
-        queue.close()
-
-
-def agree(embedder: TextEmbedder, expected: Any, prompt: str | None) -> bool:
-    company = embed(embedder, tiny.TEXTS, prompt)
-    alone = np.concatenate([embed(embedder, [text], prompt) for text in tiny.TEXTS])
-    return all(cosines(vectors, expected).min() >= 0.9999 for vectors in (company, alone))
-
-
-def static(folder: pathlib.Path, normalize: bool = False) -> pathlib.Path:
-    torch.manual_seed(0)
-    table = StaticEmbedding(tiny.byte_level(pad_token="[PAD]"), embedding_dim=16)
-    modules = [table, *([Normalize()] if normalize else [])]
-    SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
-    return folder
-
-
-def model2vec(folder: pathlib.Path) -> pathlib.Path:
-    """As model2vec saves it: a row for each distinct vector, and a weight for each token."""
-    static(folder, normalize=True)
-    random = np.random.default_rng(0)
-    rows = StaticEmbedding.load(str(folder)).num_embeddings
-    tensors = {
-        "embeddings": random.normal(size=(50, 16)).astype(np.float32),
-        "mapping": random.integers(0, 50, rows),
-        "weights": random.uniform(0.1, 1, rows),
-    }
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def headed_static(folder: pathlib.Path) -> pathlib.Path:
-    torch.manual_seed(0)
-    table = StaticEmbedding(tiny.bert()[0], embedding_dim=16)
-    model = SentenceTransformer(modules=[table, Dense(16, 24)], device="cpu")
-    model.save(str(folder), create_model_card=False)
-    return folder
-
-
-@pytest.mark.parametrize("make", [static, model2vec, headed_static])
-@pytest.mark.parametrize("engine", ["openvino", "torch"])
-def test_a_table_of_tokens_is_served(
-    make: Callable[[pathlib.Path], pathlib.Path], engine: str, tmp_path: pathlib.Path
-) -> None:
-    folder = make(tmp_path / "model")
-    bundle = bake(folder, tmp_path / "models", "--engine", engine)
-    assert bundle.manifest.max_tokens == 8192
-    assert same(bundle, SentenceTransformer(str(folder), device="cpu").encode(tiny.TEXTS))
-
-
-def without_prompt(folder: pathlib.Path, **options: Any) -> pathlib.Path:
-    return tiny.save(folder, include_prompt=False, **options)
-
-
-PROMPTS = {"query": "What is the mean of it? ", "passage": "the river "}
-
-
-@pytest.mark.parametrize("engine", ["openvino", "torch"])
-@pytest.mark.parametrize(
-    ("make", "pooling"),
-    [(tiny.bert, "mean"), (tiny.roberta_left, "mean"), (tiny.modernbert, "cls")],
-)
-def test_a_prompt_is_left_out_of_the_pooling(
-    make: Callable[[], tiny.Made], pooling: str, engine: str, tmp_path: pathlib.Path
-) -> None:
-    folder = without_prompt(tmp_path / "model", make=make, pooling=pooling, prompts=PROMPTS)
-    line = refusal(folder, tmp_path / "models", *WINDOW)
-    assert "(include_prompt: false; it has query, passage)" in line
-    model = SentenceTransformer(str(folder), device="cpu")
-    for name in ("query", "document"):
-        options = ("--default-prompt", name, "--name", name, "--engine", engine, *WINDOW)
-        bundle = bake(folder, tmp_path / "models", *options)
-        assert [*bundle.manifest.prompts] == [name]
-        expected = model.encode(tiny.TEXTS, prompt_name=name)
-        assert same(bundle, expected) and same(bundle, expected, name)
-        included = SentenceTransformer(str(folder), device="cpu")
-        included[1].include_prompt = True
-        other = included.encode(tiny.TEXTS, prompt_name=name)
-        assert (cosines(other, expected).min() < 0.9999) == (name == "query")
-
-
-def test_without_any_prompt_nothing_is_left_out(tmp_path: pathlib.Path) -> None:
-    folder = without_prompt(tmp_path / "model")
-    bundle = bake(folder, tmp_path / "models")
-    assert same(bundle, SentenceTransformer(str(folder), device="cpu").encode(tiny.TEXTS))
-
-
-def gpt2() -> tiny.Made:
-    """As published: no token to pad with."""
-    tokenizer = tiny.trained(transformers.GPT2Tokenizer, ["<|endoftext|>"])
-    assert tokenizer.pad_token is None
-    sizes = {"n_embd": tiny.WIDTH, "n_layer": 2, "n_head": 2, "n_positions": tiny.WINDOW}
-    config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), initializer_range=tiny.SPREAD, **sizes
-    )
-    return tokenizer, transformers.GPT2Model(config)
-
-
-def unpadded_bert() -> tiny.Made:
-    tokenizer = tiny.byte_level()
-    return tokenizer, tiny.bert(tiny.byte_level(pad_token="[PAD]"))[1]
-
-
-def unpadded_qwen3() -> tiny.Made:
-    tokenizer, model = tiny.qwen3()
-    tokenizer.pad_token, tokenizer.eos_token = None, "<|im_end|>"
-    return tokenizer, model
-
-
-@pytest.mark.parametrize(
-    ("make", "pooling"),
-    [(gpt2, "mean"), (gpt2, "lasttoken"), (unpadded_bert, "cls"), (unpadded_qwen3, "lasttoken")],
-)
-def test_a_tokenizer_without_padding_token(
-    make: Callable[[], tiny.Made], pooling: str, tmp_path: pathlib.Path
-) -> None:
-    """sentence-transformers itself cannot embed with it: the same model with one is compared."""
-    folder = tiny.save(tmp_path / "model", make, pooling)
-    model = SentenceTransformer(str(folder), device="cpu")
-    with pytest.raises(Exception, match="padding token"):
-        model.encode(tiny.TEXTS)
-    model.tokenizer.pad_token = model.tokenizer.eos_token or "[UNK]"
-    expected = np.stack([model.encode(text) for text in tiny.TEXTS])
-    for more in ((), TORCH):
-        assert same(bake(folder, tmp_path / "models", *WINDOW, *more), expected)
-
-
-def adapted(folder: pathlib.Path) -> pathlib.Path:
-    """A model with a LoRA adapter whose weights are not 0."""
-    peft = pytest.importorskip("peft")
-    base = tiny.save(folder.with_name("base"))
-    model = SentenceTransformer(str(base), device="cpu")
-    config = peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=["query", "value"])
-    model.add_adapter(config)
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.5)
-    model.save(str(folder), create_model_card=False)
-    return folder
-
-
-def test_an_adapter_is_merged(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = adapted(tmp_path / "model")
-    model = SentenceTransformer(str(folder), device="cpu")
-    expected = model.encode(tiny.TEXTS)
-    base = SentenceTransformer(str(tmp_path / "base"), device="cpu")
-    assert cosines(base.encode(tiny.TEXTS), expected).max() < 0.999
-    for more in ((), TORCH):
-        bundle = bake(folder, tmp_path / "models", *more)
-        assert "its adapter (PEFT) is merged into its weights" in capsys.readouterr().out
-        assert same(bundle, expected)
-        assert not list(bundle.path.rglob("adapter*"))
 
 
 def words(folder: pathlib.Path) -> pathlib.Path:
@@ -424,67 +251,78 @@ def test_models_of_whole_words(
     assert says in line and "distil it into a StaticEmbedding (model2vec)" in line
 
 
-def convbert() -> tiny.Made:
-    tokenizer = tiny.trained(transformers.BertTokenizer, tiny.BERT_TOKENS)
-    sizes = tiny.sizes(tokenizer, embedding_size=tiny.WIDTH, head_ratio=2)
-    return tokenizer, transformers.ConvBertModel(transformers.ConvBertConfig(**sizes))
+def picture_model(folder: pathlib.Path, model: Any, processor: Any) -> pathlib.Path:
+    """As it is assembled for pictures alone."""
+    model.save_pretrained(folder / "plain")
+    processor.save_pretrained(folder / "plain")
+    modules = [Transformer(str(folder / "plain")), Pooling(tiny.WIDTH, "cls")]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "saved"))
+    return folder / "saved"
 
 
-def fnet() -> tiny.Made:
-    """It mixes all positions, and knows no mask."""
-    tokenizer = tiny.trained(transformers.BertTokenizer, tiny.BERT_TOKENS)
-    sizes = tiny.sizes(tokenizer)
-    return tokenizer, transformers.FNetModel(transformers.FNetConfig(**sizes))
+SEEING = {
+    "hidden_size": tiny.WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 
 
-def convolving(folder: pathlib.Path) -> pathlib.Path:
-    bert = SentenceTransformer(str(tiny.save(folder.with_name("bert"))), device="cpu")[0]
-    modules = [bert, CNN(tiny.WIDTH, 16, [1, 3, 5]), Pooling(48)]
-    SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
-    return folder
+def vit(folder: pathlib.Path) -> pathlib.Path:
+    model = transformers.ViTModel(transformers.ViTConfig(**SEEING, intermediate_size=64))
+    size = {"height": 32, "width": 32}
+    return picture_model(folder, model, transformers.ViTImageProcessorPil(size=size))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        convolving,
-        lambda folder: tiny.save(folder, convbert),
-        lambda folder: tiny.save(folder, fnet),
-    ],
-    ids=["cnn", "convbert", "fnet"],
-)
-def test_what_depends_on_padding_is_computed_alone(
-    make: Callable[[pathlib.Path], pathlib.Path],
-    tmp_path: pathlib.Path,
-    capsys: pytest.CaptureFixture[str],
+def dino(folder: pathlib.Path) -> pathlib.Path:
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**SEEING))
+    size = {"height": 32, "width": 32}
+    processor = transformers.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+    return picture_model(folder, model, processor)
+
+
+@pytest.mark.parametrize("make", [vit, dino])
+def test_models_of_pictures_alone(
+    make: Callable[[pathlib.Path], pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    folder = make(tmp_path / "model")
-    model = SentenceTransformer(str(folder), device="cpu")
-    alone = np.stack([model.encode(text) for text in tiny.TEXTS])
-    assert cosines(model.encode(tiny.TEXTS), alone).min() < 0.99
-    bundle = bake(folder, tmp_path / "models", *WINDOW)
-    said = capsys.readouterr()
-    for text in (said.out, said.err):
-        assert "its vectors depend on padding: " in text and "Each text is computed alone" in text
-    assert bundle.manifest.torch and bundle.manifest.torch.alone
-    check(bundle, alone)
-    for options in (("--engine", "openvino"), ("--precisions", "int8")):
-        line = refusal(folder, tmp_path / "models", *WINDOW, *options)
-        assert "its vectors depend on padding: " in line and "only --engine torch does" in line
+    line = refusal(make(tmp_path / "model"), tmp_path / "models")
+    assert ": it takes no texts (but image): not supported; bake a model of texts, or of" in line
 
 
-def longformer() -> tiny.Made:
-    """It pads each text itself, by as much as its length asks for: a trace by as much for all."""
-    tokenizer = tiny.trained(transformers.RobertaTokenizer, tiny.ROBERTA_TOKENS)
-    config = transformers.LongformerConfig(
-        **tiny.sizes(tokenizer, tiny.WINDOW + 2), attention_window=16
+def naflex(folder: pathlib.Path) -> pathlib.Path:
+    """SigLIP 2 whose pictures keep their shapes."""
+    words = tiny_clip.tokenizer()
+    both = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    text = {"vocab_size": len(words), "projection_size": 64, "pad_token_id": 1, "eos_token_id": 1}
+    config = transformers.Siglip2Config(
+        text_config={**both, **text, "bos_token_id": 0, "num_hidden_layers": 1},
+        vision_config={**both, "num_hidden_layers": 1, "num_patches": 16, "patch_size": 16},
     )
-    return tokenizer, transformers.LongformerModel(config)
+    transformers.Siglip2Model(config).save_pretrained(folder / "plain")
+    processor = transformers.Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16)
+    transformers.Siglip2Processor(processor, words).save_pretrained(folder / "plain")
+    first = Transformer(str(folder / "plain"))
+    SentenceTransformer(modules=[first], device="cpu").save(str(folder / "saved"))
+    return folder / "saved"
 
 
-def test_a_wrong_trace_says_that_torch_needs_none(tmp_path: pathlib.Path) -> None:
-    folder = tiny.save(tmp_path / "model", longformer)
-    line = refusal(folder, tmp_path / "models", *WINDOW)
-    assert line.endswith(" where a trace cannot follow: --engine torch runs it untraced")
-    bundle = bake(folder, tmp_path / "models", *WINDOW, *TORCH)
-    check(bundle, SentenceTransformer(str(folder), device="cpu").encode(tiny.TEXTS))
+def test_pictures_that_keep_their_shapes(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(BakeError) as caught:
+        read_processor(SentenceTransformer(str(naflex(tmp_path)), device="cpu"))
+    assert str(caught.value) == (
+        "its pictures keep their own shapes (NaFlex): not supported; bake a model whose pictures "
+        "all get one shape, such as CLIP, or the variant of SigLIP 2 with a fixed resolution"
+    )
+
+
+def test_a_refusal_is_one_line_with_its_cause() -> None:
+    openvino = (
+        "Exception from src/inference/src/cpp/core.cpp:110:\nCheck 'a == b' failed at "
+        "src/core/shape.cpp:12:\nWhile validating node 'opset1::Add':\nArgument shapes differ.\n"
+    )
+    assert one_line(RuntimeError(openvino)) == "Argument shapes differ."
+    assert one_line(KeyError("size")) == "there is no 'size'"
+    assert one_line(ValueError()) == "ValueError"
+    told = "Please pass the argument `trust_remote_code=True`\nto run it"
+    assert one_line(ValueError(told)) == "Please pass the argument --trust-remote-code to run it"
