@@ -18,7 +18,7 @@ from bake.rewrite import fold_scales, shrink_masks, unpadded
 from bake.samples import PROBE_TEXT
 from engine.bundle import Modality, Precision, Preprocessing, graph_file
 from engine.errors import EngineFailed
-from engine.torch_engine import Pipeline
+from engine.torch_model import Pipeline
 
 _TRACING = {"text": "tracing to OpenVINO", "image": "tracing the image tower to OpenVINO"}
 _COMPRESSING = {"text": "compressing weights to int8", "image": "compressing its weights to int8"}

