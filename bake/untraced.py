@@ -17,7 +17,8 @@ from bake.parity import BelowFloor, measure, without
 from bake.samples import Sample
 from engine.bundle import SAMPLE, TORCH_MODEL, Bundle, Manifest, Parity, Precision, Torch
 from engine.packing import can_pack
-from engine.torch_engine import Model, TorchImageEngine, TorchTextEngine
+from engine.torch_engine import TorchImageEngine, TorchTextEngine
+from engine.torch_model import Model
 from tokens import load_tokenizer
 
 ALONE = 12  # texts that are also embedded each alone
@@ -43,6 +44,7 @@ def complete(
     Raises: BakeError.
     """
     manifest, folder = bundle.manifest, bundle.file(TORCH_MODEL)
+    _check_vocabulary(bundle, model)
     manifest.precisions = [each for each in manifest.precisions if each != "int8"]
     with stage("saving the model"):
         source.as_published(options, manifest.revision).save(str(folder), create_model_card=False)
@@ -56,6 +58,19 @@ def complete(
     with _offline():
         certify(bundle, options, samples, note)
     return manifest
+
+
+def _check_vocabulary(bundle: Bundle, model: Any) -> None:
+    """A GPU ends the process at an id that has no vector. Raises: BakeError."""
+    tokenizer, _, _ = load_tokenizer(bundle)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    with contextlib.suppress(AttributeError, NotImplementedError):  # no transformers' model
+        known = model[0].model.get_input_embeddings().num_embeddings
+        if largest >= known:
+            raise BakeError(
+                f"its tokenizer has ids up to {largest}, but its embeddings end at {known - 1}; "
+                "resize them to the tokenizer (resize_token_embeddings)"
+            )
 
 
 def gather_code(folder: pathlib.Path) -> list[str]:

@@ -34,7 +34,7 @@ def text_engine(
     was baked without; DeviceUnavailable; BundleError.
     """
     if bundle.manifest.torch:
-        engine: Engine = _torch(bundle).TorchTextEngine(_open(bundle, wanted, streams, device))
+        engine: Engine = _torch().TorchTextEngine(_open(bundle, wanted, streams, device))
         return engine
     _check_for_cpu(bundle, wanted, device)
     precision = encoder_engine.choose(wanted, bundle, isa)
@@ -49,7 +49,7 @@ def text_engine(
 def image_engine(bundle: Bundle, wanted: str, *, streams: int, device: str = "auto") -> Any:
     """The engine for pictures, with their `preprocessing`. Raises: as `text_engine`."""
     if bundle.manifest.torch:
-        return _torch(bundle).TorchImageEngine(_open(bundle, wanted, streams, device))
+        return _torch().TorchImageEngine(_open(bundle, wanted, streams, device))
     _check_for_cpu(bundle, wanted, device)
     from engine.openvino_backend import OpenVINOImageEngine, choose_precision
 
@@ -64,7 +64,7 @@ def _check_for_cpu(bundle: Bundle, wanted: str, device: str) -> None:
         raise PrecisionUnavailable(f"PRECISION=fp16 is for GPUs, {hint}")
 
 
-def _torch(bundle: Bundle) -> Any:
+def _torch() -> Any:
     """engine.torch_engine, imported so that it asks no network, and keeps a model's code where a
     container without a home folder can write.
     """
@@ -79,7 +79,7 @@ def _torch(bundle: Bundle) -> Any:
         tempfile.gettempdir()
     except FileNotFoundError:  # a read-only root: torch wants a folder when it is imported
         tempfile.tempdir = "/dev/shm"
-    if bundle.manifest.torch and bundle.manifest.torch.code and _CODE not in os.environ:
+    if _CODE not in os.environ:
         folder = tempfile.mkdtemp(prefix="model-code-")
         os.environ[_CODE] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -89,4 +89,4 @@ def _torch(bundle: Bundle) -> Any:
 
 
 def _open(bundle: Bundle, wanted: str, threads: int, device: str) -> Any:
-    return _torch(bundle).open_model(bundle, device=device, precision=wanted, threads=threads)
+    return _torch().open_model(bundle, device=device, precision=wanted, threads=threads)

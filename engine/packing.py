@@ -89,9 +89,21 @@ class Packer:
         ends[: number + 1] = 0, *np.cumsum(lengths)
         row = np.full((3, 1, ends[-1]), [[[self.pad_id]], [[self._first]], [[number]]], np.int64)
         np.concatenate(inputs, out=row[0, 0, :used])
-        row[1, 0, :used] += np.arange(used) - np.repeat(ends[:number], lengths)
+        row[1, 0, :used] = self._positions(row[0, 0, :used], np.repeat(ends[:number], lengths))
         row[2, 0, :used] = np.repeat(np.arange(number), lengths)
         return row, ends
+
+    def _positions(self, ids: Any, starts: Any) -> Any:
+        """Of tokens; `starts`: where the text of each begins."""
+        places = np.arange(len(ids)) - starts
+        if self._first == 0:
+            return places
+        # RoBERTa: a padding token has its own id as its position, wherever it is in a text, and is
+        # not counted.
+        padding = ids == self._first - 1
+        before = np.concatenate([[0], np.cumsum(padding)])
+        counted = places - (before[:-1] - before[starts])
+        return np.where(padding, self._first - 1, counted + self._first)
 
     def run(self, row: Row) -> Any:
         """What the transformer makes of the tokens, shape (1, tokens, width)."""

@@ -27,6 +27,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,9 @@ CALL_OVERHEAD_TOKENS = 12
 # The event loop computes a short input itself if that takes no longer than this many seconds: about
 # 40 tokens of MiniLM, few or none of a large model.
 MAX_INLINE_SECONDS = 0.010
+OVERFLOW = (
+    "at fp16 the model's values overflow on this input; the service needs PRECISION=bf16 or fp32"
+)
 
 
 class Queue:
@@ -275,18 +279,24 @@ class Queue:
         """Give a batch's vectors, shape (len(batch.entries), dimensions), to its requests; with
         None as `seconds`, it failed.
         """
+        overflowed: list[bool] = [False] * len(batch.entries)
         if seconds is not None:
             for number, (job, row, _) in enumerate(batch.entries):
                 job.vectors[row] = vectors[number]
+            if batch.engine.precision == "fp16":
+                finite: Any = np.isfinite(vectors).all(axis=1)
+                overflowed = [not row for row in finite]
         with self._lock:
             self._running -= 1
             self._running_tokens -= batch.tokens
             if seconds is not None:
                 queued = bool(self._jobs)
                 self._admission.batch_ended(batch.tokens, seconds, self._now(), queued=queued)
-            for job, _, _ in batch.entries:
+            for (job, _, _), too_large in zip(batch.entries, overflowed):
                 job.running -= 1
-                if seconds is None:
+                if too_large:
+                    self._end(job, EngineFailed(OVERFLOW))
+                elif seconds is None:
                     self._end(job, EngineFailed("the engine failed on the batch of this input"))
                 elif not (job.running or job.costs or job.error):
                     batch.served.append(job)

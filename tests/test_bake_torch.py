@@ -340,3 +340,15 @@ def test_torch_bakes_without_openvino(tmp_path: pathlib.Path, bare: pathlib.Path
         "torch",
         "tokenizers",
     }
+
+
+def test_a_tokenizer_with_ids_beyond_the_embeddings_is_refused(tmp_path: pathlib.Path) -> None:
+    """No text of the sample has the token; one client's text would fail everybody's batch."""
+
+    def grown() -> tiny.Made:
+        tokenizer, model = tiny.bert()
+        tokenizer.add_tokens(["zzzunusedzzz"])
+        return tokenizer, model
+
+    line = refusal(tiny.save(tmp_path / "model", grown), tmp_path / "models", *TORCH)
+    assert "its tokenizer has ids up to" in line and "resize_token_embeddings" in line

@@ -23,6 +23,7 @@ from conftest import NAME, WIDE
 from sentence_transformers import SentenceTransformer
 
 import bake_model
+from engine import bundle as bundles
 from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Precision, read
 from engine.choice import text_engine
 from engine.encoder import cpu, encoder_engine, library
@@ -447,15 +448,19 @@ def test_which_family_computes(pretend: Callable[[str], None]) -> None:
         return family.name if family else "none"
 
     pretend("amx")
-    assert [fastest(each) for each in PARITY_FLOOR] == ["avx512", "amx", "bf16"]
-    assert [fastest(each, "bf16") for each in PARITY_FLOOR] == ["avx512", "bf16", "bf16"]
-    assert [fastest(each, "vnni") for each in PARITY_FLOOR] == ["avx512", "none", "vnni"]
-    assert [fastest(each, "avx512") for each in PARITY_FLOOR] == ["avx512", "none", "avx512"]
-    assert [fastest(each, "avx2") for each in PARITY_FLOOR] == ["avx2", "none", "avx2"]
-    assert [fastest(each, "portable") for each in PARITY_FLOOR] == ["portable", "none", "portable"]
+    assert [fastest(each) for each in bundles.PRECISIONS] == ["avx512", "amx", "bf16"]
+    assert [fastest(each, "bf16") for each in bundles.PRECISIONS] == ["avx512", "bf16", "bf16"]
+    assert [fastest(each, "vnni") for each in bundles.PRECISIONS] == ["avx512", "none", "vnni"]
+    assert [fastest(each, "avx512") for each in bundles.PRECISIONS] == ["avx512", "none", "avx512"]
+    assert [fastest(each, "avx2") for each in bundles.PRECISIONS] == ["avx2", "none", "avx2"]
+    assert [fastest(each, "portable") for each in bundles.PRECISIONS] == [
+        "portable",
+        "none",
+        "portable",
+    ]
     pretend("avxvnni")
-    assert [fastest(each) for each in PARITY_FLOOR] == ["avx2", "none", "avxvnni"]
-    assert [fastest(each, "amx") for each in PARITY_FLOOR] == ["avx2", "none", "avxvnni"]
+    assert [fastest(each) for each in bundles.PRECISIONS] == ["avx2", "none", "avxvnni"]
+    assert [fastest(each, "amx") for each in bundles.PRECISIONS] == ["avx2", "none", "avxvnni"]
 
 
 def test_elsewhere_openvino_serves(

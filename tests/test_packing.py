@@ -104,6 +104,12 @@ def test_positions_count_from_each_texts_beginning(padding: int | None, first: i
     assert features["seq_idx"].tolist() == [[0, 0, 0, 1]]
 
 
+def test_a_padding_token_in_a_text_has_its_own_position_and_is_not_counted() -> None:
+    """As RoBERTa counts: a text may hold `<pad>` in its words."""
+    features = packer(padding=1)([np.array([11, 1, 12]), np.array([1, 1, 21])], CPU)
+    assert features[packing.TOKENS][0, :, 1].tolist() == [2, 1, 3, 1, 1, 2]
+
+
 def test_a_row_is_filled_up_with_a_text_of_padding_and_with_empty_ones() -> None:
     """Recordings have fixed sizes: no token of the texts may see the padding."""
     row, ends = packer().arrays([np.array([11, 12]), np.array([21])], tokens=8, texts=5)

@@ -890,6 +890,22 @@ def test_an_engines_own_limit_of_a_batch_takes_the_place_of_the_queues(bench: Ma
     assert not future.done()
 
 
+def test_an_input_that_overflows_at_fp16_is_its_own_requests_error(bench: Make) -> None:
+    b, engine = bench(), Echo(padding_cost=0.0)
+    engine.precision = "fp16"
+    futures = [b.submit((marker, 4), engine=engine) for marker in (1, 2)]
+    batch = b.take()
+    number = next(iter(b.played.put_batches))
+    b.played.put_batches.pop(number)
+    vectors = b.queue._put[number][1]
+    vectors[:] = [(array[0], math.nan if array[0] == 2 else 4) for array in batch.inputs]
+    b.played.results.append((number, 0.01))
+    b.collect()
+    assert futures[0].result().tolist() == [[1, 4]]
+    with pytest.raises(EngineFailed, match="overflow on this input; .* PRECISION=bf16"):
+        futures[1].result()
+
+
 def test_an_engine_says_how_many_calls_it_takes_at_a_time() -> None:
     """The queue has one thread for each core; two of them wait for the same GPU."""
     engine, running, most = Echo(), list[int](), list[int]()

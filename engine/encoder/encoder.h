@@ -5,9 +5,9 @@
 // products are computed in float32, in bf16, or in int8 with a scale for every GROUP activations
 // and for every column of the weights. Sums, layer norms and softmax are float32.
 //
-// Each CPU family has a file of its own (portable.c, avx2.c, avxvnni.c, avx512.c, vnni.c,
-// bf16.c, amx.c), which is compiled with that family's instructions. It sets a few macros and includes kernels.h, which
-// includes the code that all families share:
+// Each CPU family has a file of its own (portable.c, avx2.c, avxvnni.c, avx512.c, vnni.c, bf16.c,
+// amx.c), which is compiled with that family's instructions. It sets a few macros and includes
+// kernels.h, which includes the code that all families share:
 //   arithmetic.h  on WIDTH values at once: GELU, powers of 2, conversions
 //   products.h    matrix products, tiles.h those by AMX
 //   attention.h   attention of one head of one text
