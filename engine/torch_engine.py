@@ -10,7 +10,6 @@ import pathlib
 import threading
 import time
 import weakref
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -20,7 +19,8 @@ import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 
-from engine.bundle import PARITY_FLOOR, SAMPLE, TORCH_MODEL, Bundle, Modality, Parity, Precision
+from engine.bundle import PARITY_FLOOR, TORCH_MODEL, Bundle, Modality, Parity, Precision
+from engine.certificate import read_sample
 from engine.errors import BundleError, DeviceUnavailable, PrecisionUnavailable
 from engine.packing import Packer, flash_runs, to_device
 from engine.protocol import Array, Engine, Float32
@@ -194,6 +194,7 @@ class Model:
         # As protocol.Engine has them.
         self.calls = 1 if on_cpu else CALLS_PER_GPU * len(devices)
         self.max_batch_tokens: int | None = None
+        self.measured: Parity | None = None
         self.min_batch_tokens = 64
 
     @property
@@ -262,7 +263,8 @@ class Model:
         """Compare the vectors of the bundle's sample, in batches and some alone, with
         sentence-transformers' own.
         """
-        texts, expected = _sample(self.bundle)
+        sample = read_sample(self.bundle)
+        texts, expected = sample.ids, sample.expected
         alone = range(0, len(texts), max(1, len(texts) // 12))
         actual, batch, tokens = [], list[Array](), 0
         for ids in [*texts, None]:
@@ -274,7 +276,8 @@ class Model:
                 tokens += len(ids)
         actual += [self.texts([texts[at]]) for at in alone]
         cosines = _cosines(np.concatenate(actual), np.concatenate([expected, expected[alone]]))
-        return Parity(float(cosines.min()), float(cosines.mean()), len(cosines))
+        smallest = float(cosines[len(texts) :].min())
+        return Parity(float(cosines.min()), float(cosines.mean()), len(cosines), smallest, [])
 
     def record(self) -> None:
         """Record calls on each device, where that pays."""
@@ -288,7 +291,7 @@ class Model:
 
     def size_batches(self) -> None:
         """Time batches on the first device, see BATCHES."""
-        texts, _ = _sample(self.bundle)
+        texts = read_sample(self.bundle).ids
         length = min(BATCH_TEXT, self.bundle.manifest.max_tokens)
         speeds: list[float] = []
         for tokens in BATCHES:
@@ -337,16 +340,6 @@ def _load(bundle: Bundle, dtype: torch.dtype) -> SentenceTransformer:
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise BundleError(f"bundle {bundle.path}: its model cannot be loaded ({reason})") from None
-
-
-def _sample(bundle: Bundle) -> tuple[list[Array], Float32]:
-    """The token ids and the vectors of SAMPLE. Raises: BundleError."""
-    try:
-        with bundle.file(SAMPLE).open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            ids, lengths, vectors = (saved[name] for name in ("ids", "lengths", "vectors"))
-        return np.split(ids, np.cumsum(lengths)[:-1]), vectors
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise BundleError(f"bundle {bundle.path}: {SAMPLE} cannot be read ({error})") from None
 
 
 def _cosines(actual: Float32, expected: Float32) -> Float32:
@@ -411,7 +404,7 @@ def _devices(wanted: str) -> list[torch.device]:
 def _open_on_cpu(bundle: Bundle, devices: Sequence[torch.device], wanted: str) -> Model:
     assert bundle.manifest.torch
     if wanted == "auto":
-        wanted = "bf16" if "bf16" in bundle.manifest.parity and _has_amx() else "fp32"
+        wanted = "bf16" if bundle.offers("bf16") and _has_amx() else "fp32"
     for precision in _DTYPES:
         if precision == wanted and precision != "fp16" and bundle.offers(precision):
             return Model(bundle, devices, precision, bundle.manifest.torch.packed)
@@ -447,7 +440,7 @@ def _open_on_gpus(bundle: Bundle, devices: Sequence[torch.device], wanted: str) 
             continue
         model = Model(bundle, devices, precision, bundle.manifest.torch.packed)
         model.record()
-        parity = model.measure()
+        parity = model.measured = model.measure()
         tried.append(
             f"{precision} on {model.where}: smallest cosine {parity.minimum:.5f}, mean "
             f"{parity.mean:.5f} over {parity.cases} texts"
@@ -479,6 +472,7 @@ class _TorchEngine(Engine):
             model.precision,
         )
         self.isa, self.calls, self.model = model.where, model.calls, model
+        self.measured = model.measured
 
     @property
     def max_batch_tokens(self) -> int | None:  # type: ignore[override]  # it falls

@@ -62,7 +62,7 @@ def clip(tiny_clip_folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def ids(bundle: Bundle) -> list[Any]:
-    return torch_engine._sample(bundle)[0]
+    return read_sample(bundle).ids
 
 
 def open_on(bundle: Bundle, device: str = "cpu", precision: str = "fp32") -> Model:
