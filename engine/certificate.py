@@ -121,17 +121,17 @@ def certify(
     together, alone = np.concatenate(company.cosines), np.concatenate(single.cosines)
     floor, every = PARITY_FLOOR[engine.precision], np.concatenate([together, alone])
     what = "vectors" if engine.modality == "text" else "pictures' vectors"
-    wrong = f"at {engine.precision} its {what} are not the model's own by {engine.backend}"
+    wrong = f"at {engine.precision} its {what} are not the model's own"
     if not every.min() >= floor:
         raise BelowFloor(
-            f"{wrong}: smallest cosine {every.min():.5f} (alone {alone.min():.5f}, in company "
-            f"{together.min():.5f}; {threads} threads), at least {floor} needed"
+            f"{wrong}: smallest cosine {every.min():.5f} ({engine.backend}, {threads} threads; "
+            f"alone {alone.min():.5f}, in company {together.min():.5f}), at least {floor} needed"
         )
     # Unit vectors at cosine c are sqrt(2 - 2c) apart. Lengths matter to models that do not
     # normalise: their similarity is the dot product.
     apart = max(company.apart, single.apart)
     if not apart <= (2 - 2 * floor) ** 0.5:
-        raise BelowFloor(f"{wrong}: their lengths are off by up to {apart:.2%}")
+        raise BelowFloor(f"{wrong}: their lengths are off by up to {apart:.2%} ({engine.backend})")
     minimum, mean, smallest = map(float, (every.min(), every.mean(), alone.min()))
     return Parity(minimum, mean, len(every), smallest, [threads])
 

@@ -1,18 +1,17 @@
-"""bake_model.py: what it says, what names it takes; a bundle is complete or absent."""
+"""bake_model.py: what it says, what names it takes; a second bake replaces the first."""
 
-import concurrent.futures
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
 import pytest
 import tiny_models as tiny
-from baking import FAR, OWN, Baked, bake, content, refusal
+from baking import OWN, Baked, bake, refusal
 from servers import ROOT
 
+from bake.parity import thread_counts
 from engine import bundle as bundles
 from engine.bundle import PARITY_FLOOR
 
@@ -20,8 +19,9 @@ from engine.bundle import PARITY_FLOOR
 def test_the_summary_names_what_was_made(baked: Baked) -> None:
     rows = [line.split("  ", 1) for line in baked.stdout.splitlines()]
     files = baked.bundle.manifest.files
-    assert list(files) == ["tokenizer.json", "text.xml", "text.bin"]
-    parity = baked.bundle.manifest.parity["fp32"]
+    assert list(files) == ["tokenizer.json", "text.xml", "text.bin", "sample.npz"]
+    parity = baked.bundle.manifest.parity["OpenVINO"]["fp32"]
+    threads = " and ".join(map(str, thread_counts()))
     assert {label: text.strip() for label, text in rows} == {
         "bundle": str(baked.bundle.path),
         "source": "org/bert",
@@ -29,7 +29,8 @@ def test_the_summary_names_what_was_made(baked: Baked) -> None:
         "window": "48 tokens",
         "prompts": "query='query: ', passage='passage: '",
         **{name: f"{file.size / 1e6:.1f} MB" for name, file in files.items()},
-        "fp32": f"cosine at least {parity.minimum:.6f}, mean {parity.mean:.6f} over 120 texts",
+        "fp32, OpenVINO": f"cosine at least {parity.minimum:.6f} (alone {parity.alone:.6f}), "
+        f"mean {parity.mean:.6f} over {parity.cases} vectors; {threads} threads",
         "bf16": "not baked",
         "int8": "not baked",
     }

@@ -25,6 +25,7 @@ from servers import ROOT, free_port, launch, serve
 from engine import bundle as bundles
 from engine import torch_engine
 from engine.bundle import Bundle, Precision
+from engine.certificate import read_sample
 from engine.choice import image_engine, text_engine
 from engine.errors import BundleError, DeviceUnavailable, PrecisionUnavailable
 from engine.torch_engine import Model, TorchTextEngine, _Replica, open_model
