@@ -52,7 +52,7 @@ def check(folder: str) -> None:
         from bake.check import check_here
 
         rows, right = check_here(bundle)
-    except (BakeError, EmbedderError, OSError) as error:
+    except (BakeError, EmbedderError, OSError, ImportError) as error:
         sys.exit(f"cannot check {folder}: {error}")
     print(table(rows))
     if not right:

@@ -302,7 +302,11 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
     deadline, whole = time.monotonic() + PROBE_TIMEOUT, bundle.manifest.dimensions
     (embedding,) = probe.embed([probe_picture()], deadline=deadline, dimensions=whole)
     expected = bundle.manifest.image_probe or []
-    _check_probe(bundle, engine.precision, "probe picture", expected, embedding.vector)
+    what = "probe picture"
+    cosine = _check_probe(bundle, engine.precision, what, expected, embedding.vector)
+    if engine.precision not in bundle.manifest.image_parity.get(engine.backend, {}):
+        message = "model %s: the bake could not run %s with pictures at %s; the %s's cosine is %.5f"
+        log.info(message, bundle.manifest.name, engine.backend, engine.precision, what, cosine)
     return ImageEmbedder(bundle, engine.preprocessing, engine, queue, limits)
 
 

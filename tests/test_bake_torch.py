@@ -264,21 +264,28 @@ def test_where_only_pictures_cannot_be_traced_no_graph_is_left(tmp_path: pathlib
     assert bundle.manifest.torch and bundle.manifest.image_parity["torch"]["fp32"].minimum >= 0.9999
 
 
-@pytest.mark.parametrize("module", [tiny.Branching, tiny.Scaling])
+@pytest.mark.parametrize("make", [tiny.bert, tiny.roberta, tiny.distilbert])
 def test_what_openvino_gets_wrong_is_baked_for_torch(
-    module: type[Module], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    make: Callable[[], tiny.Made], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tiny.save(tmp_path / "model", heads=[module()], normalize=False)
-    openvino = [TRUST, "--engine", "openvino"]
-    assert "at fp32 its vectors are not the model's own: " in refusal(
-        folder, tmp_path / "models", *openvino
-    )
+    folder = tiny.save(tmp_path / "model", make, heads=[tiny.Mistraced()], normalize=False)
+    wrong = "at fp32 its vectors are not the model's own: smallest cosine"
+    line = refusal(folder, tmp_path / "models", TRUST, "--engine", "openvino")
+    assert wrong in line
     capsys.readouterr()
     bundle = bake(folder, tmp_path / "models", TRUST, "--max-tokens", str(tiny.WINDOW))
     assert bundle.manifest.torch and not bundle.file("text.xml").exists()
     said = capsys.readouterr().out
-    assert "its vectors are not the model's own: " in said and "baked for torch instead" in said
+    assert wrong in said and "baked for torch instead" in said
     check(bundle, own_vectors(folder))
+
+
+@pytest.mark.parametrize("module", [tiny.Branching, tiny.Scaling])
+def test_what_no_engine_gets_right_is_refused(module: type[Module], tmp_path: pathlib.Path) -> None:
+    """Its vectors depend on the texts beside."""
+    folder = tiny.save(tmp_path / "model", heads=[module()], normalize=False)
+    line = refusal(folder, tmp_path / "models", TRUST)
+    assert "at fp32 its vectors are not the model's own: " in line and "(torch" in line
 
 
 def test_torch_has_no_int8(tmp_path: pathlib.Path, bare: pathlib.Path) -> None:
