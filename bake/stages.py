@@ -43,13 +43,7 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
         model = source.load(options)
         tokenizer = source.tokenizer(model, options.tokenizer)
         prompt, window = model.prompts.get(model.default_prompt_name) or "", model.max_seq_length
-        texts = [beginning(PROBE_TEXT, tokenizer, prompt, window)]
-        least = len(tokenizer.encode(prompt).ids) + 1
-        texts += [
-            beginning(PROBE_TEXT, tokenizer, prompt, min(window, least + more))
-            for more in range(min(SHORT, TEXTS // 4))
-        ]
-        texts += sample_texts(tokenizer, prompt, window, TEXTS - len(texts))
+        texts = _texts(tokenizer, prompt, window)
         source.check_tokenizer(model, tokenizer, texts)
     shortened = source.default_dimensions(model)
     with stage("embedding the sample with sentence-transformers"):
@@ -94,6 +88,14 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
         return untraced.complete(begun(), options, model, samples, note)
 
     return bundles.write(options.output, options.name, fill), notes
+
+
+def _texts(tokenizer: Any, prompt: str, window: int) -> list[str]:
+    """The sample of texts, the probe first. Raises: BakeError when the prompt leaves no room."""
+    least = len(tokenizer.encode(prompt).ids) + 1
+    lengths = [window, *(min(window, least + more) for more in range(min(SHORT, TEXTS // 4)))]
+    texts = [beginning(PROBE_TEXT, tokenizer, prompt, length) for length in lengths]
+    return texts + sample_texts(tokenizer, prompt, window, TEXTS - len(texts))
 
 
 def _clear(folder: pathlib.Path, keep: Sequence[str]) -> None:

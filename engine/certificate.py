@@ -124,7 +124,7 @@ def certify(
     wrong = f"at {engine.precision} its {what} are not the model's own"
     if not every.min() >= floor:
         raise BelowFloor(
-            f"{wrong}: smallest cosine {every.min():.5f} ({engine.backend}, {threads} threads; "
+            f"{wrong}: smallest cosine {every.min():.5f} ({engine.backend}, threads: {threads}; "
             f"alone {alone.min():.5f}, in company {together.min():.5f}), at least {floor} needed"
         )
     # Unit vectors at cosine c are sqrt(2 - 2c) apart. Lengths matter to models that do not

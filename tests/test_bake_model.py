@@ -21,7 +21,7 @@ def test_the_summary_names_what_was_made(baked: Baked) -> None:
     files = baked.bundle.manifest.files
     assert list(files) == ["tokenizer.json", "text.xml", "text.bin", "sample.npz"]
     parity = baked.bundle.manifest.parity["OpenVINO"]["fp32"]
-    threads = " and ".join(map(str, thread_counts()))
+    threads = ", ".join(map(str, thread_counts()))
     assert {label: text.strip() for label, text in rows} == {
         "bundle": str(baked.bundle.path),
         "source": "org/bert",
@@ -30,7 +30,7 @@ def test_the_summary_names_what_was_made(baked: Baked) -> None:
         "prompts": "query='query: ', passage='passage: '",
         **{name: f"{file.size / 1e6:.1f} MB" for name, file in files.items()},
         "fp32, OpenVINO": f"cosine at least {parity.minimum:.6f} (alone {parity.alone:.6f}), "
-        f"mean {parity.mean:.6f} over {parity.cases} vectors; {threads} threads",
+        f"mean {parity.mean:.6f} over {parity.cases} vectors; threads: {threads}",
         "bf16": "not baked",
         "int8": "not baked",
     }

@@ -194,7 +194,7 @@ def test_what_the_bake_could_not_run_is_measured_at_the_start(
         monkeypatch.undo()
         wrong_alone(monkeypatch)
         with pytest.raises(
-            BundleError, match="not the model's own.*own engine, 2.*alone.*PRECISION"
+            BundleError, match="not the model's own.*own engine, threads: 2; alone.*PRECISION"
         ):
             main.load_embedder(bundle, options, queue)
         bundle.manifest.parity["own engine"] = {"int8": measured}
