@@ -324,7 +324,7 @@ def test_the_summary_of_a_torch_bundle(
     assert said["torch"] == f"{size / 1e6:.1f} MB" and said["engine"] == "torch, unpadded"
     for precision in ("fp32", "bf16"):
         assert said[f"{precision}, torch"].startswith(
-            f"cosine at least {parity[precision].minimum:.6f}, "
+            f"cosine at least {parity[precision].minimum:.6f} (alone "
         )
     assert said["int8"] == "not baked"
 
