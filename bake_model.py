@@ -2,6 +2,7 @@
 torch, check its vectors, write the folder.
 
     python bake_model.py MODEL [--name NAME] [--output models] …
+    python bake_model.py --check BUNDLE
 
 MODEL is a name on the Hugging Face hub (multi-qa-MiniLM-L6-cos-v1, intfloat/e5-base-v2) or a
 folder; all-MiniLM-L6-v2 comes with requirements.txt and needs no hub. Runs at image build; serving
@@ -14,9 +15,9 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from bake import BakeError, Options
+from bake import BakeError, Options, describe
 from engine import bundle as bundles
 from engine.bundle import PRECISIONS, Bundle, Precision
 from engine.errors import EmbedderError
@@ -25,6 +26,8 @@ from engine.errors import EmbedderError
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 and one line on stderr when the model cannot be baked."""
     options = _parser().parse_args(arguments, Options())
+    if options.check:
+        return check(options.model)
     try:
         options.name = bundle_name(options)
         if options.engine == "torch" and "int8" in (options.precisions or []):
@@ -37,6 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (BakeError, EmbedderError, OSError) as error:
         sys.exit(f"cannot bake {options.model}: {error}")
     print(summary(bundle, notes))
+
+
+def check(folder: str) -> None:
+    """Print what holds of a bundle on this machine. Exits with 1 and one line on stderr when it
+    cannot be read, or when something does not hold.
+    """
+    try:
+        bundle = bundles.read(pathlib.Path(folder))
+        bundle.verify()
+        from bake.check import check_here
+
+        rows, right = check_here(bundle)
+    except (BakeError, EmbedderError, OSError, ImportError) as error:
+        sys.exit(f"cannot check {folder}: {error}")
+    print(table(rows))
+    if not right:
+        sys.exit(f"bundle {folder}: not every precision holds on this machine")
 
 
 @contextlib.contextmanager
@@ -67,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name on the Hugging Face hub, or a folder")
+    help = "bake nothing: MODEL is a bundle, and what is measured is which of it holds here"
+    add("--check", action="store_true", help=help)
     add("--name", help="what the service calls it (default: the last part of MODEL)")
     add("--source", help="where it comes from, for the manifest (default: MODEL)")
     add("--revision", help="branch, tag or commit on the hub")
@@ -146,22 +168,26 @@ def summary(bundle: Bundle, notes: Sequence[str] = ()) -> str:
     if manifest.torch:
         traits = {"with code of its own": manifest.torch.code, "unpadded": manifest.torch.packed}
         rows["engine"] = ", ".join(["torch", *(name for name, has in traits.items() if has)])
-    rows |= {precision: _certificate(bundle, precision) for precision in PRECISIONS}
+    for precision in PRECISIONS:
+        rows |= _certificates(bundle, precision)
+    return "\n".join([table(rows), *(f"note: {note}" for note in notes)])
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """Lines of two columns."""
     width = max(map(len, rows))
-    lines = [f"{label:{width}}  {text}" for label, text in rows.items()]
-    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+    return "\n".join(f"{label:{width}}  {text}" for label, text in rows.items())
 
 
-def _certificate(bundle: Bundle, precision: Precision) -> str:
-    if not bundle.offers(precision):
-        return "not baked"
-    manifest = bundle.manifest
-    measured = [
-        f"at least {parity.minimum:.6f}, mean {parity.mean:.6f} over {parity.cases} {inputs}"
-        for parities, inputs in ((manifest.parity, "texts"), (manifest.image_parity, "pictures"))
-        if (parity := parities.get(precision))
-    ]
-    return f"cosine {'; '.join(measured)}" if measured else "not checked (this CPU cannot run it)"
+def _certificates(bundle: Bundle, precision: Precision) -> dict[str, str]:
+    """A row for each engine that serves the bundle at a precision."""
+    manifest, rows = bundle.manifest, {}
+    for backend in bundle.backends(precision):
+        parities = manifest.parity.get(backend, {}), manifest.image_parity.get(backend, {})
+        found = [each[precision] for each in parities if precision in each]
+        said = "not checked: this CPU cannot run it; the first start on one that can does"
+        rows[f"{precision}, {backend}"] = describe(found) if found else said
+    return rows or {precision: "not baked"}
 
 
 if __name__ == "__main__":

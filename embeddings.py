@@ -115,7 +115,8 @@ class TextEmbedder:
             gone: whether the caller has gone, as `Queue.submit` takes it.
             prompt_name: one of the model's prompts, put before every chunk; None means its default.
             dimensions: keep this many leading values (Matryoshka models; of the layer norm, if the
-                manifest says so), and normalise again where the vector was normalised.
+                manifest says so), and normalise again where the vector was normalised; None: as
+                many as the manifest says.
             normalize: whether vectors have length 1; None does as the model does.
             truncate: drop what exceeds the window on this side instead of splitting the text.
 
@@ -123,7 +124,7 @@ class TextEmbedder:
         Raises: InvalidInput, InputTooLarge, and what `Queue.submit` raises.
         """
         manifest = self.manifest
-        check_dimensions(dimensions, manifest)
+        dimensions = checked_dimensions(dimensions, manifest)
         chunks = self.chunk(texts, prompt_name=prompt_name, truncate=truncate)
         computed = self._compute([c.token_ids for pieces in chunks for c in pieces], deadline, gone)
         unit = manifest.normalized if normalize is None else normalize
@@ -236,11 +237,15 @@ class TextEmbedder:
         return "" if name is None else prompts.get(name, "")
 
 
-def check_dimensions(dimensions: int | None, manifest: Manifest) -> None:
-    """Raises: InvalidInput unless the model's vectors can be cut to `dimensions`."""
+def checked_dimensions(dimensions: int | None, manifest: Manifest) -> int | None:
+    """What the model's vectors are cut to: `dimensions`, or else its default.
+
+    Raises: InvalidInput unless they can be cut to it.
+    """
     if dimensions is not None and not 1 <= dimensions <= manifest.dimensions:
         message = f"dimensions is {dimensions}; this model takes 1 to {manifest.dimensions}"
         raise InvalidInput(message, field="dimensions")
+    return manifest.default_dimensions if dimensions is None else dimensions
 
 
 def shorten_and_scale(

@@ -24,7 +24,7 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
-from embeddings import Float32, check_dimensions, shorten_and_scale
+from embeddings import Float32, checked_dimensions, shorten_and_scale
 from engine.bundle import Bundle, Preprocessing
 from engine.errors import DeadlineExceeded, EmbedderError, InvalidInput
 from engine.protocol import Engine
@@ -113,7 +113,7 @@ class ImageEmbedder:
         Raises: InvalidInput (not a picture, broken, too many), InputTooLarge, and what
         `Queue.submit` raises.
         """
-        check_dimensions(dimensions, self.manifest)
+        dimensions = checked_dimensions(dimensions, self.manifest)
         cost = self.preprocessing.tokens
         self.limits.check(images, cost)
         pixels = [self._prepare(data, index, deadline) for index, data in enumerate(images)]

@@ -19,10 +19,12 @@ from api.auth import KeyCheck
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service
 from embeddings import Float32, TextEmbedder, VectorCache
+from engine import certificate
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
 from engine.choice import image_engine, text_engine
 from engine.errors import BundleError, EmbedderError
 from engine.models import Models
+from engine.protocol import Engine
 from engine.queue import Queue
 from limits import ImageLimits, TextLimits
 from server import tasks
@@ -190,7 +192,7 @@ class Application:
 def _describe(settings: Settings, models: Models[Embedders]) -> str:
     """The models and the limits, in one line, for the log."""
     served = ", ".join(
-        f"{name} ({models.get(name, 0).texts.precision}, {bundle.manifest.dimensions} dimensions, "
+        f"{name} ({models.get(name, 0).texts.precision}, {bundle.manifest.size} dimensions, "
         f"{' and '.join(bundle.manifest.modalities)})"
         for name, bundle in models.bundles.items()
     )
@@ -260,8 +262,10 @@ def load_embedder(
     probe = bundle.manifest.probe
     # The probe passes whatever limits were set.
     unlimited = TextEmbedder(bundle, tokenizer, engine, queue, TextLimits())
-    (embedding,) = unlimited.embed([probe.text], deadline=time.monotonic() + PROBE_TIMEOUT)
+    deadline, whole = time.monotonic() + PROBE_TIMEOUT, bundle.manifest.dimensions
+    (embedding,) = unlimited.embed([probe.text], deadline=deadline, dimensions=whole)
     cosine = _check_probe(bundle, engine.precision, "probe text", probe.vector, embedding.vector)
+    _certify(bundle, engine, queue)
     log.info(
         "model %s ready in %.2f s: %s by %s, %d dimensions, window %d tokens, %d inference "
         "threads, probe cosine %.5f",
@@ -269,7 +273,7 @@ def load_embedder(
         time.perf_counter() - started,
         engine.precision,
         f"{engine.backend} ({engine.isa})" if engine.isa else engine.backend,
-        bundle.manifest.dimensions,
+        bundle.manifest.size,
         bundle.manifest.max_tokens,
         settings.inference_threads,
         cosine,
@@ -295,10 +299,41 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
     )
     # The probe passes whatever limits were set.
     probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
-    (embedding,) = probe.embed([probe_picture()], deadline=time.monotonic() + PROBE_TIMEOUT)
+    deadline, whole = time.monotonic() + PROBE_TIMEOUT, bundle.manifest.dimensions
+    (embedding,) = probe.embed([probe_picture()], deadline=deadline, dimensions=whole)
     expected = bundle.manifest.image_probe or []
-    _check_probe(bundle, engine.precision, "probe picture", expected, embedding.vector)
+    what = "probe picture"
+    cosine = _check_probe(bundle, engine.precision, what, expected, embedding.vector)
+    if engine.precision not in bundle.manifest.image_parity.get(engine.backend, {}):
+        message = "model %s: the bake could not run %s with pictures at %s; the %s's cosine is %.5f"
+        log.info(message, bundle.manifest.name, engine.backend, engine.precision, what, cosine)
     return ImageEmbedder(bundle, engine.preprocessing, engine, queue, limits)
+
+
+def _certify(bundle: Bundle, engine: Engine, queue: Queue) -> None:
+    """Measure an engine that the machine of the bake could not run at this precision, over the
+    bundle's sample.
+
+    Raises: BundleError when its vectors are not the model's own.
+    """
+    if engine.measured or engine.precision in bundle.manifest.parity.get(engine.backend, {}):
+        return
+    sample = certificate.read_sample(bundle)
+    try:
+        found = certificate.measure(bundle, engine, queue, sample, brief=True)
+    except certificate.BelowFloor as error:
+        raise BundleError(f"bundle {bundle.path}: {error}; set another PRECISION") from None
+    engine.measured = found
+    log.info(
+        "model %s: the bake could not run %s at %s, so its sample was computed here: smallest "
+        "cosine %.5f, mean %.5f over %d vectors",
+        bundle.manifest.name,
+        engine.backend,
+        engine.precision,
+        found.minimum,
+        found.mean,
+        found.cases,
+    )
 
 
 def _check_probe(

@@ -367,7 +367,7 @@ class Metrics:
             manifest = bundle.manifest
             with contextlib.suppress(ModelNotReady):
                 precision = self.models.get(name, 0.0).texts.precision
-                sizes = [str(manifest.dimensions), str(manifest.max_tokens)]
+                sizes = [str(manifest.size), str(manifest.max_tokens)]
                 kinds = ",".join(manifest.modalities)
                 yield (name, precision, manifest.revision or "", *sizes, kinds), 1.0
 

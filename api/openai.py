@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 from flask import Blueprint
 
 from api.codec import encode_chunks, encode_vector
@@ -110,15 +111,20 @@ def _write(
 
 
 def _describe(embedder: TextEmbedder) -> dict[str, object]:
-    manifest = embedder.manifest
+    manifest, engine = embedder.manifest, embedder.engine
+    parity = engine.measured or manifest.parity[engine.backend][engine.precision]
+    certificate = msgspec.structs.asdict(parity)
     return {
         "id": manifest.name,
         "object": "model",
         "created": int(datetime.datetime.fromisoformat(manifest.created).timestamp()),
         "owned_by": manifest.source.rpartition("/")[0] or "local",
-        "dimensions": manifest.dimensions,
+        "dimensions": manifest.size,
+        "max_dimensions": manifest.dimensions,
         "max_tokens": manifest.max_tokens,
         "modalities": manifest.modalities,
         "revision": manifest.revision,
+        "engine": engine.backend,
         "precision": embedder.precision,
+        "certificate": certificate | {"measured": "start" if engine.measured else "bake"},
     }

@@ -2,6 +2,7 @@
 `samples` and `pictures` (what its vectors are compared over), `traced` or `untraced` (make a bundle
 for OpenVINO or for torch), `parity` (compare the vectors). `traced` uses `export` (trace and save),
 `rewrite` (make the text graph faster) and `encoder` (whether our own engine runs the model).
+`check` compares the vectors of a bundle that is there.
 """
 
 import argparse
@@ -10,10 +11,10 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from engine.bundle import Precision
+from engine.bundle import Parity, Precision
 
 # OpenVINO's telemetry needs a network; engine/openvino_backend.py says more.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -25,7 +26,8 @@ _CHECK = re.compile(r"^Check '|^Exception from ")  # of OpenVINO's C++
 class Options(argparse.Namespace):
     """The parsed command line, see bake_model.py."""
 
-    model: str  # a name on the Hugging Face hub, or a folder
+    model: str  # a name on the Hugging Face hub, or a folder; with `check` a bundle
+    check: bool
     name: str  # the bundle's
     source: str | None
     revision: str | None
@@ -83,3 +85,12 @@ def stage(what: str) -> Iterator[None]:
         print(" failed", file=sys.stderr, flush=True)
         raise
     print(f" {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+
+
+def describe(parities: Sequence[Parity]) -> str:
+    """The certificates of texts and of pictures, as a user reads them."""
+    return "; ".join(
+        f"cosine at least {parity.minimum:.6f} (alone {parity.alone:.6f}), mean {parity.mean:.6f} "
+        f"over {parity.cases} {inputs}; threads: {', '.join(map(str, parity.threads))}"
+        for parity, inputs in zip(parities, ("vectors", "vectors of pictures"))
+    )

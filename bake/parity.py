@@ -1,31 +1,30 @@
-"""The certificate: a bundle's vectors compared with sentence-transformers' own."""
+"""A bundle's vectors compared with sentence-transformers' own, by the engines that serve it."""
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bake import BakeError, refusing
+from bake import BakeError, Options, refusing
 from bake.samples import Sample
-from embeddings import TextEmbedder
-from engine.bundle import PARITY_FLOOR, Bundle, Parity, Precision
+from engine import certificate
+from engine.bundle import SAMPLE, Backend, Bundle, Parity, Precision
+from engine.certificate import BelowFloor, Compared
+from engine.protocol import Engine
 from engine.queue import Queue
 from engine.pipeline import pools_at_the_end
 from image_embeddings import ImageEmbedder
-from limits import ImageLimits, TextLimits
+from limits import ImageLimits
+from settings import load
 from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
 
-BATCH, BATCH_TOKENS = 8, 2048
-A_DAY = 24 * 3600.0  # seconds
-
-
-class BelowFloor(BakeError):
-    """An engine's vectors are not the model's own."""
+BATCH, BATCH_TOKENS = 8, 2048  # of sentence-transformers
+ALONE = 8  # pictures that are also embedded each alone
 
 
 def reference(model: Any, inputs: Sequence[Any], what: str = "", alone: bool = False) -> Float32:
@@ -67,66 +66,126 @@ def _encode(model: Any, inputs: Sequence[Any], size: int, what: str = "") -> Flo
     return np.asarray(vectors, np.float32)
 
 
-def measure(
-    bundle: Bundle, engine: Any, sample: Sample, requests: Sequence[Sequence[int]] | None = None
-) -> Parity:
-    """Compare an engine's vectors of the sample with the expected ones.
-
-    Args:
-        requests: the inputs of each request, by their numbers in the sample; None: one of them all.
-
-    Raises: BelowFloor for the engine's precision, also when the vectors' lengths differ by more
-        than they can at that floor.
-    """
-    requests = requests or [range(len(sample.inputs))]
-    actual = _embed(bundle, engine, sample, requests)
-    expected = sample.expected[[number for request in requests for number in request]]
-    floor = PARITY_FLOOR[engine.precision]
-    what = "vectors" if sample.modality == "text" else "pictures' vectors"
-    wrong = f"at {engine.precision} its {what} are not the model's own"
-    lengths = np.linalg.norm(actual, axis=1), np.linalg.norm(expected, axis=1)
-    cosines = (actual * expected).sum(axis=1) / np.maximum(lengths[0] * lengths[1], 1e-30)
-    smallest = float(cosines.min())
-    if not smallest >= floor:
-        raise BelowFloor(f"{wrong}: smallest cosine {smallest:.5f}, at least {floor} needed")
-    # Unit vectors at cosine c are sqrt(2 - 2c) apart. Lengths matter to models that do not
-    # normalise: their similarity is the dot product.
-    apart = float(np.abs(lengths[0] / lengths[1] - 1).max())
-    if not apart <= math.sqrt(2 - 2 * floor):
-        raise BelowFloor(f"{wrong}: their lengths are off by up to {apart:.2%}")
-    return Parity(smallest, float(cosines.mean()), len(sample.inputs))
-
-
-def without(bundle: Bundle, precision: Precision) -> str:
-    """The way out of a BelowFloor, for the end of its line; none from fp32."""
-    rest = ",".join(other for other in bundle.manifest.precisions if other != precision)
-    return "" if precision == "fp32" else f" (--precisions {rest} bakes it without)"
-
-
-def _embed(
-    bundle: Bundle, engine: Any, sample: Sample, requests: Sequence[Sequence[int]]
-) -> Float32:
-    """Embed the sample as serving does, in batches of mixed lengths."""
-    queue = Queue(
-        max_batch_size=BATCH, max_batch_tokens=BATCH_TOKENS, max_queue_tokens=1 << 40, threads=1
+def write_sample(bundle: Bundle, samples: Sequence[Sample]) -> None:
+    """Write SAMPLE, with the default prompt's tokens in it."""
+    tokenizer, _, _ = load_tokenizer(bundle)
+    manifest, (texts, *pictures) = bundle.manifest, samples
+    prompt = manifest.prompts.get(manifest.default_prompt or "") or ""
+    ids = [tokenizer.encode(prompt + text).ids for text in texts.inputs]
+    np.savez(
+        bundle.file(SAMPLE),
+        ids=np.concatenate(ids).astype(np.int64),
+        lengths=np.array([len(each) for each in ids], np.int64),
+        vectors=texts.expected,
+        **{"pictures": each.expected for each in pictures},  # type: ignore[arg-type]
     )
-    embedder: TextEmbedder | ImageEmbedder
-    if sample.modality == "text":
-        tokenizer, _, _ = load_tokenizer(bundle)
-        embedder = TextEmbedder(bundle, tokenizer, engine, queue, TextLimits())
-    else:
-        embedder = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
+
+
+def thread_counts() -> list[int]:
+    """The numbers of threads that are measured: one, and what serving uses here."""
+    return sorted({1, load({}).inference_threads})
+
+
+@contextmanager
+def serving(threads: int) -> Iterator[Queue]:
+    """A queue with the default settings of the service."""
+    defaults = load({})
+    queue = Queue(
+        max_batch_size=defaults.max_batch_size,
+        max_batch_tokens=defaults.max_batch_tokens,
+        max_queue_tokens=1 << 40,
+        threads=threads,
+    )
     queue.start()
     try:
-        return np.stack(
-            [
-                result.vector
-                for request in requests
-                for result in embedder.embed(
-                    [sample.inputs[number] for number in request],
-                    deadline=time.monotonic() + A_DAY,
-                )
-            ]
-        )
+        yield queue
     finally:
         queue.close()
+
+
+def measure_texts(
+    bundle: Bundle, make: Callable[[int], Engine], counts: Sequence[int] | None = None
+) -> Parity:
+    """The certificate over the bundle's sample of texts.
+
+    Args:
+        make: an engine for a number of threads.
+        counts: numbers of threads; None: `thread_counts`.
+
+    Raises: BelowFloor, BundleError.
+    """
+    counts, texts, found = counts or thread_counts(), certificate.read_sample(bundle), []
+    for threads in counts:
+        with serving(threads) as queue:
+            brief = threads != max(counts)
+            found.append(certificate.measure(bundle, make(threads), queue, texts, brief=brief))
+    return certificate.merged(found)
+
+
+def measure_pictures(bundle: Bundle, make: Callable[[int], Any], pictures: Sample) -> Parity:
+    """The certificate over pictures, some of them alone too. Raises: BelowFloor."""
+    threads = max(thread_counts())
+    engine, count = make(threads), len(pictures.inputs)
+    company, single = (Compared(bundle, pictures.expected) for _ in range(2))
+    with serving(threads) as queue:
+        embedder = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
+
+        def embed(numbers: Sequence[int]) -> Float32:
+            chosen = [pictures.inputs[number] for number in numbers]
+            deadline = time.monotonic() + certificate.A_DAY
+            found = embedder.embed(chosen, deadline=deadline)
+            return np.stack([each.vector for each in found])
+
+        company.add(range(count), embed(range(count)))
+        for number in range(0, count, -(-count // ALONE)):
+            single.add([number], embed([number]))
+    return certificate.certify(bundle, engine, company, single, threads)
+
+
+def measure(
+    bundle: Bundle,
+    makers: Sequence[Callable[[int], Any]],
+    samples: Sequence[Sample],
+    counts: Sequence[int] | None = None,
+) -> list[Parity]:
+    """A certificate for each sample.
+
+    Args:
+        makers: for each sample, as `measure_texts` takes them; `counts` too.
+
+    Raises: BelowFloor, BundleError.
+    """
+    parities = [measure_texts(bundle, makers[0], counts)]
+    return parities + [
+        measure_pictures(bundle, make, sample) for make, sample in zip(makers[1:], samples[1:])
+    ]
+
+
+def enter(
+    bundle: Bundle, backend: Backend, precision: Precision, parities: Sequence[Parity]
+) -> None:
+    """Write what `measure` returned to the manifest."""
+    manifest = bundle.manifest
+    manifest.parity.setdefault(backend, {})[precision] = parities[0]
+    for parity in parities[1:]:
+        manifest.image_parity.setdefault(backend, {})[precision] = parity
+
+
+def leave_out(
+    bundle: Bundle,
+    backend: Backend,
+    precision: Precision,
+    error: BelowFloor,
+    options: Options,
+    note: Callable[[str], None],
+) -> None:
+    """Leave out a precision of an engine, and say so.
+
+    Raises: BakeError where it was asked for by name and no other engine would serve it everywhere.
+    """
+    manifest = bundle.manifest
+    if options.precisions and backend != "own engine":
+        rest = ",".join(other for other in manifest.precisions if other != precision)
+        raise BakeError(f"{error} (--precisions {rest} bakes it without)") from None
+    manifest.left_out.setdefault(backend, {})[precision] = str(error)
+    note(f"{error}: left out")

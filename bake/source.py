@@ -41,6 +41,17 @@ def load(options: Options) -> tuple[Any, list[str]]:
     return model, remarks
 
 
+def default_dimensions(model: Any) -> int | None:
+    """The model's `truncate_dim`, which is taken from it: its vectors are whole from now on.
+
+    Raises: BakeError for one that is no number of dimensions.
+    """
+    wanted, model.truncate_dim = model.truncate_dim, None
+    if wanted is not None and not (isinstance(wanted, int) and wanted >= 1):
+        raise BakeError(f"its truncate_dim is {wanted!r}, not a number of dimensions: correct that")
+    return wanted
+
+
 def as_published(options: Options, revision: str | None) -> Any:
     """Load it again as it is, in the checkpoint's own dtype. Raises: BakeError when that fails."""
     return _load(options, revision, dtype="auto")[0]

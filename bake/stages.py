@@ -15,9 +15,10 @@ from bake.parity import in_company, reference
 from bake.samples import PROBE_TEXT, Sample, beginning, sample_pictures, sample_texts
 from engine import bundle as bundles
 from engine.bundle import PARITY_FLOOR, PRECISIONS, Bundle, Manifest, Probe
+from engine.certificate import BelowFloor
 from image_embeddings import probe_picture
 
-TEXTS = 120  # in the sample
+TEXTS, SHORT = 120, 8  # in the sample; of them, such as have one token of their own, two, three …
 PACKAGES = ("sentence-transformers", "transformers", "torch", "openvino", "tokenizers", "nncf")
 INSTEAD = (
     "So it is baked for torch instead, which serving needs then: the image gets about 1 GB larger, "
@@ -42,11 +43,11 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
         model, remarks = source.load(options)
         tokenizer = source.tokenizer(model, options.tokenizer)
         prompt, window = model.prompts.get(model.default_prompt_name) or "", model.max_seq_length
-        texts = [beginning(PROBE_TEXT, tokenizer, prompt, window)]
-        texts += sample_texts(tokenizer, prompt, window, TEXTS - 1)
+        texts = _texts(tokenizer, prompt, window)
         source.check_tokenizer(model, tokenizer, texts)
     for remark in remarks:
         note(remark)
+    shortened = source.default_dimensions(model)
     with stage("embedding the sample with sentence-transformers"):
         alone = (together := in_company(model, texts)) < PARITY_FLOOR["fp32"]
         samples = [Sample("text", texts, reference(model, texts, alone=alone))]
@@ -76,7 +77,7 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
             files.append(bundles.PREPROCESSING)
 
         def begun() -> Bundle:
-            bundle = Bundle(folder, _manifest(options, model, samples))
+            bundle = Bundle(folder, _manifest(options, model, samples, shortened))
             bundle.record(files)
             return bundle
 
@@ -84,8 +85,9 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
             try:
                 with refusing("OpenVINO and nncf are not there; --engine torch bakes without"):
                     from bake import traced
-                return traced.complete(begun(), model, tokenizer, samples, preprocessing)
-            except CannotTrace as error:
+                given = options, model, tokenizer, samples, preprocessing, note
+                return traced.complete(begun(), *given)
+            except (CannotTrace, BelowFloor) as error:
                 if options.engine == "openvino":
                     raise
                 if "int8" in (options.precisions or []):
@@ -120,6 +122,14 @@ def _choose_torch(options: Options, together: float, note: Callable[[str], None]
     note(f"{what}. Each text is computed alone, which is slower than in batches.")
 
 
+def _texts(tokenizer: Any, prompt: str, window: int) -> list[str]:
+    """The sample of texts, the probe first. Raises: BakeError when the prompt leaves no room."""
+    least = len(tokenizer.encode(prompt).ids) + 1
+    lengths = [window, *(min(window, least + more) for more in range(min(SHORT, TEXTS // 4)))]
+    texts = [beginning(PROBE_TEXT, tokenizer, prompt, length) for length in lengths]
+    return texts + sample_texts(tokenizer, prompt, window, TEXTS - len(texts))
+
+
 def _clear(folder: pathlib.Path, keep: Sequence[str]) -> None:
     for path in folder.iterdir():
         if path.name not in keep:
@@ -135,7 +145,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _manifest(options: Options, model: Any, samples: Sequence[Sample]) -> Manifest:
+def _manifest(
+    options: Options, model: Any, samples: Sequence[Sample], shortened: int | None
+) -> Manifest:
     """All that is known before the bundle's files are."""
     probes = {sample.modality: sample.expected[0].tolist() for sample in samples}
     return Manifest(
@@ -145,6 +157,7 @@ def _manifest(options: Options, model: Any, samples: Sequence[Sample]) -> Manife
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         modalities=list(probes),
         dimensions=len(probes["text"]),
+        default_dimensions=shortened if shortened and shortened < len(probes["text"]) else None,
         max_tokens=model.max_seq_length,
         normalized=source.modules(model)[1],
         layer_norm=options.layer_norm,

@@ -1,34 +1,40 @@
 """Make a bundle for OpenVINO, and for our own engine where it can: graphs and their certificate."""
 
-import sys
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bake import BakeError, encoder, stage
+from bake import Options, encoder, stage
 from bake.export import export, running, trace_pictures, trace_texts
-from bake.parity import BelowFloor, measure, without
+from bake.parity import enter, leave_out, measure, write_sample
 from bake.samples import Sample
-from engine.bundle import Bundle, Manifest, Modality, Parity, Precision, Preprocessing, graph_file
-from engine.encoder import encoder_engine
+from engine.bundle import SAMPLE, Backend, Bundle, Manifest, Precision, Preprocessing, graph_file
+from engine.certificate import BelowFloor
+from engine.encoder import cpu, library
+from engine.encoder.encoder_engine import EncoderEngine
 from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine, available_precisions
+from engine.protocol import Engine
 from tokens import load_tokenizer
 
 
 def complete(
     bundle: Bundle,
+    options: Options,
     model: Any,
     tokenizer: Any,
     samples: Sequence[Sample],
     preprocessing: Preprocessing | None,
+    note: Callable[[str], None],
 ) -> Manifest:
     """Trace, save and certify.
 
     Args:
         bundle: with its tokenizer, and PREPROCESSING where the model takes pictures.
+        note: told what the user should know.
 
     Returns: the manifest, complete.
-    Raises: CannotTrace; BakeError below a precision's floor.
+    Raises: as `certify`.
     """
     manifest = bundle.manifest
     trace = partial(trace_texts, model, tokenizer, samples[0].inputs)
@@ -36,62 +42,69 @@ def complete(
     if preprocessing:
         trace = partial(trace_pictures, model, preprocessing)
         files += export("image", trace, bundle.path, manifest.precisions)
-    bundle.record(files)
+    write_sample(bundle, samples)
+    bundle.record([*files, SAMPLE])
     graph = bundle.file(graph_file("text", "fp32"))
     manifest.encoder = encoder.describe(model, tokenizer, graph)
-    certify(bundle, samples)
+    certify(bundle, options, samples, note)
     return manifest
 
 
-def certify(bundle: Bundle, samples: Sequence[Sample]) -> None:
-    """Fill the manifest's parities: every precision that was asked for and that this CPU runs.
+def certify(
+    bundle: Bundle, options: Options, samples: Sequence[Sample], note: Callable[[str], None]
+) -> None:
+    """Fill the manifest's parities: each engine at every precision that was asked for and that this
+    CPU runs. What is below its floor is left out.
 
-    Raises: CannotTrace when OpenVINO fails on the graphs; BakeError below a precision's floor.
+    Raises: CannotTrace when OpenVINO fails on the graphs; BelowFloor when its vectors are wrong at
+        fp32, which means the trace is; BakeError below the floor of a precision that was asked for
+        by name.
     """
     manifest = bundle.manifest
-    parities = {"text": manifest.parity, "image": manifest.image_parity}
-    for precision in available_precisions():
-        if precision in manifest.precisions:
-            with stage(f"checking vectors at {precision}"):
-                for sample in samples:
-                    parities[sample.modality][precision] = _measure(bundle, precision, sample)
-    _certify_encoder(bundle, samples[0])
+    for precision in list(manifest.precisions):
+        for backend in bundle.backends(precision):
+            if not runs(backend, precision):
+                continue
+            try:
+                guard = running() if backend == "OpenVINO" else contextlib.nullcontext()
+                with stage(f"checking vectors at {precision}{_OWN.get(backend, '')}"), guard:
+                    parities = measure(bundle, makers(bundle, backend, precision), samples)
+            except BelowFloor as error:
+                if backend == "OpenVINO" and precision == "fp32":
+                    raise
+                leave_out(bundle, backend, precision, error, options, note)
+            else:
+                enter(bundle, backend, precision, parities)
+    manifest.precisions = [each for each in manifest.precisions if bundle.offers(each)]
+    if "int8" in manifest.left_out.get("OpenVINO", {}):
+        for modality in manifest.modalities:
+            graph = bundle.file(graph_file(modality, "int8"))
+            for path in (graph, graph.with_suffix(".bin")):
+                path.unlink()
+                del manifest.files[path.name]
 
 
-def _measure(bundle: Bundle, precision: Precision, sample: Sample) -> Parity:
-    try:
-        with running():
-            return measure(bundle, _openvino(bundle, precision, sample.modality), sample)
-    except BelowFloor as error:
-        untraced = (
-            "; its code may branch where a trace cannot follow: --engine torch runs it untraced"
-            if precision == "fp32"
-            else without(bundle, precision)
-        )
-        raise BakeError(f"{error}{untraced}") from None
+_OWN: dict[Backend, str] = {"own engine": ", of our own engine"}
 
 
-def _openvino(bundle: Bundle, precision: Precision, modality: Modality) -> Any:
-    if modality == "image":
-        return OpenVINOImageEngine(bundle, precision, streams=1)
-    _, pad_id, pad_left = load_tokenizer(bundle)
-    return OpenVINOTextEngine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=1)
+def runs(backend: Backend, precision: Precision) -> bool:
+    """Whether this CPU runs an engine at a precision."""
+    if backend == "own engine":
+        return library.LIBRARY.exists() and cpu.fastest(precision) is not None
+    return precision in available_precisions()
 
 
-def _certify_encoder(bundle: Bundle, texts: Sample) -> None:
-    """Where our own engine serves the bundle, keep the lower parity of the two engines. Where it
-    gives other vectors, leave the model to OpenVINO.
-    """
-    manifest, parities = bundle.manifest, dict(bundle.manifest.parity)
-    try:
-        for precision, parity in parities.items():
-            if encoder_engine.choose(precision, bundle):
-                with stage(f"checking vectors at {precision}, of our own engine"):
-                    engine = encoder_engine.EncoderEngine(bundle, precision, streams=1)
-                    own = measure(bundle, engine, texts)
-                parities[precision] = min(own, parity, key=lambda each: each.minimum)
-    except BelowFloor as error:
-        print(f"{error}: left to OpenVINO", file=sys.stderr)
-        manifest.encoder = None
-    else:
-        manifest.parity = parities
+def makers(bundle: Bundle, backend: Backend, precision: Precision) -> list[Callable[[int], Engine]]:
+    """What makes the engines of texts and of pictures, for a number of threads."""
+
+    def text(threads: int) -> Engine:
+        if backend == "own engine":
+            return EncoderEngine(bundle, precision, streams=threads)
+        _, pad_id, pad_left = load_tokenizer(bundle)
+        pad: Any = {"pad_id": pad_id, "pad_left": pad_left}
+        return OpenVINOTextEngine(bundle, precision, **pad, streams=threads)
+
+    def image(threads: int) -> Engine:
+        return OpenVINOImageEngine(bundle, precision, streams=threads)
+
+    return [image if each == "image" else text for each in bundle.manifest.modalities]

@@ -9,20 +9,18 @@ from typing import Any
 
 import huggingface_hub.constants
 import msgspec
-import numpy as np
 import torch
 
 from bake import BakeError, Options, refusing, source, stage
-from bake.parity import BelowFloor, measure, without
+from bake.parity import enter, leave_out, measure, write_sample
 from bake.samples import Sample
 from engine.bundle import SAMPLE, TORCH_MODEL, Bundle, Manifest, Parity, Precision, Torch
+from engine.certificate import BelowFloor
 from engine.packing import can_pack
+from engine.protocol import Engine
 from engine.torch_engine import TorchImageEngine, TorchTextEngine
 from engine.torch_model import Model
 from tokens import load_tokenizer
-
-ALONE = 12  # texts that are also embedded each alone
-MIXED = 8  # of very different lengths, in a request
 
 
 def complete(
@@ -52,7 +50,7 @@ def complete(
     manifest.torch = Torch(code=bool(code), packed=not alone and can_pack(model), alone=alone)
     for package in sorted({name.partition(".")[0] for name in code if not name.endswith(".py")}):
         note(f"it needs the package {package}, which is not part of it: serving needs that too")
-    write_sample(bundle, samples[0])
+    write_sample(bundle, samples)
     below = sorted(path for path in folder.rglob("*") if path.is_file())
     bundle.record([SAMPLE, *(path.relative_to(bundle.path).as_posix() for path in below)])
     with _offline():
@@ -117,20 +115,6 @@ def _local(auto_map: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def write_sample(bundle: Bundle, texts: Sample) -> None:
-    """Write SAMPLE, with the default prompt's tokens in it."""
-    tokenizer, _, _ = load_tokenizer(bundle)
-    manifest = bundle.manifest
-    prompt = manifest.prompts.get(manifest.default_prompt or "") or ""
-    ids = [tokenizer.encode(prompt + text).ids for text in texts.inputs]
-    np.savez(
-        bundle.file(SAMPLE),
-        ids=np.concatenate(ids).astype(np.int64),
-        lengths=np.array([len(each) for each in ids], np.int64),
-        vectors=texts.expected,
-    )
-
-
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Within it, nothing is had from the hub: the bundle must hold all that loading it takes."""
@@ -157,33 +141,26 @@ def certify(
         try:
             with stage(f"checking vectors at {precision}"):
                 try:
-                    parities = _measure(bundle, precision, samples)
+                    parities = certificates(bundle, precision, samples)
                 except Exception:  # of whatever kind: padding shows whether packing is to blame
                     if precision != "fp32" or not manifest.torch.packed:
                         raise
                     manifest.torch = msgspec.structs.replace(manifest.torch, packed=False)
-                    parities = _measure(bundle, precision, samples)
+                    parities = certificates(bundle, precision, samples)
         except BelowFloor as error:
-            if precision == "fp32" or options.precisions:
-                raise BakeError(f"{error}{without(bundle, precision)}") from None
-            note(f"{error}: left out")
-            manifest.precisions.remove(precision)
+            if precision == "fp32":
+                raise BakeError(str(error)) from None
+            leave_out(bundle, "torch", precision, error, options, note)
         else:
-            manifest.parity[precision] = parities[0]
-            manifest.image_parity |= {precision: each for each in parities[1:]}
+            enter(bundle, "torch", precision, parities)
+    manifest.precisions = [each for each in manifest.precisions if bundle.offers(each)]
 
 
-def _measure(bundle: Bundle, precision: Precision, samples: Sequence[Sample]) -> list[Parity]:
-    """A parity for each sample: of every input in requests of mixed lengths, and of some alone."""
+def certificates(bundle: Bundle, precision: Precision, samples: Sequence[Sample]) -> list[Parity]:
+    """One for each sample, on the CPU. Raises: BelowFloor; BakeError when it cannot be loaded."""
     assert bundle.manifest.torch
     with refusing("it cannot be loaded from what sentence-transformers saved of it"):
         model = Model(bundle, [torch.device("cpu")], precision, bundle.manifest.torch.packed)
-    parities = []
-    for sample in samples:
-        engine = TorchImageEngine(model) if sample.modality == "image" else TorchTextEngine(model)
-        count = len(sample.inputs)
-        step = -(-count // MIXED)
-        requests = [range(first, count, step) for first in range(step)]
-        requests += [range(each, each + 1) for each in range(0, count, -(-count // ALONE))]
-        parities.append(measure(bundle, engine, sample, requests))
-    return parities
+    makers: list[Callable[[int], Engine]] = [lambda _: TorchTextEngine(model)]
+    makers.append(lambda _: TorchImageEngine(model))
+    return measure(bundle, makers, samples, [torch.get_num_threads()])

@@ -2,34 +2,38 @@
 and nowhere else.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import re
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import BundleError
+from engine.errors import BundleError, PrecisionUnavailable
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPLACED = "replaced"  # .NAME.replaced: the earlier bundle, while the new one is moved in
 PREPROCESSING = "preprocess.json"
 TORCH_MODEL = "torch"  # folder with the model itself, in a bundle for engine/torch_engine
-# NumPy archive with the sample of texts that the bake compared, for devices that it did not have:
+# NumPy archive with the sample of texts that the bake compared, for machines that it did not have:
 # `ids` (int64, all texts' token ids, one after the other), `lengths` (int64, tokens of each text),
-# `vectors` (float32, shape (texts, dimensions), sentence-transformers' own).
+# `vectors` (float32, shape (texts, dimensions), sentence-transformers' own); and `pictures`, their
+# vectors of bake/samples.py's pictures, where the model takes any.
 SAMPLE = "sample.npz"
 Modality = Literal["text", "image"]
 Precision = Literal["fp32", "bf16", "int8", "fp16"]  # fp16: on GPUs only, see Torch
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+Backend = Literal["own engine", "OpenVINO", "torch"]
 # Smallest cosine to sentence-transformers' own vector at which a bundle may be written and served.
 PARITY_FLOOR: dict[Precision, float] = {
     "fp32": 0.9999,
@@ -58,11 +62,13 @@ class Probe(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Parity(msgspec.Struct, forbid_unknown_fields=True):
-    """Cosine to sentence-transformers over `cases` inputs, as measured at bake."""
+    """A certificate: the cosine of an engine's vectors to sentence-transformers' own."""
 
     minimum: float
     mean: float
-    cases: int
+    cases: int  # vectors compared: of inputs in company, and of some alone
+    alone: float  # the smallest of inputs that were alone
+    threads: list[int]  # numbers of threads that computed
 
 
 class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -146,7 +152,10 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     revision: str | None
     created: str  # ISO 8601, UTC
     modalities: list[Modality]
-    dimensions: int
+    dimensions: int  # of the engines' vectors
+    # What a request without `dimensions` gets of them (truncate_dim in the model's configuration);
+    # None: all.
+    default_dimensions: int | None = None
     max_tokens: int
     normalized: bool  # the model's pipeline ends in Normalize; the graph ends before it
     # Matryoshka models such as nomic-embed-text-v1.5 need a layer norm before `dimensions` cuts.
@@ -157,15 +166,22 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     files: dict[str, File]
     versions: dict[str, str]
     probe: Probe
-    # Those that may be served; `parity` has fewer if the CPU of the bake could not run one.
+    # Those that may be served. What an engine has neither in `parity` nor in `left_out`, the CPU of
+    # the bake could not run: `engine.certificate` measures it when it is first served.
     precisions: list[Precision] = msgspec.field(default_factory=lambda: list(PRECISIONS))
-    parity: dict[Precision, Parity]
+    parity: dict[Backend, dict[Precision, Parity]]
+    left_out: dict[Backend, dict[Precision, str]] = {}  # and why: its vectors are not the model's
     # Of a model that takes pictures: `parity` over pictures, and the vector of
     # `image_embeddings.probe_picture()`.
-    image_parity: dict[Precision, Parity] = {}
+    image_parity: dict[Backend, dict[Precision, Parity]] = {}
     image_probe: list[float] | None = None
     encoder: Encoder | None = None
     torch: Torch | None = None
+
+    @property
+    def size(self) -> int:
+        """Dimensions of the vector that a request without `dimensions` gets."""
+        return self.default_dimensions or self.dimensions
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -179,12 +195,33 @@ class Bundle(msgspec.Struct, frozen=True):
         """Enter files that are there in the manifest, by their paths below the bundle's."""
         self.manifest.files |= {name: fingerprint(self.path / name) for name in names}
 
+    def backends(self, precision: Precision) -> list[Backend]:
+        """The engines that may serve the bundle's texts at `precision`, and its pictures: those
+        that the bake certified, and those that its CPU could not run.
+        """
+        manifest, candidates = self.manifest, list[Backend]()
+        if manifest.torch:
+            candidates.append("torch")
+        if manifest.encoder:
+            candidates.append("own engine")
+        if all(graph_file(each, precision) in manifest.files for each in manifest.modalities):
+            candidates.append("OpenVINO")
+        return [
+            each
+            for each in candidates
+            if precision in manifest.precisions and precision not in manifest.left_out.get(each, {})
+        ]
+
     def offers(self, precision: Precision) -> bool:
-        """Whether the bundle was baked for `precision` and contains its graphs."""
-        manifest = self.manifest
-        return precision in manifest.precisions and (
-            manifest.torch is not None
-            or all(graph_file(each, precision) in manifest.files for each in manifest.modalities)
+        """Whether an engine may serve the bundle at `precision`."""
+        return bool(self.backends(precision))
+
+    def refusal(self, backend: Backend, precision: Precision) -> PrecisionUnavailable:
+        """Why an engine that is not among `backends` may not serve it."""
+        why = self.manifest.left_out.get(backend, {}).get(precision)
+        return PrecisionUnavailable(
+            f"PRECISION={precision}, but bundle {self.manifest.name} was baked without it"
+            + (f" for {backend}: {why}" if why else "; bake it again")
         )
 
     def preprocessing(self) -> Preprocessing:
@@ -292,25 +329,49 @@ def valid_name(name: str) -> bool:
 def write(models_dir: pathlib.Path, name: str, fill: Callable[[pathlib.Path], Manifest]) -> Bundle:
     """Let `fill` make the bundle in a hidden folder beside its final place, then rename it.
 
-    After an exception, only an earlier bundle of this name is left. The next `write` of this name
-    removes what a killed process left behind.
+    After an exception, and if the process is killed, only an earlier bundle of this name is left.
+    The next `write` of this name mends what a machine that lost its power left behind.
     """
+    new = not models_dir.exists()
     models_dir.mkdir(parents=True, exist_ok=True)
     clear(models_dir, name)
     target, prefix = models_dir / name, f".{name}."
-    draft = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=models_dir))
     try:
-        manifest = fill(draft)
-        (draft / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-        for path in draft.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        draft.chmod(0o755)  # mkdtemp's 0700 would hide the bundle from the user the service runs as
-        if target.exists():
-            os.rename(target, models_dir / f"{prefix}{REPLACED}")
-        os.rename(draft, target)
+        draft = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=models_dir))
+        with _watched(draft, target, models_dir / f"{prefix}{REPLACED}"):
+            manifest = fill(draft)
+            content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+            (draft / MANIFEST).write_bytes(content)
+            for path in draft.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            # mkdtemp's 0700 would hide the bundle from the user the service runs as.
+            draft.chmod(0o755)
+            if target.exists():
+                os.rename(target, models_dir / f"{prefix}{REPLACED}")
+            os.rename(draft, target)
     finally:
         clear(models_dir, name)
+        if new:
+            with contextlib.suppress(OSError):  # it holds bundles
+                models_dir.rmdir()
     return Bundle(target, manifest)
+
+
+@contextlib.contextmanager
+def _watched(draft: pathlib.Path, target: pathlib.Path, replaced: pathlib.Path) -> Iterator[None]:
+    """Clear up as `clear` does also if this process is killed: by another, which sees its end."""
+    paths = [str(path.absolute()) for path in (draft, target, replaced)]
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(
+        ["sh", "-c", _CLEAR, "sh", *paths], stdin=subprocess.PIPE, start_new_session=True, **quiet
+    ) as watcher:
+        try:
+            yield
+        finally:
+            watcher.communicate(b"done\n")
+
+
+_CLEAR = 'read -r done || { rm -rf "$1"; [ -e "$2" ] || [ ! -e "$3" ] || mv "$3" "$2"; }'
 
 
 def clear(models_dir: pathlib.Path, name: str) -> None:

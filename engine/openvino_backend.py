@@ -69,7 +69,7 @@ def choose_precision(wanted: str, bundle: Bundle | None = None) -> Precision:
     better than a silent fallback.
     """
     if wanted == "auto":
-        offered = bundle is None or bundle.offers("bf16")
+        offered = bundle is None or "OpenVINO" in bundle.backends("bf16")
         return "bf16" if offered and has_bf16() else "fp32"
     if wanted == "bf16" and not has_bf16():
         raise PrecisionUnavailable(
@@ -109,11 +109,8 @@ class _Graph:
         """Raises: PrecisionUnavailable when the bundle was baked without the graph that `precision`
         runs.
         """
-        if not bundle.offers(precision):
-            raise PrecisionUnavailable(
-                f"PRECISION={precision}, but bundle {bundle.manifest.name} was baked without it; "
-                "bake it again"
-            )
+        if "OpenVINO" not in bundle.backends(precision):
+            raise bundle.refusal("OpenVINO", precision)
         hints = dict(_HINTS[precision])
         if precision == "int8":
             # 5-20 % faster than f32 around the int8 products, at the same cosine.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engine.bundle import Precision
+from engine.bundle import Backend, Parity, Precision
 from engine.errors import EmbedderError
 
 Float32 = npt.NDArray[np.float32]
@@ -62,12 +62,13 @@ class Engine(Protocol):
     name: str  # the model's
     modality: str
     precision: Precision
-    backend: str  # the kind of engine, for the log and for /info
+    backend: Backend  # the kind of engine, also for the log and for /info
     isa: str | None = None  # the instruction set that it computes with; None if it does not tell
     dimensions: int
     padding_cost: float  # of a padded token, as a share of a real one
     min_batch_tokens: int  # no batch is made smaller to leave work for other threads
     max_batch_tokens: int | None = None  # of a batch of several inputs; None: the queue's limits
+    measured: Parity | None = None  # on this machine, since it was opened
     calls: int | None = None  # calls of `run` that it takes at a time; None: one for each core
 
     def run(self, inputs: Sequence[Array], *, alone: bool = False) -> Float32:

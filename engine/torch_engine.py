@@ -59,7 +59,7 @@ def _devices(wanted: str) -> list[torch.device]:
 def _open_on_cpu(bundle: Bundle, devices: Sequence[torch.device], wanted: str) -> Model:
     assert bundle.manifest.torch
     if wanted == "auto":
-        wanted = "bf16" if "bf16" in bundle.manifest.parity and _has_amx() else "fp32"
+        wanted = "bf16" if bundle.offers("bf16") and _has_amx() else "fp32"
     for precision in DTYPES:
         if precision == wanted and precision != "fp16" and bundle.offers(precision):
             return Model(bundle, devices, precision, bundle.manifest.torch.packed)
@@ -117,7 +117,7 @@ def _try(
         try:
             model = Model(bundle, devices, precision, packed)
             model.record()
-            parity = model.measure()
+            parity = model.measured = model.measure()
         except RuntimeError as error:
             end_if_lost(error)
             line += f": {' '.join(str(error).split())[:200]}"
@@ -147,6 +147,7 @@ class _TorchEngine(Engine):
             model.precision,
         )
         self.isa, self.calls, self.model = model.where, model.calls, model
+        self.measured = model.measured
 
     @property
     def max_batch_tokens(self) -> int | None:  # type: ignore[override]  # it falls

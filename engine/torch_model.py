@@ -9,7 +9,6 @@ import math
 import os
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -20,13 +19,13 @@ from sentence_transformers import SentenceTransformer
 
 from engine.bundle import (
     PARITY_FLOOR,
-    SAMPLE,
     TORCH_MODEL,
     Bundle,
     Parity,
     Precision,
     Torch,
 )
+from engine.certificate import Compared, read_sample
 from engine.errors import BundleError
 from engine.packing import Packer, flash_runs, to_device
 from engine.pipeline import Pipeline
@@ -168,6 +167,7 @@ class Model:
         self.calls = 1 if on_cpu else CALLS_PER_GPU * len(devices)
         self.max_batch_tokens: int | None = None
         self.min_batch_tokens = 64
+        self.measured: Parity | None = None  # on the GPU, at start
 
     @property
     def where(self) -> str:
@@ -240,26 +240,22 @@ class Model:
         device: in batches, some alone, and as many as each recorded call has room for. Where
         lengths matter, a vector whose length is wrong counts as one of cosine -1.
         """
-        texts, expected = sample(self.bundle)
-        lengths = [len(ids) for ids in texts]
-        alone = [[at] for at in range(0, len(texts), max(1, len(texts) // 12))]
-        cosines = []
+        sample = read_sample(self.bundle)
+        lengths = [len(ids) for ids in sample.ids]
+        alone = [[at] for at in range(0, len(lengths), max(1, len(lengths) // 12))]
+        company, single = (Compared(self.bundle, sample.expected) for _ in range(2))
         for replica, sizes in zip(self._replicas, self._recorded):
             full = [_filling(size, lengths) for size in sizes]
-            for batch in filter(None, [*_batches(lengths), *alone, *full]):
-                actual = replica.texts([texts[at] for at in batch])
-                cosines.append(self._compare(actual, expected[batch]))
-        found = np.concatenate(cosines)
-        return Parity(float(found.min()), float(found.mean()), len(found))
-
-    def _compare(self, actual: Float32, expected: Float32) -> Float32:
-        cosines = cosines_of(actual, expected)
-        if not self.bundle.manifest.normalized:
-            # As in bake/parity.py: how far the lengths of vectors at this cosine may differ.
-            most = math.sqrt(2 - 2 * PARITY_FLOOR[self.precision])
-            ratio = np.linalg.norm(actual, axis=1) / np.linalg.norm(expected, axis=1)
-            cosines[np.abs(ratio - 1) > most] = -1
-        return cosines
+            for batch in filter(None, [*_batches(lengths), *full, *alone]):
+                compared = company if len(batch) > 1 else single
+                compared.add(batch, replica.texts([sample.ids[at] for at in batch]))
+        found, lone = np.concatenate(company.cosines + single.cosines), np.concatenate(
+            single.cosines
+        )
+        # As in engine/certificate.py: how far the lengths of vectors at this cosine may differ.
+        most = math.sqrt(2 - 2 * PARITY_FLOOR[self.precision])
+        smallest = float(found.min()) if max(company.apart, single.apart) <= most else -1.0
+        return Parity(smallest, float(found.mean()), len(found), float(lone.min()), [])
 
     def record(self) -> None:
         """Record calls on each device, where that pays."""
@@ -273,7 +269,7 @@ class Model:
 
     def size_batches(self) -> None:
         """Time batches on the first device, see BATCHES."""
-        texts, _ = sample(self.bundle)
+        texts = read_sample(self.bundle).ids
         length = min(BATCH_TEXT, self.bundle.manifest.max_tokens)
         speeds: list[float] = []
         for tokens in BATCHES:
@@ -353,23 +349,6 @@ def _load(bundle: Bundle, dtype: torch.dtype) -> SentenceTransformer:
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise BundleError(f"bundle {bundle.path}: its model cannot be loaded ({reason})") from None
-
-
-def sample(bundle: Bundle) -> tuple[list[Array], Float32]:
-    """The token ids and the vectors of SAMPLE. Raises: BundleError."""
-    try:
-        with bundle.file(SAMPLE).open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            ids, lengths, vectors = (saved[name] for name in ("ids", "lengths", "vectors"))
-        return np.split(ids, np.cumsum(lengths)[:-1]), vectors
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise BundleError(f"bundle {bundle.path}: {SAMPLE} cannot be read ({error})") from None
-
-
-def cosines_of(actual: Float32, expected: Float32) -> Float32:
-    """Of rows. What is not finite has cosine -1."""
-    lengths = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
-    cosines: Float32 = (actual * expected).sum(axis=1) / np.maximum(lengths, 1e-30)
-    return np.nan_to_num(cosines, nan=-1.0, posinf=-1.0, neginf=-1.0)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -201,8 +201,12 @@ def measure(
 
 
 def parity(bundle: Bundle) -> dict[str, float]:
-    """Smallest cosine to sentence-transformers at bake, by precision."""
-    return {name: figures.minimum for name, figures in bundle.manifest.parity.items()}
+    """Smallest cosine to sentence-transformers at bake, by precision, of any engine."""
+    found: dict[str, float] = {}
+    for parities in bundle.manifest.parity.values():
+        for name, figures in parities.items():
+            found[name] = min(found.get(name, 1.0), figures.minimum)
+    return found
 
 
 def text(advice: Advice, cores: int) -> str:

@@ -10,8 +10,10 @@ from baking import Baked, cosines, embed, refusal, serving
 from conftest import NAME
 
 from bake.export import trace_pictures
+from bake.parity import thread_counts
+from bake.traced import runs
 from engine import bundle as bundles
-from engine.bundle import PARITY_FLOOR
+from engine.bundle import PARITY_FLOOR, PRECISIONS
 from engine.errors import PrecisionUnavailable
 from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
 
@@ -21,9 +23,10 @@ def test_the_real_models_certificate_holds(
     models_dir: pathlib.Path, sentence_transformer: Any, precision: bundles.Precision
 ) -> None:
     bundle = bundles.read(models_dir / NAME)
-    parity = bundle.manifest.parity[precision]
-    assert PARITY_FLOOR[precision] <= parity.minimum <= parity.mean <= 1.0001
-    assert parity.cases == 120
+    parities = [each[precision] for each in bundle.manifest.parity.values() if precision in each]
+    for parity in parities:
+        assert PARITY_FLOOR[precision] <= parity.minimum <= parity.mean <= 1.0001
+        assert parity.cases > 240 and parity.threads == thread_counts()
     with serving(bundle, precision) as (embedder, _):
         found = cosines(embed(embedder, tiny.TEXTS), sentence_transformer.encode(tiny.TEXTS))
     assert found.min() >= PARITY_FLOOR[precision]
@@ -31,7 +34,9 @@ def test_the_real_models_certificate_holds(
 
 def test_the_certificate_states_what_this_cpu_ran(models_dir: pathlib.Path) -> None:
     manifest = bundles.read(models_dir / NAME).manifest
-    assert list(manifest.parity) == available_precisions()
+    assert list(manifest.parity["OpenVINO"]) == available_precisions()
+    own = [each for each in PRECISIONS if runs("own engine", each)]
+    assert list(manifest.parity.get("own engine", {})) == own and not manifest.left_out
     assert manifest.precisions == ["fp32", "bf16", "int8"]
 
 
@@ -39,8 +44,8 @@ def test_what_int8_spoils_is_refused_with_the_way_out(tmp_path: pathlib.Path) ->
     folder = tiny.save(tmp_path / "model", tiny.coarse_bert, heads=[tiny.coarse_head()])
     line = refusal(folder, tmp_path / "models", "--precisions", "fp32,int8")
     assert re.search(
-        r"at int8 its vectors are not the model's own: smallest cosine -?0\.\d{5}, at least 0.99 "
-        r"needed \(--precisions fp32 bakes it without\)$",
+        r"at int8 its vectors are not the model's own: smallest cosine -?0\.\d{5} "
+        r"\(OpenVINO, .*\), at least 0.99 needed \(--precisions fp32 bakes it without\)$",
         line,
     ), line
 
@@ -53,7 +58,7 @@ def test_a_tower_that_gives_other_vectors_is_refused(
         return trace_pictures(model, preprocessing)
 
     monkeypatch.setattr("bake.traced.trace_pictures", other)
-    line = refusal(tiny_clip_folder, tmp_path)
+    line = refusal(tiny_clip_folder, tmp_path, "--engine", "openvino")
     assert ": at fp32 its pictures' vectors are not the model's own: smallest cosine" in line
 
 

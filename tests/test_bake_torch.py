@@ -96,7 +96,7 @@ def test_a_bundle_gives_the_models_own_vectors(
     bundle = bake(folder, tmp_path / "models", *TORCH, "--max-tokens", str(tiny.WINDOW))
     manifest = bundle.manifest
     assert manifest.torch and manifest.torch.packed == packed and not manifest.torch.code
-    assert manifest.precisions == ["fp32"] and manifest.parity["fp32"].minimum >= 0.9999
+    assert manifest.precisions == ["fp32"] and manifest.parity["torch"]["fp32"].minimum >= 0.9999
     check(bundle, own_vectors(folder))
 
 
@@ -148,7 +148,7 @@ def test_texts_and_pictures_of_a_clip(tmp_path: pathlib.Path) -> None:
     folder = tiny_clip.save(tmp_path / "clip", trained=False)
     bundle = bake(folder, tmp_path / "models", *TORCH)
     assert bundle.manifest.modalities == ["text", "image"]
-    assert bundle.manifest.image_parity["fp32"].minimum >= 0.9999
+    assert bundle.manifest.image_parity["torch"]["fp32"].minimum >= 0.9999
     model = open_model(bundle, device="cpu", precision="fp32", threads=1)
     own = SentenceTransformer(str(folder), device="cpu")
     tokenizer, _, _ = load_tokenizer(bundle)
@@ -261,13 +261,31 @@ def test_where_only_pictures_cannot_be_traced_no_graph_is_left(tmp_path: pathlib
     names = {path.name for path in bundle.path.iterdir()}
     assert names == {"torch", "sample.npz", "tokenizer.json", "preprocess.json", "manifest.json"}
     assert {name.partition("/")[0] for name in bundle.manifest.files} == names - {"manifest.json"}
-    assert bundle.manifest.torch and bundle.manifest.image_parity["fp32"].minimum >= 0.9999
+    assert bundle.manifest.torch and bundle.manifest.image_parity["torch"]["fp32"].minimum >= 0.9999
 
 
-def test_wrong_vectors_do_not_change_the_engine(tmp_path: pathlib.Path) -> None:
-    folder = tiny.save(tmp_path / "model", heads=[tiny.Branching()], normalize=False)
+@pytest.mark.parametrize("make", [tiny.bert, tiny.roberta, tiny.distilbert])
+def test_what_openvino_gets_wrong_is_baked_for_torch(
+    make: Callable[[], tiny.Made], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.save(tmp_path / "model", make, heads=[tiny.Mistraced()], normalize=False)
+    wrong = "at fp32 its vectors are not the model's own: smallest cosine"
+    line = refusal(folder, tmp_path / "models", TRUST, "--engine", "openvino")
+    assert wrong in line
+    capsys.readouterr()
+    bundle = bake(folder, tmp_path / "models", TRUST, "--max-tokens", str(tiny.WINDOW))
+    assert bundle.manifest.torch and not bundle.file("text.xml").exists()
+    said = capsys.readouterr().out
+    assert wrong in said and "baked for torch instead" in said
+    check(bundle, own_vectors(folder))
+
+
+@pytest.mark.parametrize("module", [tiny.Branching, tiny.Scaling])
+def test_what_no_engine_gets_right_is_refused(module: type[Module], tmp_path: pathlib.Path) -> None:
+    """Its vectors depend on the texts beside."""
+    folder = tiny.save(tmp_path / "model", heads=[module()], normalize=False)
     line = refusal(folder, tmp_path / "models", TRUST)
-    assert "at fp32 its vectors are not the model's own: smallest cosine" in line
+    assert "at fp32 its vectors are not the model's own: " in line and "(torch" in line
 
 
 def test_torch_has_no_int8(tmp_path: pathlib.Path, bare: pathlib.Path) -> None:
@@ -285,7 +303,8 @@ def test_bf16_below_its_floor_is_left_out(
     monkeypatch.setitem(PARITY_FLOOR, "bf16", 1.1)
     bake_model.main([str(bare), *TORCH, "--output", str(tmp_path)])
     manifest = read(tmp_path / bare.name).manifest
-    assert manifest.precisions == ["fp32"] and list(manifest.parity) == ["fp32"]
+    assert manifest.precisions == ["fp32"] and list(manifest.parity["torch"]) == ["fp32"]
+    assert "at least 1.1 needed" in manifest.left_out["torch"]["bf16"]
     said = capsys.readouterr()
     for text in (said.out, said.err):
         assert "at bf16 its vectors are not the model's own" in text
@@ -300,11 +319,13 @@ def test_the_summary_of_a_torch_bundle(
     bundle = bake(bare, tmp_path, *TORCH, "--precisions", "fp32,bf16")
     rows = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
     said = {label: text.strip() for label, text in rows}
-    files, parity = bundle.manifest.files, bundle.manifest.parity
+    files, parity = bundle.manifest.files, bundle.manifest.parity["torch"]
     size = sum(file.size for name, file in files.items() if name.startswith("torch/"))
     assert said["torch"] == f"{size / 1e6:.1f} MB" and said["engine"] == "torch, unpadded"
     for precision in ("fp32", "bf16"):
-        assert said[precision].startswith(f"cosine at least {parity[precision].minimum:.6f}, ")
+        assert said[f"{precision}, torch"].startswith(
+            f"cosine at least {parity[precision].minimum:.6f} (alone "
+        )
     assert said["int8"] == "not baked"
 
 

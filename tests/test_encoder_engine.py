@@ -29,7 +29,7 @@ from engine.choice import text_engine
 from engine.encoder import cpu, encoder_engine, library
 from engine.encoder.build import build
 from engine.encoder.encoder_engine import AHEAD_TOKENS, EncoderEngine, EncoderThreads
-from engine.openvino_backend import OpenVINOTextEngine
+from engine.openvino_backend import OpenVINOTextEngine, available_precisions
 from engine.protocol import InputRefused
 from settings import Settings
 from tokens import load_tokenizer
@@ -170,8 +170,11 @@ def test_a_model_whose_vectors_it_does_not_give_is_left_to_openvino(
 
     monkeypatch.setattr(EncoderThreads, "put", wrong)
     bundle = bake(folder)
-    assert bundle.manifest.encoder is None
-    assert set(bundle.manifest.parity) == {"fp32", "bf16", "int8"}
+    assert bundle.manifest.encoder and list(bundle.manifest.left_out) == ["own engine"]
+    assert list(bundle.manifest.left_out["own engine"]) == ["int8"]
+    assert encoder_engine.choose("int8", bundle) is None
+    assert encoder_engine.choose("fp32", bundle) == "fp32"
+    assert set(bundle.manifest.parity["OpenVINO"]) == set(available_precisions())
     assert "at int8 its vectors are not the model's own" in capsys.readouterr().err
 
 

@@ -351,6 +351,15 @@ class Broken(_Odd):
         raise KeyError("nothing of the kind")
 
 
+class Mistraced(_Odd):
+    """Takes another way where it is traced."""
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        if not torch.jit.is_tracing():
+            features["sentence_embedding"] = features["sentence_embedding"].flip(-1)
+        return features
+
+
 class Branching(_Odd):
     """Treats long texts in another way, if there is one: a trace has seen none."""
 

@@ -47,7 +47,7 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
         if isa == "auto" and cpu.slow_at_bf16():
             precisions.reverse()
     for precision in precisions:
-        if bundle.offers(precision) and cpu.fastest(precision, isa):
+        if "own engine" in bundle.backends(precision) and cpu.fastest(precision, isa):
             return precision
     return None
 

@@ -148,7 +148,7 @@ def models(options: argparse.Namespace) -> None:
             "bake s": baked,
             "MB": size / 1e6,
             "packed": manifest["torch"]["packed"],
-            **{each: found["minimum"] for each, found in manifest["parity"].items()},
+            **{each: found["minimum"] for each, found in manifest["parity"]["torch"].items()},
         }
 
     with ThreadPoolExecutor(len(options.only)) as pool:

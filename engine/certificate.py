@@ -1,0 +1,148 @@
+"""The certificate: whether an engine gives sentence-transformers' vectors on this machine, computed
+as serving computes them. The bake measures it, and so does serving what the bake could not run.
+"""
+
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.bundle import PARITY_FLOOR, SAMPLE, Bundle, Parity
+from engine.errors import BundleError
+from engine.protocol import Array, Engine, Float32
+from engine.queue import Queue
+
+# What is computed beside the whole sample at once, where the queue makes full batches of texts of
+# like lengths: every third text in requests of MIXED of very different lengths; pairs of the PAIRED
+# shortest; each alone, of the SHORTEST and of ALONE others, since engines have other code for small
+# shapes. A text of more than LONG tokens has a batch to itself in any case.
+MIXED, PAIRED, SHORTEST, ALONE, LONG = 8, 16, 24, 12, 512
+A_DAY = 24 * 3600.0  # seconds
+
+
+class BelowFloor(BundleError):
+    """An engine's vectors are not the model's own."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A bundle's sample of texts."""
+
+    ids: list[Array]  # int64, shape (tokens,) each, with the default prompt's
+    expected: Float32  # shape (texts, dimensions)
+
+
+def read_sample(bundle: Bundle) -> Texts:
+    """Raises: BundleError."""
+    ids, lengths, vectors = _read(bundle, ["ids", "lengths", "vectors"])
+    return Texts(np.split(ids, np.cumsum(lengths)[:-1]), vectors)
+
+
+def read_pictures(bundle: Bundle) -> Float32:
+    """The vectors of bake/samples.py's pictures. Raises: BundleError."""
+    vectors: Float32 = _read(bundle, ["pictures"])[0]
+    return vectors
+
+
+def _read(bundle: Bundle, names: Sequence[str]) -> list[npt.NDArray[Any]]:
+    try:
+        with bundle.file(SAMPLE).open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            return [saved[name] for name in names]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise BundleError(f"bundle {bundle.path}: {SAMPLE} cannot be read ({error})") from None
+
+
+def measure(
+    bundle: Bundle, engine: Engine, queue: Queue, texts: Texts, *, brief: bool = False
+) -> Parity:
+    """Compare an engine's vectors of texts with the expected ones: in company, in the batches that
+    the queue makes, and alone.
+
+    Args:
+        engine: not widened yet; it is afterwards, unless `brief`.
+        queue: started, with the settings of the service.
+        brief: measure less, for an engine that was measured with other numbers of threads.
+
+    Raises: BelowFloor for the engine's precision; what `Queue.submit` raises.
+    """
+    order = sorted(range(len(texts.ids)), key=lambda number: len(texts.ids[number]))
+    short = [number for number in order if len(texts.ids[number]) <= LONG]
+    requests = [order[::2] if brief else order]
+    mixed = short[::3]
+    step = -(-len(mixed) // MIXED)
+    requests += [mixed[first::step] for first in range(step if not brief else 0)]
+    requests += [short[first : first + 2] for first in range(0, min(PAIRED, len(short)), 2)]
+    alone = short[:SHORTEST] + short[SHORTEST :: max(1, len(short[SHORTEST:]) // ALONE)]
+    company = Compared(bundle, texts.expected)
+    for numbers in requests:
+        ids = [texts.ids[number] for number in numbers]
+        deadline = time.monotonic() + A_DAY
+        company.add(numbers, queue.submit(engine, ids, [len(each) for each in ids], deadline))
+    single = Compared(bundle, texts.expected)
+    for wide in (False, True):
+        if wide and not brief:
+            engine.widen()
+        for number in alone:
+            single.add([number], engine.run([texts.ids[number]], alone=wide))
+    return certify(bundle, engine, company, single, queue.threads)
+
+
+class Compared:
+    """Vectors beside the expected ones."""
+
+    def __init__(self, bundle: Bundle, expected: Float32) -> None:
+        """`expected`: sentence-transformers' own, shape (inputs, dimensions)."""
+        self._normalized, self._expected = bundle.manifest.normalized, expected
+        self.cosines: list[Float32] = []
+        self.apart = (
+            0.0  # how far lengths are off at most, as a share; models that normalise have 0
+        )
+
+    def add(self, numbers: Sequence[int], actual: Float32) -> None:
+        """The engine's vectors of the inputs of these numbers."""
+        expected = self._expected[list(numbers)]
+        lengths = np.linalg.norm(actual, axis=1), np.linalg.norm(expected, axis=1)
+        cosines = (actual * expected).sum(axis=1) / np.maximum(lengths[0] * lengths[1], 1e-30)
+        self.cosines.append(np.nan_to_num(cosines, nan=-1.0, posinf=-1.0, neginf=-1.0))
+        if not self._normalized:
+            self.apart = max(self.apart, float(np.abs(lengths[0] / lengths[1] - 1).max()))
+
+
+def certify(
+    bundle: Bundle, engine: Engine, company: Compared, single: Compared, threads: int
+) -> Parity:
+    """The certificate of what was compared. Raises: BelowFloor, also when the vectors' lengths
+    differ by more than they can at that floor.
+    """
+    together, alone = np.concatenate(company.cosines), np.concatenate(single.cosines)
+    floor, every = PARITY_FLOOR[engine.precision], np.concatenate([together, alone])
+    what = "vectors" if engine.modality == "text" else "pictures' vectors"
+    wrong = f"at {engine.precision} its {what} are not the model's own"
+    if not every.min() >= floor:
+        raise BelowFloor(
+            f"{wrong}: smallest cosine {every.min():.5f} ({engine.backend}, threads: {threads}; "
+            f"alone {alone.min():.5f}, in company {together.min():.5f}), at least {floor} needed"
+        )
+    # Unit vectors at cosine c are sqrt(2 - 2c) apart. Lengths matter to models that do not
+    # normalise: their similarity is the dot product.
+    apart = max(company.apart, single.apart)
+    if not apart <= (2 - 2 * floor) ** 0.5:
+        raise BelowFloor(f"{wrong}: their lengths are off by up to {apart:.2%} ({engine.backend})")
+    minimum, mean, smallest = map(float, (every.min(), every.mean(), alone.min()))
+    return Parity(minimum, mean, len(every), smallest, [threads])
+
+
+def merged(parities: Sequence[Parity]) -> Parity:
+    """One certificate of several numbers of threads."""
+    cases = sum(each.cases for each in parities)
+    return Parity(
+        minimum=min(each.minimum for each in parities),
+        mean=sum(each.mean * each.cases for each in parities) / cases,
+        cases=cases,
+        alone=min(each.alone for each in parities),
+        threads=sorted({count for each in parities for count in each.threads}),
+    )
