@@ -246,7 +246,7 @@ class Model:
         company, single = (Compared(self.bundle, sample.expected) for _ in range(2))
         for replica, sizes in zip(self._replicas, self._recorded):
             full = [_filling(size, lengths) for size in sizes]
-            for batch in filter(None, [*_batches(lengths), *full, *alone]):
+            for batch in filter(None, [*_batches(lengths), *alone, *full]):
                 compared = company if len(batch) > 1 else single
                 compared.add(batch, replica.texts([sample.ids[at] for at in batch]))
         found, lone = np.concatenate(company.cosines + single.cosines), np.concatenate(
