@@ -302,7 +302,10 @@ def _stateful(bundle: Bundle, model: torch.nn.Module) -> bool:
     """Whether a call may change the model, so that calls must not overlap: code of its own may do
     anything, and transformers computes the frequencies of these positions anew for long texts.
     """
-    kinds = {getattr(module, "rope_type", None) for module in model.modules()}
+    kinds = set()
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds |= set(kind.values() if isinstance(kind, dict) else [kind])  # a dict: by layer type
     return torch_of(bundle).code or bool(kinds & {"dynamic", "longrope"})
 
 
