@@ -71,7 +71,7 @@ def measure(
     """
     order = sorted(range(len(texts.ids)), key=lambda number: len(texts.ids[number]))
     short = [number for number in order if len(texts.ids[number]) <= LONG]
-    requests = [order[::2] if brief else order]
+    requests = [order[::4] if brief else order]
     mixed = short[::3]
     step = -(-len(mixed) // MIXED)
     requests += [mixed[first::step] for first in range(step if not brief else 0)]
