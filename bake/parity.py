@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bake import BakeError, refusing
+from bake import BakeError, refusing, windows
 from bake.samples import Sample
 from embeddings import TextEmbedder
 from engine.bundle import PARITY_FLOOR, Bundle, Parity, Precision
@@ -31,14 +31,12 @@ class BelowFloor(BakeError):
 def reference(model: Any, inputs: Sequence[Any], what: str = "") -> Float32:
     """sentence-transformers' own vectors of texts, with the default prompt, or of PIL images.
 
-    Raises: BakeError when the model's code fails, naming `what` it cannot embed.
+    Raises: BakeError when the model's code fails, naming `what` it cannot embed, and when there is
+        not enough memory.
     """
-    size = min(BATCH, max(1, BATCH_TOKENS // model.max_seq_length))
-    if pools_at_the_end(model):
-        size = 1
+    size = 1 if pools_at_the_end(model) else BATCH
     with refusing(f"sentence-transformers cannot embed {what}with it"):
-        vectors = model.encode(list(inputs), batch_size=size, show_progress_bar=False)
-    return np.asarray(vectors, np.float32)
+        return windows.embed(model, inputs, size)
 
 
 def measure(
