@@ -121,42 +121,66 @@ class Chunker:
 
 
 def cut(tokens: int, room: int, borders: Sequence[Sequence[int]]) -> list[int]:
-    """Split `tokens` tokens into chunks of at most `room`, as equal in length as borders allow.
+    """Split `tokens` tokens into as few chunks of at most `room` as borders between words allow, as
+    equal in length as they allow. Only words of more tokens than that are cut, into as few pieces.
 
     Args:
-        borders: ascending positions for cuts: after spaces, between words, between characters.
+        borders: ascending positions for cuts, each list with those of the one before: after spaces,
+            between words, between characters.
 
     Returns: ascending positions, the first 0 and the last `tokens`; chunk i is
-        [result[i], result[i + 1]). As few chunks as fit, or one more if only that keeps every cut
-        between words.
+        [result[i], result[i + 1]).
     """
-    fewest = -(-tokens // room)
-    cuts, between_words = _cut_into(fewest, tokens, room, borders)
-    if not between_words and fewest < tokens:
-        more, between_words = _cut_into(fewest + 1, tokens, room, borders)
-        if between_words:
-            return more
-    return cuts
+    spaces, *levels = borders
+    return _split(0, tokens, room, [*levels, range(1, tokens)], spaces)
 
 
-def _cut_into(
-    count: int, tokens: int, room: int, borders: Sequence[Sequence[int]]
-) -> tuple[list[int], bool]:
-    """Returns: the cuts, and whether all of them fall between words."""
-    cuts, between_words = [0], True
-    for left in range(count, 1, -1):
-        start = cuts[-1]
-        equal = (tokens - start) / left
-        low = max(start + 1, tokens - (left - 1) * room, round(start + equal * (1 - CHUNK_SLACK)))
-        high = min(start + room, tokens - left + 1, round(start + equal * (1 + CHUNK_SLACK)))
+def _split(
+    start: int,
+    end: int,
+    room: int,
+    levels: Sequence[Sequence[int]],
+    preferred: Sequence[int] = (),
+) -> list[int]:
+    """Positions from `start` to `end`, at most `room` apart: of the first of `levels`, and of the
+    next ones only between two that are too far from each other.
+    """
+    coarse, *finer = levels
+    inside = coarse[bisect_right(coarse, start) : bisect_left(coarse, end)]
+    allowed = []
+    for first, last in pairwise([start, *inside, end]):
+        if last - first <= room:
+            allowed.append(first)
+        else:
+            allowed += _split(first, last, room, finer)[:-1]
+    return _near_equal([*allowed, end], room, preferred)
+
+
+def _near_equal(allowed: Sequence[int], room: int, preferred: Sequence[int]) -> list[int]:
+    """The fewest of `allowed` that are at most `room` apart, its first and last among them, near an
+    equal split; one of `preferred` where it is within CHUNK_SLACK.
+    """
+    end = allowed[-1]
+    earliest = [end]  # by number of chunks: where the end begins that fits into so many
+    while earliest[-1] > allowed[0]:
+        earliest.append(allowed[bisect_left(allowed, earliest[-1] - room)])
+    cuts = [allowed[0]]
+    for left in range(len(earliest) - 1, 1, -1):
+        start, equal = cuts[-1], (end - cuts[-1]) / left
+        low, high = earliest[left - 1], start + room
         target = min(max(round(start + equal), low), high)
-        for kind, positions in enumerate([*borders, [target]]):
-            near = positions[bisect_left(positions, low) : bisect_right(positions, high)]
-            if near:
-                break
-        cuts.append(min(near, key=lambda position: abs(position - target)))
-        between_words = between_words and kind < 2
-    return [*cuts, tokens], between_words
+        lowest = max(low, round(start + equal * (1 - CHUNK_SLACK)))
+        highest = min(high, round(start + equal * (1 + CHUNK_SLACK)))
+        near = _nearest(preferred, target, lowest, highest) or _nearest(allowed, target, low, high)
+        cuts += near
+    return [*cuts, end]
+
+
+def _nearest(positions: Sequence[int], target: int, low: int, high: int) -> list[int]:
+    """The position nearest to `target` of those from `low` to `high`, if there is one."""
+    at = bisect_left(positions, target)
+    beside = [each for each in positions[max(0, at - 1) : at + 1] if low <= each <= high]
+    return sorted(beside, key=lambda each: abs(each - target))[:1]
 
 
 def _borders(whole: str, gaps: Gaps, words: Sequence[int | None]) -> list[list[int]]:
@@ -166,7 +190,8 @@ def _borders(whole: str, gaps: Gaps, words: Sequence[int | None]) -> list[list[i
     every = [at for at, (end, start) in gaps.items() if end <= start]
     # Byte-level tokenizers join the space before a word to the word: the next character counts too.
     spaced = [at for at in every if _SPACE.search(whole, gaps[at][0], gaps[at][1] + 1)]
-    return [spaced, [at for at in every if words[at] != words[at - 1]], every]
+    apart = {*spaced}
+    return [spaced, [at for at in every if words[at] != words[at - 1] or at in apart], every]
 
 
 def _places(whole: str, ahead: int, cuts: Sequence[int], gaps: Gaps) -> list[int]:

@@ -1,5 +1,6 @@
 """A bundle's vectors compared with sentence-transformers' own, by the engines that serve it."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bake import BakeError, Options, refusing
+from bake import BakeError, Options, refusing, windows
 from bake.samples import Sample
 from engine import certificate
 from engine.bundle import SAMPLE, Backend, Bundle, Parity, Precision
@@ -23,7 +24,7 @@ from tokens import load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
 
-BATCH, BATCH_TOKENS = 8, 2048  # of sentence-transformers
+BATCH = 8  # of sentence-transformers
 ALONE = 8  # pictures that are also embedded each alone
 
 
@@ -33,12 +34,12 @@ def reference(model: Any, inputs: Sequence[Any], what: str = "", alone: bool = F
     Args:
         alone: embed each without others beside it.
 
-    Raises: BakeError when the model's code fails, naming `what` it cannot embed.
+    Raises: BakeError when the model's code fails, naming `what` it cannot embed, and when there is
+        not enough memory.
     """
-    size = min(BATCH, max(1, BATCH_TOKENS // model.max_seq_length))
-    if alone or pools_at_the_end(model):
-        size = 1
-    return _encode(model, inputs, size, what)
+    size = 1 if alone or pools_at_the_end(model) else BATCH
+    with _refusing(model, what):
+        return windows.embed(model, inputs, size)
 
 
 def in_company(model: Any, texts: Sequence[str]) -> float:
@@ -55,15 +56,19 @@ def in_company(model: Any, texts: Sequence[str]) -> float:
     return float(((alone * batch).sum(axis=1) / np.maximum(lengths, 1e-30)).min())
 
 
-def _encode(model: Any, inputs: Sequence[Any], size: int, what: str = "") -> Float32:
+def _encode(model: Any, texts: Sequence[str], size: int) -> Float32:
     """In batches of `size`."""
+    with _refusing(model):
+        vectors = model.encode(list(texts), batch_size=size, show_progress_bar=False)
+    return np.asarray(vectors, np.float32)
+
+
+def _refusing(model: Any, what: str = "") -> contextlib.AbstractContextManager[None]:
     chain = ", ".join(type(module).__name__ for module in model)
-    with refusing(
+    return refusing(
         f"sentence-transformers itself fails to embed {what}with its modules ({chain}); mend the "
         "model's folder, or bake another"
-    ):
-        vectors = model.encode(list(inputs), batch_size=size, show_progress_bar=False)
-    return np.asarray(vectors, np.float32)
+    )
 
 
 def write_sample(bundle: Bundle, samples: Sequence[Sample]) -> None:

@@ -30,7 +30,8 @@ from engine.openvino_backend import unpadded_inputs
 _QUERY, _MASK, _SCALE = 0, 3, 4  # inputs of ScaledDotProductAttention
 _MOVING = ("Transpose", "Reshape")  # change no value
 _PENALTY = 1e9  # subtracted from the score of a padded token
-# A mask for a longer window would take more than half a gigabyte to check.
+# Masks are looked at up to this length. One of 8192 x 8192 takes half a gigabyte, and the sample,
+# which reaches to the window, is compared in any case.
 _LONGEST = 8192
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 # Operations whose result for a token depends on that token of their inputs alone. The function that
@@ -50,17 +51,18 @@ Key = tuple[str, int]  # name of a node, number of its output
 
 def shrink_masks(model: Any, window: int) -> bool:
     """Rewrite the masks of an OpenVINO model in place, if all of them are the same as
-    `attention_mask`, both in short texts and at `window` tokens.
+    `attention_mask`, both in short texts and at `window` tokens, or _LONGEST.
 
     Returns: whether the model was rewritten; otherwise it is unchanged.
     """
     attentions = [node for node in _attentions(model) if node.get_input_size() > _MASK]
     masks = {_key(node.input_value(_MASK)): node.input_value(_MASK) for node in attentions}
-    if not masks or window > _LONGEST:
+    if not masks:
         return False
-    for length in (min(16, window), window):
-        mask = np.ones((2, length), np.int64)
-        mask[1, length // 2 :] = 0
+    longest = np.ones((1, min(window, _LONGEST)), np.int64)
+    half, short = longest.copy(), np.ones((2, min(16, window)), np.int64)
+    half[:, longest.size // 2 :] = short[1, short.shape[1] // 2 :] = 0
+    for mask in (short, longest, half):  # one after the other: a batch would take twice the memory
         if not all(_is_attention_mask(model, output, mask) for output in masks.values()):
             return False
     real = ops.convert(model.input("attention_mask"), np.float32)

@@ -14,9 +14,9 @@ from bake import BakeError
 from engine.bundle import Modality
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
-# Lengths are spread evenly up to this many tokens and sparsely above: 120 texts spread evenly over
-# a window of 8192 would take hours.
-EVEN_TOKENS = 512
+# Lengths are spread evenly over a window of up to this many tokens; over a longer one only up to
+# EVEN_TOKENS, and sparsely above: 120 texts spread evenly over a window of 8192 would take hours.
+SHORT_WINDOW, EVEN_TOKENS = 512, 128
 # Several languages and scripts, code, numbers, emoji, combining marks, odd spacing.
 _PHRASES = (
     "What is deep learning, and how does it differ from classical statistics?",
@@ -53,7 +53,8 @@ class Sample:
 
 def sample_texts(tokenizer: Any, prompt: str, window: int, count: int) -> list[str]:
     """Texts of all lengths, counted with prompt and special tokens: from one token of their own to
-    `window` tokens, evenly spread up to EVEN_TOKENS, above that one for every doubling.
+    `window` tokens, evenly spread; with a window over SHORT_WINDOW only up to EVEN_TOKENS, and
+    above that one for every doubling.
 
     Raises: BakeError when the prompt leaves no room.
     """
@@ -65,7 +66,8 @@ def sample_texts(tokenizer: Any, prompt: str, window: int, count: int) -> list[s
             "--max-tokens, or another --default-prompt"
         )
     lengths = []
-    while window > EVEN_TOKENS:
+    even = window if window <= SHORT_WINDOW else EVEN_TOKENS
+    while window > even:
         lengths.append(window)
         window //= 2
     lengths += np.linspace(least, max(least, window), count - len(lengths)).round().tolist()

@@ -18,6 +18,9 @@ def test_the_sample_reaches_from_one_token_to_the_window(baked: Baked, window: i
     assert window - 3 <= max(lengths) <= window
     # Attention costs the square of the length: what takes a minute at 512 may not take hours.
     assert sum(length**2 for length in lengths) < 120 * 512**2 / 2 + 2 * window**2
+    if window > 512:  # a large model computes the others faster than the longest ones
+        assert sum(lengths) < 3.5 * window
+        assert sum(length > 128 for length in lengths) == 6
 
 
 def test_a_beginning_is_never_longer_nor_white_space(baked: Baked) -> None:

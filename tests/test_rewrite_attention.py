@@ -10,6 +10,7 @@ import openvino as ov
 import pytest
 from baking import Baked
 
+from bake import rewrite
 from bake.rewrite import fold_scales, shrink_masks
 
 WIDTH, HEADS = 8, 2
@@ -141,6 +142,17 @@ def test_a_mask_of_every_pair_becomes_one_of_every_token(ops: Any, mask: Mask) -
     np.testing.assert_allclose(run(model), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_masks_are_looked_at_up_to_a_length_and_rewritten_for_longer_windows(
+    ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewrite, "_LONGEST", WINDOW)
+    model = graph(ops, pairs)
+    expected = run(model)
+    assert shrink_masks(model, 1000 * WINDOW)
+    assert np.allclose(run(model), expected, atol=1e-5)
+    assert not shrink_masks(graph(ops, local), 1000 * WINDOW)
+
+
 @pytest.mark.parametrize("mask", [causal, local, biased, weak, no_mask])
 def test_a_mask_that_says_more_stays(ops: Any, mask: Mask) -> None:
     model = graph(ops, mask)
@@ -152,7 +164,6 @@ def test_a_mask_that_says_more_stays(ops: Any, mask: Mask) -> None:
 
 def test_what_only_longer_texts_than_the_window_would_show_does_not_matter(ops: Any) -> None:
     assert shrink_masks(graph(ops, local), WINDOW - 2)
-    assert not shrink_masks(graph(ops, pairs), 10_000)  # never tried
 
 
 def test_a_graph_without_attention_is_left_alone(ops: Any) -> None:
