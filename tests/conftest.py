@@ -41,6 +41,14 @@ def pytest_xdist_setupnodes() -> None:
     os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 
+@pytest.fixture(autouse=True)
+def online() -> Iterator[None]:
+    """What an engine told this process's libraries is not told to those of other processes."""
+    yield
+    for name in ("HF_HUB_OFFLINE", "HF_MODULES_CACHE"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture
 def torch_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a test that starts a process with torch, whose imports take twice as long when coverage

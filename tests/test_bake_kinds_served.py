@@ -226,9 +226,8 @@ def longformer() -> tiny.Made:
     return tokenizer, transformers.LongformerModel(config)
 
 
-def test_a_wrong_trace_says_that_torch_needs_none(tmp_path: pathlib.Path) -> None:
+def test_what_a_trace_gets_wrong_is_baked_for_torch(tmp_path: pathlib.Path) -> None:
     folder = tiny.save(tmp_path / "model", longformer)
-    line = refusal(folder, tmp_path / "models", *WINDOW)
-    assert line.endswith(" where a trace cannot follow: --engine torch runs it untraced")
-    bundle = bake(folder, tmp_path / "models", *WINDOW, *TORCH)
+    bundle = bake(folder, tmp_path / "models", *WINDOW)
+    assert bundle.manifest.torch
     check(bundle, SentenceTransformer(str(folder), device="cpu").encode(tiny.TEXTS))

@@ -265,13 +265,13 @@ def test_a_bundle_that_cannot_be_loaded_ends_the_whole_service(
     assert "Traceback" not in log
 
 
-def test_a_bundle_without_the_graph_that_is_asked_for(
+def test_a_bundle_without_the_precision_that_is_asked_for(
     models_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     models = copy(models_dir, tmp_path)
     path = models / NAME / "manifest.json"
     manifest = json.loads(path.read_bytes())
-    manifest["files"] = {k: v for k, v in manifest["files"].items() if "int8" not in k}
+    manifest["precisions"].remove("int8")
     path.write_text(json.dumps(manifest))
     code, log = start_and_end(models, tmp_path, PRECISION="int8")
     assert code == 3 and f"PRECISION=int8, but bundle {NAME} was baked without it" in log
