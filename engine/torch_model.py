@@ -10,21 +10,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 
-from engine.bundle import (
-    PARITY_FLOOR,
-    TORCH_MODEL,
-    Bundle,
-    Parity,
-    Precision,
-    Torch,
-)
+from engine.bundle import PARITY_FLOOR, TORCH_MODEL, Bundle, Parity, Precision, Torch
 from engine.certificate import Compared, read_sample
 from engine.errors import BundleError
 from engine.packing import Packer, flash_runs, to_device
@@ -33,7 +26,6 @@ from engine.protocol import Array, Float32
 from engine.recording import Recordings
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -249,9 +241,8 @@ class Model:
             for batch in filter(None, [*_batches(lengths), *alone, *full]):
                 compared = company if len(batch) > 1 else single
                 compared.add(batch, replica.texts([sample.ids[at] for at in batch]))
-        found, lone = np.concatenate(company.cosines + single.cosines), np.concatenate(
-            single.cosines
-        )
+        lone = np.concatenate(single.cosines)
+        found = np.concatenate([*company.cosines, lone])
         # As in engine/certificate.py: how far the lengths of vectors at this cosine may differ.
         most = math.sqrt(2 - 2 * PARITY_FLOOR[self.precision])
         smallest = float(found.min()) if max(company.apart, single.apart) <= most else -1.0
@@ -338,7 +329,6 @@ def _timed(call: Callable[[Any], object], argument: Any) -> float:
 
 def _load(bundle: Bundle, dtype: torch.dtype) -> SentenceTransformer:
     """Raises: BundleError."""
-    assert bundle.manifest.torch
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -346,7 +336,7 @@ def _load(bundle: Bundle, dtype: torch.dtype) -> SentenceTransformer:
             str(bundle.file(TORCH_MODEL)),
             device="cpu",
             local_files_only=True,
-            trust_remote_code=bundle.manifest.torch.code,
+            trust_remote_code=torch_of(bundle).code,
             model_kwargs={"dtype": dtype},
         )
     except Exception as error:
