@@ -6,6 +6,9 @@ from server.messages import Request, Response
 
 
 def add_headers(response: Response, request: Request) -> Response:
-    """Returns: the response, with the headers that every one has."""
+    """Returns: the response, with the headers that every one has and those that the request's view
+    noted.
+    """
     response.headers.append(("X-Request-Id", request.id))
+    response.headers.extend(request.notes.items())
     return response
