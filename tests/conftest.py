@@ -4,12 +4,13 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -51,9 +52,8 @@ def online() -> Iterator[None]:
 
 @pytest.fixture
 def torch_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a test that starts a process with torch, whose imports take twice as long when coverage
-    follows greenlets."""
-    monkeypatch.setenv("COVERAGE_CHILD_CONCURRENCY", "thread")
+    """For a test that starts a process with torch: coverage doubles the time of its imports."""
+    monkeypatch.delenv("COVERAGE_PROCESS_START", raising=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,8 +76,8 @@ def needs_bundles(item: pytest.Item) -> bool:
 
 
 def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
-    """Begin to train and to bake what is not there from an earlier run, with the command lines, two
-    at a time.
+    """Begin to train and to bake what is not there from an earlier run, in two processes: to import
+    torch and sentence-transformers takes 10 s of a core.
     """
     trained = cache(config, "tiny-clip", TINY_CLIP, ROOT / "requirements.txt") / "tiny-clip"
     bundles = cache(
@@ -100,27 +100,32 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
     environ = {key: value for key, value in os.environ.items() if "COVERAGE_PROCESS" not in key}
     environ["OMP_NUM_THREADS"] = "1"
 
-    def run(*command: object) -> None:
-        arguments = [sys.executable, *map(str, command)]
+    def run(*commands: Sequence[object]) -> None:
+        words = json.dumps([list(map(str, command)) for command in commands])
+        arguments = [sys.executable, str(ROOT / "tests" / "bakes.py"), words]
         done = subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
+    to_pictures = ["--source", trained.name, "--output", folders.pictures]
+
     def bake() -> None:
-        # The bundle baked first is the default.
         with locked(bundles / "texts.lock"):
-            for name, options in ((NAME, []), (WIDE, ["--max-tokens", "512"])):
-                if not (folders.texts / name).exists():
-                    named = ["--name", name, "--source", f"sentence-transformers/{name}"]
-                    run("bake_model.py", packaged(), *named, *options, "--output", folders.texts)
+            wanted = [  # the bundle baked first is the default
+                [packaged(), "--name", name, "--source", f"sentence-transformers/{name}", *options]
+                for name, options in ((NAME, []), (WIDE, ["--max-tokens", "512"]))
+                if not (folders.texts / name).exists()
+            ]
+            if wanted:
+                run(*([*options, "--output", folders.texts] for options in wanted))
 
     def train_and_bake() -> None:
         with locked(bundles / "pictures.lock"):
+            unfinished = trained.with_name("unfinished")
             if not trained.exists():
-                unfinished = trained.with_name("unfinished")
-                run(TINY_CLIP, unfinished)
+                run(["train", unfinished], [unfinished, "--name", trained.name, *to_pictures])
                 unfinished.rename(trained)
-            if not (folders.pictures / trained.name).exists():
-                run("bake_model.py", trained, "--output", folders.pictures)
+            elif not (folders.pictures / trained.name).exists():
+                run([trained, *to_pictures])
 
     pool = ThreadPoolExecutor(2)
     jobs = [pool.submit(bake), pool.submit(train_and_bake)]

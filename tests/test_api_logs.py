@@ -246,42 +246,42 @@ def test_no_key_and_no_text_gets_into_the_log(
         b"POST /embeddings HTTP/1.1\r\nX-API-Key: %s" % key,
         b"textmark keymark",
     ]
-    for folder in (models_dir, clip_models_dir):
-        with marked(folder, form, LOG_LEVEL="debug") as server:
-            client = server.client
-            documented = client.get("/openapi.json").json()["paths"]
-            routes = [(method, path) for path, made in documented.items() for method in made]
-            for method, path in routes:
-                path = path.replace("{model}", KEYS[0])
-                for body in bodies:
-                    answer = client.request(method, path, json=body, headers=AUTH)
-                    assert answer.status_code < 500 or answer.status_code == 501
-                for sent in credentials:
-                    url = f"{path}?key={KEYS[0]}&text={TEXT}"
-                    client.request(method, url, json=bodies[0], headers=sent)
-                broken = {**AUTH, "Content-Type": "application/json"}
-                client.request(method, path, content=f'{{"text": "{TEXT}', headers=broken)
-                client.request(method, path, content=TEXT, headers={**AUTH, "Content-Type": TEXT})
-                picture = {TEXT: (TEXT, probe_picture()), "b": (TEXT, TEXT.encode())}
-                client.request(method, path, files=picture, headers=AUTH)
-            client.get(f"/{KEYS[0]}/{KEYS[1]}", headers=AUTH)
-            client.get(f"/{'x' * 505}{KEYS[0]}", headers=AUTH)
-            client.get("/" + "".join(f"%{ord(letter):02x}" for letter in KEYS[0]), headers=AUTH)
-            for request in raw:
-                with Client(server, request) as connection:
-                    connection.finish()
-                    assert connection.answer().status >= 400
-            last = client.get("/nowhere", headers=AUTH).headers["X-Request-Id"]
-            line(server, last)
-            client.close()  # a stop would wait for its kept connection
-            server.process.send_signal(signal.SIGTERM)  # so that the last lines are there too
-            assert server.process.wait(30) == 0
-            log = server.log.lower()
-        assert len(log.splitlines()) > len(routes) * len(bodies)
-        assert "keymark" not in log and TEXT not in log
-        assert "traceback" not in log
-        if form == "json":
-            assert all(isinstance(json.loads(found), dict) for found in log.splitlines())
+    folder = clip_models_dir if form == "json" else models_dir
+    with marked(folder, form, LOG_LEVEL="debug") as server:
+        client = server.client
+        documented = client.get("/openapi.json").json()["paths"]
+        routes = [(method, path) for path, made in documented.items() for method in made]
+        for method, path in routes:
+            path = path.replace("{model}", KEYS[0])
+            for body in bodies:
+                answer = client.request(method, path, json=body, headers=AUTH)
+                assert answer.status_code < 500 or answer.status_code == 501
+            for sent in credentials:
+                url = f"{path}?key={KEYS[0]}&text={TEXT}"
+                client.request(method, url, json=bodies[0], headers=sent)
+            broken = {**AUTH, "Content-Type": "application/json"}
+            client.request(method, path, content=f'{{"text": "{TEXT}', headers=broken)
+            client.request(method, path, content=TEXT, headers={**AUTH, "Content-Type": TEXT})
+            picture = {TEXT: (TEXT, probe_picture()), "b": (TEXT, TEXT.encode())}
+            client.request(method, path, files=picture, headers=AUTH)
+        client.get(f"/{KEYS[0]}/{KEYS[1]}", headers=AUTH)
+        client.get(f"/{'x' * 505}{KEYS[0]}", headers=AUTH)
+        client.get("/" + "".join(f"%{ord(letter):02x}" for letter in KEYS[0]), headers=AUTH)
+        for request in raw:
+            with Client(server, request) as connection:
+                connection.finish()
+                assert connection.answer().status >= 400
+        last = client.get("/nowhere", headers=AUTH).headers["X-Request-Id"]
+        line(server, last)
+        client.close()  # a stop would wait for its kept connection
+        server.process.send_signal(signal.SIGTERM)  # so that the last lines are there too
+        assert server.process.wait(30) == 0
+        log = server.log.lower()
+    assert len(log.splitlines()) > len(routes) * len(bodies)
+    assert "keymark" not in log and TEXT not in log
+    assert "traceback" not in log
+    if form == "json":
+        assert all(isinstance(json.loads(found), dict) for found in log.splitlines())
 
 
 @pytest.mark.parametrize(

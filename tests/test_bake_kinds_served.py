@@ -83,7 +83,7 @@ def test_a_prompt_is_left_out_of_the_pooling(
     line = refusal(folder, tmp_path / "models", *WINDOW)
     assert "(include_prompt: false; it has query, passage)" in line
     model = SentenceTransformer(str(folder), device="cpu")
-    for name in ("query", "document"):
+    for name in ("query", "document") if make is tiny.bert else ("query",):
         options = ("--default-prompt", name, "--name", name, "--engine", engine, *WINDOW)
         bundle = bake(folder, tmp_path / "models", *options)
         assert [*bundle.manifest.prompts] == [name]

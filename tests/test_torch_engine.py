@@ -2,11 +2,11 @@
 memory does not suffice or a GPU fails. tests/gpu measures on GPUs.
 """
 
+import base64
 import json
 import math
+import os
 import pathlib
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from baking import bake, cosines
-from servers import ROOT, free_port, launch, serve
+from servers import serve
 
 from engine import bundle as bundles
 from engine import torch_engine, torch_model
@@ -58,8 +58,8 @@ def bundle(models_dir: pathlib.Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def clip(tiny_clip_folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return bake(tiny_clip_folder, tmp_path_factory.mktemp("clip"), "--engine", "torch")
+def clip(tiny_clip_folder: pathlib.Path, models_dir: pathlib.Path) -> Bundle:
+    return bake(tiny_clip_folder, models_dir, "--engine", "torch")
 
 
 @pytest.fixture
@@ -314,15 +314,20 @@ def test_other_errors_pass_through(bundle: Bundle, monkeypatch: pytest.MonkeyPat
         model.texts([np.array([1]), np.array([2])])
 
 
-def test_a_lost_gpu_ends_the_process() -> None:
+def test_a_lost_gpu_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Every further call would fail, while the probes stay green."""
-    code = (
-        "import torch; from engine.torch_model import end_if_lost; end_if_lost(RuntimeError());"
-        "end_if_lost(torch.AcceleratorError('illegal memory access')); print('alive')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "the GPU failed, and this process ends: illegal memory access" in done.stderr
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    torch_model.end_if_lost(RuntimeError())
+    with pytest.raises(SystemExit) as ended:
+        torch_model.end_if_lost(torch.AcceleratorError("illegal memory access"))
+    assert ended.value.code == 1
+    assert "the GPU failed, and this process ends: illegal memory access" in caplog.text
 
 
 def test_the_sizes_of_batches_are_those_that_reach_full_and_good_speed(
@@ -392,11 +397,15 @@ def test_a_sample_that_cannot_be_read_is_a_damaged_bundle(
         open_on(damaged).measure()
 
 
+@pytest.mark.usefixtures("torch_child")
 def test_a_service_with_torch_gives_the_models_vectors_alone_and_in_company(
-    folder: pathlib.Path, models_dir: pathlib.Path
+    folder: pathlib.Path, models_dir: pathlib.Path, clip: Bundle
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
+    from image_embeddings import probe_picture
+
+    assert clip.path.parent == models_dir
     with serve(models_dir, PRECISION="fp32", DEVICE="cpu") as server:
         info = server.client.get("/info").json()
         assert (info["engine"], info["instruction_set"]) == ("torch", "cpu")
@@ -409,28 +418,12 @@ def test_a_service_with_torch_gives_the_models_vectors_alone_and_in_company(
                 assert cosines(np.array(vectors, np.float32), expected).min() >= 0.9999
         long = "What is deep learning? " * 100  # several chunks
         assert math.isclose(np.linalg.norm(server.embed(long, model="bert")), 1, abs_tol=1e-4)
+        picture = {"image": base64.b64encode(probe_picture()).decode(), "model": clip.path.name}
+        response = server.post("/embeddings/image", picture)
+        vector = np.array(response.json()["embeddings"], np.float32)
+        assert cosines(vector, np.array([clip.manifest.image_probe], np.float32)).min() >= 0.9999
         log = server.log_path.read_text()
         assert "fp32 by torch (cpu)" in log and "Traceback" not in log
-
-
-def test_a_service_with_torch_takes_pictures(clip: Bundle) -> None:
-    from image_embeddings import probe_picture
-
-    with serve(clip.path.parent, PRECISION="fp32") as server:
-        response = server.client.post(
-            "/embeddings/image", content=probe_picture(), headers={"Content-Type": "image/png"}
-        )
-        vector = np.array(response.json()["embeddings"], np.float32)
-    assert cosines(vector, np.array([clip.manifest.image_probe], np.float32)).min() >= 0.9999
-
-
-def test_a_device_that_is_not_there_stops_the_start_with_one_line(
-    bundle: Bundle, tmp_path: pathlib.Path
-) -> None:
-    log = tmp_path / "log"
-    assert launch(bundle.path.parent, log, free_port(), DEVICE="cuda:99").wait(300) != 0
-    assert "cannot serve: DEVICE=cuda:99, but" in log.read_text()
-    assert "Traceback" not in log.read_text()
 
 
 def test_changed_code_is_a_damaged_bundle(bundle: Bundle, tmp_path: pathlib.Path) -> None:
