@@ -146,7 +146,7 @@ class Settings:
     )
     max_queue_tokens: int = _option(
         "MAX_QUEUE_TOKENS",
-        262_144,
+        1_200_000,
         "waiting tokens beyond which 429 is answered",
         low=1,
         high=1 << 30,
