@@ -189,7 +189,7 @@ def test_plain(service: Server) -> None:
         ("/embed", {"inputs": [1, 2]}, "$.inputs["),
         ("/embed", {"inputs": ""}, "$.inputs: text is empty"),
         ("/embed", {"inputs": ["a", ""]}, "$.inputs[1]: text is empty"),
-        ("/embed", {"inputs": ["a"] * 101}, "101 texts; the limit is 100"),
+        ("/embed", {"inputs": ["a"] * 2049}, "2049 texts; the limit is 2048 (MAX_INPUTS)"),
         ("/embed", {"inputs": "a", "normalise": False}, "unknown field `normalise`"),
         ("/embed", {"inputs": "a", "truncation_direction": "up"}, "$.truncation_direction"),
         ("/embed", {"inputs": "a", "text": "b"}, "unknown field `inputs`"),
