@@ -79,10 +79,8 @@ class Table:
         begin = 0
         while begin < min(3, len(data)) and data[begin] & 0xC0 == 0x80:  # continues a character
             begin += 1
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return decoder.decode(
-            data[begin:]
-        )  # not `final`: the beginning of a character is held back
+        # Without `final` it holds back the beginning of a character.
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(data[begin:])
 
 
 def make(sources: Sequence[pathlib.Path], output: pathlib.Path) -> None:

@@ -207,6 +207,12 @@ def test_the_fingerprint_leaves_out_the_sample_and_defaults(tmp_path: pathlib.Pa
     made.record(["tokenizer.json"])
     assert made.fingerprint() != first
     # A field that a later version adds, with a default.
-    later = msgspec.defstruct("Later", [("more", int, 0)], bases=(Manifest,), kw_only=True)
-    again = later(**{name: getattr(made.manifest, name) for name in Manifest.__struct_fields__})
-    assert Bundle(made.path, again).fingerprint() == made.fingerprint()
+    made.manifest.torch = Torch(code=False, packed=True)
+    now = made.fingerprint()
+    later = msgspec.defstruct(
+        "Later", [("more", int, 0)], bases=(Torch,), kw_only=True, frozen=True
+    )
+    made.manifest.torch = later(code=False, packed=True)
+    assert made.fingerprint() == now
+    made.manifest.torch = later(code=False, packed=True, more=1)
+    assert made.fingerprint() != now
