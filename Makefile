@@ -13,7 +13,7 @@ sources = *.py api bake engine loadtest server tests
 
 .PHONY: run bake test lint format clean
 
-run: $(MODELS_DIR)/$(NAME)/manifest.json engine/encoder/encoder.so
+run: $(MODELS_DIR)/$(NAME)/manifest.json engine/encoder/encoder.so api/cl100k_base.bin
 	MODELS_DIR="$(MODELS_DIR)" EMBEDDING_MODEL="$(NAME)" exec $(bin)/gunicorn main:app
 
 # Bakes again whatever is there; `make run` bakes only what is missing.
@@ -36,7 +36,7 @@ yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start:
 # baked.
 in_parallel = -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint engine/encoder/encoder.so
+test: lint engine/encoder/encoder.so api/cl100k_base.bin
 	$(bin)/python -m pytest $(in_parallel) --cov
 
 lint: $(VENV)/.test $(VENV)/.validators
@@ -76,10 +76,18 @@ $(VENV)/.test: requirements-dev.txt requirements-plot.txt $(VENV)/.run
 engine/encoder/encoder.so: $(wildcard engine/encoder/*.[ch]) engine/encoder/build.py engine/encoder/cpu.py | $(VENV)/.run
 	$(bin)/python -m engine.encoder.build
 
+# The service runs without it, and refuses OpenAI's token ids then.
+api/cl100k_base.bin: requirements-cl100k.txt api/cl100k.py | $(VENV)/.run
+	@folder=$$(mktemp -d); \
+	$(bin)/pip download --quiet --no-deps --dest $$folder -r $< \
+	  && $(bin)/python -m api.cl100k $@ $$folder/* \
+	  || echo "$@ could not be made: token ids of OpenAI's clients will be refused."; \
+	rm -rf $$folder
+
 $(VENV)/.validators: requirements-lint.txt
 	$(PYTHON) -m venv $(VENV)/validators
 	$(validators)/pip install --quiet --no-compile -r requirements-lint.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) models engine/encoder/encoder.so .pytest_cache .mypy_cache .coverage* htmlcov
+	rm -rf $(VENV) models engine/encoder/encoder.so api/cl100k_base.bin .pytest_cache .mypy_cache .coverage* htmlcov

@@ -30,6 +30,7 @@ class Chunk:
     start: int
     end: int
     token_ids: Int64  # shape (tokens,), with special tokens and prompt
+    truncated: bool = False  # whether the rest of the text was dropped
 
     @property
     def tokens(self) -> int:
@@ -77,10 +78,12 @@ class Chunker:
             raise InvalidInput(f"the prompt alone fills the model's window of {self.window} tokens")
         total = len(ids) - head
         if truncate == "right":
-            return self._chunks([0, room], [0, spans[head + room - 1][1] - len(prompt)], ids, head)
+            end = spans[head + room - 1][1] - len(prompt)
+            return self._chunks([0, room], [0, end], ids, head, truncated=True)
         if truncate == "left":
             start = max(0, spans[-room][0] - len(prompt))
-            return self._chunks([total - room, total], [start, len(text)], ids, head)
+            cuts = [total - room, total]
+            return self._chunks(cuts, [start, len(text)], ids, head, truncated=True)
         whole, spans, words = prompt + text, spans[head:], encoding.word_ids[head:]
         gaps = {at: (end, start) for at, ((_, end), (start, _)) in enumerate(pairwise(spans), 1)}
         cuts = cut(total, room, _borders(whole, gaps, words))
@@ -110,12 +113,17 @@ class Chunker:
         return self._chunks(cuts, _places(whole, len(prompt), cuts, gaps), ids, head)
 
     def _chunks(
-        self, cuts: Sequence[int], places: Sequence[int], ids: Sequence[int], head: int
+        self,
+        cuts: Sequence[int],
+        places: Sequence[int],
+        ids: Sequence[int],
+        head: int,
+        truncated: bool = False,
     ) -> list[Chunk]:
         """Chunks between `cuts` of the ids after the prompt's `head`, and `places` of the text."""
         prompt, ids, make = ids[:head], ids[head:], self.tokenizer.with_special_tokens
         return [
-            Chunk(start, end, make([*prompt, *ids[first:last]]))
+            Chunk(start, end, make([*prompt, *ids[first:last]]), truncated)
             for (first, last), (start, end) in zip(pairwise(cuts), pairwise(places))
         ]
 

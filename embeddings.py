@@ -5,6 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,13 @@ class VectorCache:
                 self._vectors.popitem(last=False)
 
 
+class Truncation(NamedTuple):
+    """What becomes of a request's `truncate`."""
+
+    honoured: bool = True  # else a long text is averaged over its chunks as any other
+    observe: Callable[[int], None] = lambda _: None  # gets the number of a request's texts cut
+
+
 class TextEmbedder:
     """Embeds texts with one model. Safe to call from any number of threads."""
 
@@ -79,9 +87,11 @@ class TextEmbedder:
         queue: Queue,
         limits: TextLimits,
         cache: VectorCache | None = None,
+        truncation: Truncation = Truncation(),
     ) -> None:
         self.manifest, self.limits = bundle.manifest, limits
         self.engine, self._queue, self._cache = engine, queue, cache
+        self._truncation = truncation
         self._tokenizer = TextTokenizer(tokenizer)
         self._chunker = Chunker(self._tokenizer, self.manifest.max_tokens)
 
@@ -103,6 +113,7 @@ class TextEmbedder:
         dimensions: int | None = None,
         normalize: bool | None = None,
         truncate: Side | None = None,
+        limits: TextLimits | None = None,
     ) -> list[TextEmbedding]:
         """Embed texts, each alone.
 
@@ -118,14 +129,16 @@ class TextEmbedder:
                 manifest says so), and normalise again where the vector was normalised; None: as
                 many as the manifest says.
             normalize: whether vectors have length 1; None does as the model does.
-            truncate: drop what exceeds the window on this side instead of splitting the text.
+            truncate: drop what exceeds the window on this side instead of splitting the text, if
+                that is honoured.
+            limits: in place of the embedder's own.
 
         Returns: one TextEmbedding a text, in order.
         Raises: InvalidInput, InputTooLarge, and what `Queue.submit` raises.
         """
         manifest = self.manifest
         dimensions = checked_dimensions(dimensions, manifest)
-        chunks = self.chunk(texts, prompt_name=prompt_name, truncate=truncate)
+        chunks = self.chunk(texts, prompt_name=prompt_name, truncate=truncate, limits=limits)
         computed = self._compute([c.token_ids for pieces in chunks for c in pieces], deadline, gone)
         unit = manifest.normalized if normalize is None else normalize
         chunk_vectors = shorten_and_scale(computed, dimensions, unit, manifest.layer_norm)
@@ -209,11 +222,18 @@ class TextEmbedder:
         return results
 
     def chunk(
-        self, texts: Sequence[str], *, prompt_name: str | None = None, truncate: Side | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        truncate: Side | None = None,
+        limits: TextLimits | None = None,
     ) -> list[list[Chunk]]:
         """Each text's chunks. Raises: InvalidInput, InputTooLarge, at the first wrong text."""
-        self.limits.check(texts)
+        limits = limits or self.limits
+        limits.check(texts)
         prompt = self._prompt(prompt_name)
+        truncate = truncate if self._truncation.honoured else None
         results, total = [], 0
         for index, text in enumerate(texts):
             try:
@@ -222,8 +242,10 @@ class TextEmbedder:
                 error.index = index
                 raise
             total += sum(chunk.tokens for chunk in pieces)
-            self.limits.check_tokens(total, index)
+            limits.check_tokens(total, index)
             results.append(pieces)
+        if truncate and (cut := sum(pieces[0].truncated for pieces in results)):
+            self._truncation.observe(cut)
         return results
 
     def _prompt(self, name: str | None) -> str:

@@ -18,7 +18,7 @@ from gunicorn.arbiter import Arbiter
 import settings as configuration
 from api import logs, metrics
 from engine.bundle import discover
-from engine.errors import BundleError, ModelNotFound
+from engine.errors import BundleError, ModelNotFound, WrongAlias
 from engine.models import Models
 from server.limits import Limits
 from server.spread import Spread
@@ -35,7 +35,7 @@ try:
     Models[object](bundles, settings.embedding_model or None, settings.aliases)
     for bundle in bundles:
         bundle.verify()
-except (SettingsError, BundleError, ModelNotFound) as error:
+except (SettingsError, BundleError, ModelNotFound, WrongAlias) as error:
     sys.exit(logs.last_line(configuration.log_format(os.environ), f"cannot start: {error}"))
 
 logs.configure(settings.log_format, settings.log_level, settings.api_keys)

@@ -17,10 +17,11 @@ class TextLimits:
     max_texts: float = inf  # texts of a request
     max_text_bytes: float = inf  # bytes of a text, as UTF-8
     max_request_tokens: float = inf  # tokens of all chunks, special tokens and prompts included
+    count_setting: str = "MAX_INPUTS"  # which setting has `max_texts`, for the error
 
     def check(self, texts: Sequence[str]) -> None:
         """Raises: InvalidInput, InputTooLarge."""
-        _check_count(len(texts), "text", self.max_texts, "MAX_TEXTS_PER_BATCH")
+        self.check_count(len(texts))
         limit = self.max_text_bytes
         for index, text in enumerate(texts):
             if not text or text.isspace():
@@ -29,6 +30,10 @@ class TextLimits:
             if size > limit:
                 message = f"text has {size} bytes; the limit is {limit} (MAX_TEXT_SIZE)"
                 raise InputTooLarge(message, index)
+
+    def check_count(self, texts: int) -> None:
+        """Raises: InvalidInput for no texts, or too many."""
+        _check_count(texts, "text", self.max_texts, self.count_setting)
 
     def check_tokens(self, total: int, index: int) -> None:
         """Raises: InputTooLarge if the texts up to `index` have too many tokens together."""

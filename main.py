@@ -1,6 +1,7 @@
 """The service: `gunicorn main:app`. Puts settings, models, routes and the server together."""
 
 import atexit
+import dataclasses
 import logging
 import math
 import os
@@ -14,11 +15,11 @@ from wsgiref.types import StartResponse
 import numpy as np
 
 import settings as configuration
-from api import docs, health, images, logs, metrics, native, openai, tei
+from api import cl100k, docs, health, images, logs, metrics, native, openai, tei
 from api.auth import KeyCheck
 from api.routes import CheckedFlask, Router, register_errors
-from api.service import Embedders, Service
-from embeddings import Float32, TextEmbedder, VectorCache
+from api.service import Embedders, Service, note_truncated
+from embeddings import Float32, TextEmbedder, Truncation, VectorCache
 from engine import certificate
 from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
 from engine.choice import image_engine, text_engine
@@ -65,7 +66,7 @@ class Application:
             workers: processes that share the machine's cores.
             loop: the calling thread's, which serves the queue from now on; None for other servers.
 
-        Raises: SettingsError, BundleError, ModelNotFound.
+        Raises: SettingsError, BundleError, ModelNotFound, WrongAlias.
         """
         self.settings = settings = configuration.load(
             {**self._environ, "WEB_CONCURRENCY": str(workers)}
@@ -104,18 +105,20 @@ class Application:
         app.url_map.merge_slashes = False
         register_errors(app)
         service = Service(self.models, settings.request_timeout)
+        taken = settings.openai_token_ids == "cl100k_base"
+        token_ids = cl100k.Table(configuration.CL100K_TABLE) if taken else None
         limits = {
             "max_concurrent_requests": settings.request_threads,
             "max_batch_tokens": settings.max_batch_tokens,
             "max_batch_requests": settings.max_batch_size,
-            "max_client_batch_size": settings.max_texts_per_batch,
+            "max_client_batch_size": settings.max_inputs,
             "tokenization_workers": settings.request_threads,
         }
         for blueprint in (
             health.blueprint(self.models),
-            native.blueprint(service),
+            native.blueprint(service, own_limits(settings)),
             images.blueprint(service),
-            openai.blueprint(service),
+            openai.blueprint(service, token_ids, settings.max_body_size),
             tei.blueprint(service, limits),
             docs.blueprint(OPEN_PATHS),
             metrics.blueprint(self.metrics),
@@ -127,9 +130,12 @@ class Application:
         settings, models = self.settings, self.models
         cached = self.metrics.cached
         cache = VectorCache(settings.cache_size, cached) if settings.cache_size else None
+        truncation = Truncation(settings.truncation == "honour", self._truncated)
 
         try:
-            models.load(lambda bundle: load_embedders(bundle, settings, self.queue, cache))
+            models.load(
+                lambda bundle: load_embedders(bundle, settings, self.queue, cache, truncation)
+            )
             log.info("serving %s", _describe(settings, models))
         except Exception as error:
             if self._leaving.is_set():
@@ -145,6 +151,11 @@ class Application:
                 models.get(name, math.inf).texts.widen()
         except Exception as error:  # slower, but still correct
             log.warning("a text that is alone will be computed on one core: %s", error)
+
+    def _truncated(self, texts: int) -> None:
+        """So many texts of the current request were cut."""
+        note_truncated(texts)
+        self.metrics.truncated(texts)
 
     def warm_up(self) -> Iterator[bytes]:
         """Requests of our own: a first one takes three times as long as later ones. Half of them
@@ -201,14 +212,15 @@ def _describe(settings: Settings, models: Models[Embedders]) -> str:
         f"{settings.inference_threads} inference threads and {settings.request_threads} requests "
         f"at a time; engine calls of up to {settings.max_batch_size} chunks and "
         f"{settings.max_batch_tokens} tokens; requests of up to {settings.max_texts_per_batch} "
-        f"texts, {settings.max_images_per_batch} pictures, {settings.max_request_tokens} tokens "
+        f"texts ({settings.max_inputs} in the dialects of other services), "
+        f"{settings.max_images_per_batch} pictures, {settings.max_request_tokens} tokens "
         f"and {settings.max_body_size} bytes; a queue of {settings.max_queue_tokens} tokens; "
         f"{settings.request_timeout:g} s a request"
     )
 
 
 def make_models(settings: Settings) -> Models[Embedders]:
-    """The bundles of MODELS_DIR, not loaded. Raises: BundleError, ModelNotFound."""
+    """The bundles of MODELS_DIR, not loaded. Raises: BundleError, ModelNotFound, WrongAlias."""
     bundles = discover(pathlib.Path(settings.models_dir))
     return Models(bundles, settings.embedding_model or None, settings.aliases, tasks.event)
 
@@ -226,8 +238,26 @@ def make_queue(settings: Settings, others: Callable[[], int] = lambda: 0) -> Que
     )
 
 
+def text_limits(settings: Settings) -> TextLimits:
+    """The limits of the dialects of other services."""
+    return TextLimits(settings.max_inputs, settings.max_text_size, settings.max_request_tokens)
+
+
+def own_limits(settings: Settings) -> TextLimits:
+    """The limits of the service's own routes."""
+    return dataclasses.replace(
+        text_limits(settings),
+        max_texts=settings.max_texts_per_batch,
+        count_setting="MAX_TEXTS_PER_BATCH",
+    )
+
+
 def load_embedders(
-    bundle: Bundle, settings: Settings, queue: Queue, cache: VectorCache | None = None
+    bundle: Bundle,
+    settings: Settings,
+    queue: Queue,
+    cache: VectorCache | None = None,
+    truncation: Truncation = Truncation(),
 ) -> Embedders:
     """Load one model for texts, and for pictures where it takes them.
 
@@ -235,11 +265,15 @@ def load_embedders(
     """
     pictures = "image" in bundle.manifest.modalities
     embedder = load_image_embedder(bundle, settings, queue) if pictures else None
-    return Embedders(load_embedder(bundle, settings, queue, cache), embedder)
+    return Embedders(load_embedder(bundle, settings, queue, cache, truncation), embedder)
 
 
 def load_embedder(
-    bundle: Bundle, settings: Settings, queue: Queue, cache: VectorCache | None = None
+    bundle: Bundle,
+    settings: Settings,
+    queue: Queue,
+    cache: VectorCache | None = None,
+    truncation: Truncation = Truncation(),
 ) -> TextEmbedder:
     """Load one model and see that it still gives its probe's vector.
 
@@ -255,9 +289,6 @@ def load_embedder(
         streams=settings.inference_threads,
         isa=settings.encoder_isa,
         device=settings.device,
-    )
-    limits = TextLimits(
-        settings.max_texts_per_batch, settings.max_text_size, settings.max_request_tokens
     )
     probe = bundle.manifest.probe
     # The probe passes whatever limits were set.
@@ -278,7 +309,8 @@ def load_embedder(
         settings.inference_threads,
         cosine,
     )
-    return TextEmbedder(bundle, tokenizer, engine, queue, limits, cache)
+    limits = text_limits(settings)
+    return TextEmbedder(bundle, tokenizer, engine, queue, limits, cache, truncation)
 
 
 def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "ImageEmbedder":

@@ -11,6 +11,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 DEFAULT_API_KEY = "abc123"
+CL100K_TABLE = pathlib.Path(__file__).parent / "api" / "cl100k_base.bin"  # api/cl100k.py makes it
 
 
 class SettingsError(Exception):
@@ -73,7 +74,8 @@ class Settings:
     model_aliases: str = _option(
         "MODEL_ALIASES",
         "",
-        "further names, such as `text-embedding-3-small=all-MiniLM-L6-v2`; comma-separated",
+        "further names, such as `text-embedding-3-small=all-MiniLM-L6-v2`, with a prompt "
+        "(`e5-query=e5-base-v2:query`), or for every name (`*=e5-base-v2`); comma-separated",
     )
     precision: str = _option(
         "PRECISION",
@@ -109,7 +111,18 @@ class Settings:
         high=1_048_576,
     )
     max_texts_per_batch: int = _option(
-        "MAX_TEXTS_PER_BATCH", 100, "texts in one request", low=1, high=100_000
+        "MAX_TEXTS_PER_BATCH",
+        100,
+        "texts in one request of the service's own routes",
+        low=1,
+        high=100_000,
+    )
+    max_inputs: int = _option(
+        "MAX_INPUTS",
+        2048,
+        "texts in one request of the routes of OpenAI, Ollama and text-embeddings-inference",
+        low=1,
+        high=100_000,
     )
     max_images_per_batch: int = _option(
         "MAX_IMAGES_PER_BATCH", 20, "pictures in one request", low=1, high=10_000
@@ -126,14 +139,14 @@ class Settings:
     )
     max_request_tokens: int = _option(
         "MAX_REQUEST_TOKENS",
-        65_536,
+        300_000,
         "tokens in one request, prompts and special tokens too",
         low=1,
         high=1 << 30,
     )
     max_queue_tokens: int = _option(
         "MAX_QUEUE_TOKENS",
-        262_144,
+        1_200_000,
         "waiting tokens beyond which 429 is answered",
         low=1,
         high=1 << 30,
@@ -147,6 +160,20 @@ class Settings:
     )
     request_timeout: float = _option(
         "REQUEST_TIMEOUT", 60.0, "seconds a request may wait", low=0.001, high=3600.0
+    )
+    truncation: str = _option(
+        "TRUNCATION",
+        "honour",
+        "honour (a request's `truncate` cuts long texts) or average (it has no effect: the same "
+        "text has the same vector, whichever client sends it)",
+        choices=("honour", "average"),
+    )
+    openai_token_ids: str = _option(
+        "OPENAI_TOKEN_IDS",
+        "",
+        "cl100k_base (OpenAI's route turns ids of that encoding back into text) or off",
+        choices=("cl100k_base", "off"),
+        by="cl100k_base where its table is, as in the image and after `make run`, else off",
     )
     cache_size: int = _option(
         "CACHE_SIZE",
@@ -199,8 +226,8 @@ class Settings:
             alias, name = (part.strip() for part in (pair + "=").split("=")[:2])
             if pair.count("=") != 1 or not alias or not name or alias in aliases:
                 raise SettingsError(
-                    f"MODEL_ALIASES={self.model_aliases!r}; it takes alias=name,alias=name with "
-                    "each alias once"
+                    f"MODEL_ALIASES={self.model_aliases!r}; it takes alias=name,alias=name or "
+                    "alias=name:prompt, each alias once"
                 )
             aliases[alias] = name
         return aliases
@@ -245,14 +272,16 @@ def load(environ: Mapping[str, str]) -> Settings:
             f"{key_name} is the default, which everybody knows; on Cloud Run set one of your own"
         )
     settings.aliases  # raises SettingsError if malformed
-    if settings.max_request_tokens > settings.max_queue_tokens:
+    if settings.openai_token_ids == "cl100k_base" and not CL100K_TABLE.exists():
         raise SettingsError(
-            f"MAX_REQUEST_TOKENS={settings.max_request_tokens} is more than "
-            f"MAX_QUEUE_TOKENS={settings.max_queue_tokens}: such a request could never be queued"
+            "OPENAI_TOKEN_IDS='cl100k_base', but the table of that encoding is not here; make it "
+            "with `make api/cl100k_base.bin`, or set off"
         )
     if not settings.inference_threads:
         values["inference_threads"] = max(1, -(-available_cores() // settings.web_concurrency))
     values["log_format"] = settings.log_format or log_format(environ)
+    there = "cl100k_base" if CL100K_TABLE.exists() else "off"
+    values["openai_token_ids"] = settings.openai_token_ids or there
     return Settings(**values)
 
 

@@ -1,9 +1,11 @@
 """The check of the API key."""
 
 import hmac
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from server.messages import HttpError, Request
+
+_WHERE = "send the key as X-API-Key, or as Authorization: Bearer"
 
 
 class KeyCheck:
@@ -18,21 +20,36 @@ class KeyCheck:
         self._open = frozenset(open_paths)
 
     def check(self, request: Request) -> None:
-        """X-API-Key decides when it is not empty, else Authorization: Bearer.
+        """X-API-Key decides when it is not empty, else Authorization.
 
         Raises: HttpError 401.
         """
         if request.path in self._open or is_preflight(request):
             return
-        sent = request.headers.get("x-api-key")
-        if not sent:
-            scheme, _, sent = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer":
-                raise _unauthorized("no API key; send it as X-API-Key, or as Authorization: Bearer")
-        given = sent.strip().encode()
+        given = _sent_key(request.headers).encode()
         # Every key is compared, so that the time taken does not tell which one matched.
         if not sum([hmac.compare_digest(given, key) for key in self._keys]):
             raise _unauthorized("wrong API key")
+
+
+def _sent_key(headers: Mapping[str, str]) -> str:
+    """The key of a request. In Authorization it may come alone, after `Bearer`, or after two of
+    them: some clients add the word to a key that has it already.
+
+    Raises: HttpError 401 if there is none, or one of another scheme.
+    """
+    if key := headers.get("x-api-key", "").strip():
+        return key
+    words = headers.get("authorization", "").split()
+    while words and words[0].lower() == "bearer":
+        del words[0]
+    if not words:
+        raise _unauthorized(f"no API key; {_WHERE}")
+    if len(words) > 1:  # what was sent is not repeated: it may be a key
+        basic = words[0].lower() == "basic"
+        what = "Basic (user and password)" if basic else "with a scheme other than Bearer"
+        raise _unauthorized(f"Authorization {what} is not taken; {_WHERE}")
+    return words[0]
 
 
 def is_preflight(request: Request) -> bool:

@@ -78,11 +78,13 @@ def write_json(body: object) -> bytes:
 
 
 def encode_vector(vector: Any, encoding_format: str | None) -> object:
-    """A float32 array of shape (dimensions,) as it is, or for "base64" as its little-endian bytes
-    in base64.
+    """A float32 array of shape (dimensions,) as a list of numbers, or for "base64" as its
+    little-endian bytes in base64.
     """
     if encoding_format != "base64":
-        return vector
+        # Written one by one: no other thread runs while orjson writes, and 2,048 vectors of 1,024
+        # numbers take it 0.1 s.
+        return orjson.Fragment(write_json(vector))
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 

@@ -102,6 +102,7 @@ def _describe(error: Exception) -> tuple[int, str, str, str | None, Mapping[str,
         )
         if isinstance(error, errors.QueueFull):
             headers = {"Retry-After": str(error.retry_after)}
+            return status, error_type, str(error), "input", headers  # it is a limit on inputs
         return status, error_type, str(error), error.field, headers
     if isinstance(error, Busy):
         return 429, "overloaded", f"{error}; send this request again later", None, _RETRY

@@ -8,7 +8,7 @@ from api.codec import write_json
 from api.endpoint import endpoint
 from api.schemas import Ready, Status
 from engine.models import Models
-from server.messages import Response
+from server.messages import Response, current
 
 PATHS = ("/health", "/health/ready", "/healthcheck")
 
@@ -33,6 +33,7 @@ def blueprint(models: Models[Any]) -> Blueprint:
         manifest = models.bundle().manifest
         if not models.ready:
             return Response(write_json({"status": "loading"}), 503, headers=[("Retry-After", "1")])
+        current.get().notes["X-Model"] = models.resolve().version
         images = "image" in manifest.modalities
         return {"status": "ready", "model": manifest.name, "supports_images": images}
 

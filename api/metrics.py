@@ -84,6 +84,7 @@ METRICS = (
     ),
     Metric("cache_hits", "counter", "Chunks of text found in the cache."),
     Metric("cache_misses", "counter", "Chunks of text not found in the cache."),
+    Metric("truncated_texts", "counter", "Texts cut because their request asked for it."),
     Metric("queue_requests", "gauge", "Requests with inputs waiting for the engine."),
     Metric("queue_tokens", "gauge", "Tokens waiting for the engine."),
     Metric(
@@ -196,7 +197,7 @@ class Metrics:
         self._columns = 1  # that are taken; the first is _PID
         # Where the numbers of each metric begin, by the values of its labels.
         self._places: dict[str, dict[tuple[str, ...], int]] = {name: {} for name in _BOUNDS}
-        for name in (*_GAUGES, "cache_hits", "cache_misses"):
+        for name in (*_GAUGES, "cache_hits", "cache_misses", "truncated_texts"):
             self._add(name)
         for name in ("queue_wait_seconds", "batch_items", "batch_tokens"):
             self._add(name)
@@ -318,6 +319,11 @@ class Metrics:
         with self._lock:
             self._count("cache_hits", hits)
             self._count("cache_misses", misses)
+
+    def truncated(self, texts: int) -> None:
+        """So many texts of a request were cut."""
+        with self._lock:
+            self._count("truncated_texts", texts)
 
     def sample(self) -> None:
         """Note the queue's length. The worker's event loop calls it, at least each second."""

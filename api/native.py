@@ -6,10 +6,11 @@ from api.codec import encode_chunks, encode_vector
 from api.endpoint import endpoint
 from api.schemas import BatchEmbeddings, ChunkRequest, Embeddings, EmbedText, EmbedTexts
 from api.service import Service
+from limits import TextLimits
 
 
-def blueprint(service: Service) -> Blueprint:
-    """The native routes."""
+def blueprint(service: Service, limits: TextLimits) -> Blueprint:
+    """The native routes, with limits of their own."""
     routes = Blueprint("native", __name__)
 
     def embed(
@@ -21,6 +22,7 @@ def blueprint(service: Service) -> Blueprint:
             options.model,
             prompt_name=options.prompt_name,
             dimensions=options.dimensions,
+            limits=limits,
         )
         form = options.encoding_format
         chunks = [encode_chunks(embedding, form) for embedding in embedded if options.chunks]

@@ -1,19 +1,22 @@
 """OpenAI's dialect: /v1/embeddings and /v1/models. Its errors' form is in api/errors.py."""
 
 import datetime
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 from flask import Blueprint
 
+from api import cl100k
 from api.codec import encode_chunks, encode_vector
 from api.endpoint import endpoint
 from api.images import decode_pictures
 from api.schemas import OpenAIEmbeddings, OpenAIEmbedRequest, OpenAIModel, OpenAIModels
 from api.service import Service
-from embeddings import TextEmbedder, TextEmbedding
-from engine.errors import InvalidInput
+from embeddings import TextEmbedding
+from engine.errors import InputTooLarge, InvalidInput
+from engine.models import Target
+from server.tasks import in_thread
 
 if TYPE_CHECKING:
     from image_embeddings import ImageEmbedding
@@ -22,30 +25,37 @@ _TOKEN_IDS = (
     "Expected `str`, got token ids; token ids belong to another model's tokenizer: send the text "
     "itself, as a string or a list of strings (LangChain: check_embedding_ctx_length=False)"
 )
+_KINDS: dict[type, str] = {str: "a text", int: "a token id", list: "a list of token ids"}
 
 
-def blueprint(service: Service) -> Blueprint:
-    """OpenAI's routes."""
+def blueprint(service: Service, table: cl100k.Table | None, max_bytes: int) -> Blueprint:
+    """OpenAI's routes.
+
+    Args:
+        table: turns token ids into text; None where they are not taken.
+        max_bytes: most bytes of text that a request's token ids may stand for.
+    """
     routes = Blueprint("openai", __name__, url_prefix="/v1")
 
     @routes.get("/models")
     @endpoint(OpenAIModels, further={503: None})
     def list_models() -> object:
-        """List the models that are served."""
-        models = [_describe(service.embedder(name)) for name in service.models.bundles]
-        return {"object": "list", "data": models}
+        """List the models that are served, and their aliases."""
+        models = service.models
+        targets = [*map(models.resolve, models.bundles), *models.aliases]
+        return {"object": "list", "data": [_describe(service, target) for target in targets]}
 
     @routes.get("/models/<path:model>")
     @endpoint(OpenAIModel, further={503: None})
     def retrieve_model(model: str) -> object:
         """Describe one model, by its name, source or alias."""
-        return _describe(service.embedder(model))
+        return _describe(service, service.models.resolve(model))
 
     @routes.post("/embeddings")
     @endpoint(OpenAIEmbeddings, OpenAIEmbedRequest, further={501: None})
     def create_embedding(body: OpenAIEmbedRequest) -> object:
         """Embed one text or several. `user` is taken and has no effect."""
-        sent = check_texts(body.input)
+        sent = read_input(body.input, table, max_bytes)
         if body.modality == "image":
             return _embed_images(service, body, [sent] if isinstance(sent, str) else sent)
         embedder, embedded = service.embed_texts(
@@ -62,17 +72,52 @@ def blueprint(service: Service) -> Blueprint:
     return routes
 
 
-def check_texts(sent: str | list[str | int | list[int]]) -> str | list[str]:
-    """What `input` holds, if it is a text or several.
+def read_input(
+    sent: str | list[str | int | list[int]], table: cl100k.Table | None, max_bytes: int
+) -> str | list[str]:
+    """The text or the texts of `input`, which may be token ids: one list is a text, several are
+    several.
 
-    Raises: InvalidInput for token ids.
+    Args:
+        table, max_bytes: as `blueprint` takes them.
+
+    Raises: InvalidInput for a list of different things, and for token ids that are not taken or
+    stand for no text; InputTooLarge for more than `max_bytes` of text.
     """
     if isinstance(sent, str):
         return sent
-    for index, text in enumerate(sent):
-        if not isinstance(text, str):
-            raise InvalidInput(_TOKEN_IDS, index).at("$.input[{}]")
-    return sent  # type: ignore[return-value]  # no other is left
+    kind: type = type(sent[0]) if sent else str
+    for index, each in enumerate(sent):
+        if type(each) is not kind:
+            message = f"{_KINDS[type(each)]} beside {_KINDS[kind]}; send one kind in a request"
+            raise InvalidInput(message, index).at("$.input[{}]")
+    if kind is str:
+        return cast(list[str], sent)
+    if table is None:
+        raise InvalidInput(_TOKEN_IDS, 0).at("$.input[{}]")
+    if not table.loaded:
+        in_thread(table.load)
+    if kind is int:
+        return _decode(table, {"$.input": cast(list[int], sent)}, max_bytes)[0]
+    rows = cast(list[list[int]], sent)
+    return _decode(table, {f"$.input[{row}]": ids for row, ids in enumerate(rows)}, max_bytes)
+
+
+def _decode(table: cl100k.Table, lists: Mapping[str, Sequence[int]], max_bytes: int) -> list[str]:
+    """The texts of lists of token ids, by their places in the body."""
+    total = 0
+    for place, ids in lists.items():
+        try:
+            total += table.size(ids)
+        except InvalidInput as error:
+            raise error.at(f"{place}[{{}}]") from None
+        if total > max_bytes:
+            raise InputTooLarge(
+                f"{place}: the token ids up to here stand for {total} bytes of text; the limit is "
+                f"{max_bytes} (MAX_BODY_SIZE)",
+                field="input",
+            )
+    return [*map(table.text, lists.values())]
 
 
 def _embed_images(service: Service, body: OpenAIEmbedRequest, uris: list[str]) -> object:
@@ -105,20 +150,24 @@ def _write(
     return {
         "object": "list",
         "data": data,
-        "model": model,
+        "model": body.model or model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
 
 
-def _describe(embedder: TextEmbedder) -> dict[str, object]:
-    manifest, engine = embedder.manifest, embedder.engine
+def _describe(service: Service, target: Target) -> dict[str, object]:
+    embedder, manifest = service.embedder(target.asked), target.bundle.manifest
+    engine = embedder.engine
     parity = engine.measured or manifest.parity[engine.backend][engine.precision]
     certificate = msgspec.structs.asdict(parity)
     return {
-        "id": manifest.name,
+        "id": target.asked,
         "object": "model",
         "created": int(datetime.datetime.fromisoformat(manifest.created).timestamp()),
         "owned_by": manifest.source.rpartition("/")[0] or "local",
+        "alias_of": manifest.name if target.alias else None,
+        "prompt_name": target.prompt,
+        "fingerprint": target.fingerprint,
         "dimensions": manifest.size,
         "max_dimensions": manifest.dimensions,
         "max_tokens": manifest.max_tokens,

@@ -115,10 +115,13 @@ class Certificate(msgspec.Struct):
 
 
 class OpenAIModel(msgspec.Struct):
-    id: str
+    id: str  # the model's name, or an alias
     object: Literal["model"]
     created: int
     owned_by: str
+    alias_of: str | None  # the model's name, for an alias
+    prompt_name: str | None  # the prompt that an alias puts before texts
+    fingerprint: str  # of the bundle: another one means other vectors
     dimensions: int  # of a vector, unless the request says otherwise
     max_dimensions: int
     max_tokens: int
@@ -203,6 +206,7 @@ class ModelType(msgspec.Struct):
 
 class Info(msgspec.Struct):
     model_id: str
+    fingerprint: str  # of the bundle; not in text-embeddings-inference
     model_sha: str | None
     model_dtype: str
     model_type: ModelType

@@ -30,6 +30,12 @@ class Waiting(TypedDict):
     gone: Callable[[], bool]  # whether its client has closed the connection
 
 
+def note_truncated(texts: int) -> None:
+    """Tell the client how many texts of its request were cut: the header X-Truncated."""
+    notes = current.get().notes
+    notes["X-Truncated"] = str(int(notes.get("X-Truncated", 0)) + texts)
+
+
 class Service:
     """The models as a request sees them."""
 
@@ -44,18 +50,41 @@ class Service:
         """
         return self.models.get(model, time.monotonic() + self._timeout).texts
 
+    def prompt(self, model: str | None, prompt_name: str | None) -> str | None:
+        """The prompt's name for a request: the one of its model's alias, or `prompt_name`.
+
+        Raises: ModelNotFound; InvalidInput when both name one and they differ.
+        """
+        target = self.models.resolve(model)
+        if target.prompt is None or prompt_name in (None, target.prompt):
+            return target.prompt or prompt_name
+        raise InvalidInput(
+            f"prompt_name is {prompt_name!r}, but model {target.asked!r} is an alias with the "
+            f"prompt {target.prompt!r}; leave prompt_name out, or ask for model "
+            f"{target.bundle.manifest.name!r}",
+            field="prompt_name",
+        )
+
     def embed_texts(
-        self, sent: str | Sequence[str], name: str, model: str | None, **options: Any
+        self,
+        sent: str | Sequence[str],
+        name: str,
+        model: str | None,
+        *,
+        prompt_name: str | None = None,
+        **options: Any,
     ) -> tuple[TextEmbedder, list[TextEmbedding]]:
         """Embed the text or the texts of a request.
 
         Args:
             name: where they stand in the body, for errors, such as "input".
-            options: as `TextEmbedder.embed` takes them.
+            prompt_name: what the request names; an alias may carry one.
+            options: further ones, as `TextEmbedder.embed` takes them.
 
-        Raises: what `TextEmbedder.embed` raises, with the text's place in the message.
+        Raises: what `TextEmbedder.embed` and `prompt` raise, with the text's place in the message.
         """
         texts, path = ([sent], f"$.{name}") if isinstance(sent, str) else (sent, f"$.{name}[{{}}]")
+        options["prompt_name"] = self.prompt(model, prompt_name)
         return self.run(
             model,
             path,
@@ -99,18 +128,22 @@ class Service:
             )
 
     def run(self, model: str | None, path: str, call: Callable[[Embedders, Waiting], T]) -> T:
-        """Wait for a model and call it, both within the request's time.
+        """Wait for a model and call it, both within the request's time. The response gets the
+        header X-Model: the model's name and its bundle's fingerprint.
 
         Args:
             path: where the inputs stand in the body, `{}` for their index, for errors.
 
         Raises: ModelNotFound, ModelNotReady, and what `call` raises.
         """
-        loading = not self.models.loaded(model)
+        request, target = current.get(), self.models.resolve(model)
+        request.notes["X-Model"] = target.version
+        name = target.bundle.manifest.name
+        loading = not self.models.loaded(name)
         deadline = time.monotonic() + self._timeout
-        embedders = self.models.get(model, deadline)
+        embedders = self.models.get(name, deadline)
         try:
-            return call(embedders, {"deadline": deadline, "gone": current.get().gone})
+            return call(embedders, {"deadline": deadline, "gone": request.gone})
         except InvalidInput as error:
             raise error.at(path) from None
         except DeadlineExceeded:

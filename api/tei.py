@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 from flask import Blueprint
 
-from api.codec import read_json
+from api.codec import encode_vector, read_json
 from api.endpoint import VERSION, endpoint
 from api.schemas import (
     Info,
@@ -85,7 +85,7 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
             "$.inputs" if isinstance(body.inputs, str) else "$.inputs[{}]",
             lambda embedders, _: embedders.texts.tokenize(
                 [body.inputs] if isinstance(body.inputs, str) else body.inputs,
-                prompt_name=body.prompt_name,
+                prompt_name=service.prompt(body.model, body.prompt_name),
                 add_special_tokens=body.add_special_tokens,
             ),
         )
@@ -94,7 +94,8 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
     @endpoint(Info, further={503: None})
     def info() -> object:
         """The default model and the service's limits."""
-        return {**_describe(service.embedder(None)), **limits}
+        fingerprint = service.models.resolve().fingerprint
+        return {**_describe(service.embedder(None)), "fingerprint": fingerprint, **limits}
 
     return routes
 
@@ -109,7 +110,7 @@ def _embed(service: Service, body: TEIEmbedRequest) -> object:
         normalize=body.normalize,
         truncate=body.side,
     )
-    return [embedding.vector for embedding in embedded]
+    return [encode_vector(embedding.vector, None) for embedding in embedded]
 
 
 def _compare(service: Service, body: SimilarityRequest) -> object:
@@ -121,7 +122,7 @@ def _compare(service: Service, body: SimilarityRequest) -> object:
             body.inputs.sentences,
             body.inputs.source_sentence,
             **waiting,
-            prompt_name=options.prompt_name,
+            prompt_name=service.prompt(body.model, options.prompt_name),
             truncate=options.side,
         ),
     )

@@ -41,6 +41,11 @@ PARITY_FLOOR: dict[Precision, float] = {
     "bf16": 0.9998,
     "int8": 0.99,
 }
+# Fields of a manifest that decide what vectors a request gets.
+_OF_VECTORS = (
+    *("dimensions", "default_dimensions", "max_tokens", "normalized", "layer_norm", "prompts"),
+    *("default_prompt", "encoder", "torch"),
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -191,6 +196,16 @@ class Bundle(msgspec.Struct, frozen=True):
     def file(self, name: str) -> pathlib.Path:
         return self.path / name
 
+    def fingerprint(self) -> str:
+        """12 hex digits that are the same for bundles which give the same vectors: made of the
+        files' sha256 (weights, tokenizer, pooling) and of what the manifest says of vectors. A bake
+        on another day, or a copy elsewhere, does not change it.
+        """
+        files = {name: file.sha256 for name, file in self.manifest.files.items() if name != SAMPLE}
+        said = {key: value for key, value in _said(self.manifest).items() if key in _OF_VECTORS}
+        content = msgspec.json.encode((files, said), order="sorted")
+        return hashlib.sha256(content).hexdigest()[:12]
+
     def record(self, names: Iterable[str]) -> None:
         """Enter files that are there in the manifest, by their paths below the bundle's."""
         self.manifest.files |= {name: fingerprint(self.path / name) for name in names}
@@ -254,6 +269,17 @@ class Bundle(msgspec.Struct, frozen=True):
                     f"bundle {self.path}: {name} is damaged (its sha256 differs; it has "
                     f"{actual.size} of {expected.size} bytes); bake it again"
                 )
+
+
+def _said(struct: msgspec.Struct) -> dict[str, Any]:
+    """The fields of a struct, and of those in it, that are not at their defaults: what a later
+    version adds with a default changes nothing.
+    """
+    return {
+        field.name: _said(value) if isinstance(value, msgspec.Struct) else value
+        for field in msgspec.structs.fields(struct)
+        if (value := getattr(struct, field.name)) != field.default
+    }
 
 
 def fingerprint(path: pathlib.Path) -> File:

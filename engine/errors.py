@@ -46,6 +46,12 @@ class ModelNotFound(EmbedderError):
         self.field = field
 
 
+class WrongAlias(EmbedderError):
+    """An alias of MODEL_ALIASES that cannot mean anything: its model or its prompt is not there, or
+    it is the name of a model.
+    """
+
+
 class ModelNotReady(EmbedderError):
     """The model was still loading at the request's deadline."""
 

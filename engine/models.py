@@ -3,13 +3,30 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from engine.bundle import Bundle
-from engine.errors import ModelNotFound, ModelNotReady
+from engine.errors import ModelNotFound, ModelNotReady, WrongAlias
 from engine.protocol import Event
 
 T = TypeVar("T")
+
+ANY = "*"  # the alias that every name stands for which is no other's
+
+
+class Target(NamedTuple):
+    """What a model's name stands for."""
+
+    asked: str  # the name; for requests without one, the default model's
+    bundle: Bundle
+    fingerprint: str  # the bundle's
+    prompt: str | None = None  # name of the prompt that an alias carries
+    alias: bool = False
+
+    @property
+    def version(self) -> str:
+        """The model and its bundle, such as "all-MiniLM-L6-v2@0123456789ab"."""
+        return f"{self.bundle.manifest.name}@{self.fingerprint}"
 
 
 class Models(Generic[T]):
@@ -24,17 +41,25 @@ class Models(Generic[T]):
     ) -> None:
         """Args:
             default: name of the model for requests that name none; None means the first bundle.
-            aliases: further names of models.
+            aliases: further names of models, each with what it stands for: a model, or
+                "model:prompt". The alias ANY takes every name that is no other's.
             event: makes what a caller waits for.
 
-        Raises: ModelNotFound when `default` or an alias names no bundle.
+        Raises: ModelNotFound when `default` names no bundle; WrongAlias.
         """
         self.bundles = {bundle.manifest.name: bundle for bundle in bundles}
-        self._names = {bundle.manifest.source: name for name, bundle in self.bundles.items()}
-        self._names |= {name: name for name in self.bundles}
-        for alias, name in (aliases or {}).items():
-            self._names[alias] = self._resolve(name)
-        self.default = self._resolve(default or next(iter(self.bundles)))
+        prints = {name: bundle.fingerprint() for name, bundle in self.bundles.items()}
+        named = {
+            name: Target(name, bundle, prints[bundle.manifest.name])
+            for key in ("source", "name")  # a name comes before the same source
+            for bundle in bundles
+            for name in [getattr(bundle.manifest, key)]
+        }
+        # Aliases last: one may be the source of two bundles, and says which is meant.
+        self._targets = named | {
+            alias: self._aliased(alias, meant, named) for alias, meant in (aliases or {}).items()
+        }
+        self.default = self.resolve(default or next(iter(self.bundles))).bundle.manifest.name
         self._loaded: dict[str, T] = {}
         self._event = event
         self._lock = threading.Lock()
@@ -42,14 +67,51 @@ class Models(Generic[T]):
         self._stopped = False
         self.warming = False  # warm-up requests are running, so `ready` is false
 
-    def _resolve(self, name: str) -> str:
-        try:
-            return self._names[name]
-        except KeyError:
-            raise ModelNotFound(
-                f"no model {name!r} here; there is: {', '.join(sorted(self.bundles))}",
-                field="model",
-            ) from None
+    def _aliased(self, alias: str, meant: str, named: Mapping[str, Target]) -> Target:
+        """What an alias stands for. A colon begins a prompt's name only where the whole is no
+        model: names may have colons.
+
+        Raises: WrongAlias.
+        """
+        if alias in self.bundles:
+            raise WrongAlias(f"MODEL_ALIASES: {alias}={meant}: there is a model {alias!r} itself")
+        if target := named.get(meant):
+            return target._replace(asked=alias, alias=True)
+        model, _, prompt = meant.rpartition(":")
+        target = named.get(model)
+        if target is None:
+            raise WrongAlias(f"MODEL_ALIASES: {alias}={meant}: {self._unknown(model or meant)}")
+        prompts = target.bundle.manifest.prompts
+        if prompt not in prompts:
+            raise WrongAlias(
+                f"MODEL_ALIASES: {alias}={meant}: model {model} has no prompt {prompt!r}; it has: "
+                f"{', '.join(sorted(prompts)) or 'none'}"
+            )
+        return target._replace(asked=alias, alias=True, prompt=prompt)
+
+    def _unknown(self, name: str) -> str:
+        return f"no model {name!r} here; there is: {', '.join(sorted(self.bundles))}"
+
+    @property
+    def aliases(self) -> list[Target]:
+        """The aliases, without ANY."""
+        return [target for name, target in self._targets.items() if target.alias and name != ANY]
+
+    def knows(self, name: str) -> bool:
+        """Whether this is a model's name, its source or an alias other than ANY."""
+        return name in self._targets and name != ANY
+
+    def resolve(self, name: str | None = None) -> Target:
+        """What a name, source or alias stands for; the default model for None.
+
+        Raises: ModelNotFound.
+        """
+        name = self.default if name is None else name
+        if (target := self._targets.get(name)) and name != ANY:
+            return target
+        if target := self._targets.get(ANY):
+            return target._replace(asked=name)
+        raise ModelNotFound(self._unknown(name), field="model")
 
     def load(self, load: Callable[[Bundle], T]) -> None:
         """Load every model, the default first. Whatever `load` raises passes through."""
@@ -87,7 +149,7 @@ class Models(Generic[T]):
 
         Raises: ModelNotFound.
         """
-        return self.bundles[self._resolve(self.default if name is None else name)]
+        return self.resolve(name).bundle
 
     def get(self, name: str | None, deadline: float) -> T:
         """The loaded model, waited for until `deadline` (`time.monotonic`).

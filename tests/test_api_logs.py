@@ -343,7 +343,7 @@ def test_levels(models_dir: pathlib.Path) -> None:
 def test_the_start_says_what_is_served(json_service: Server) -> None:
     (started,) = [found for found in entries(json_service) if "serving" in found["message"]]
     assert started["severity"] == "INFO" and started["logger"] == "main"
-    for part in (NAME, "fp32", "384 dimensions", "64 request", "65536 tokens", "60 s"):
+    for part in (NAME, "fp32", "384 dimensions", "64 request", "300000 tokens", "60 s"):
         assert part in started["message"]
     assert any(found.get("logger") == "gunicorn" for found in entries(json_service))
 

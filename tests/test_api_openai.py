@@ -42,7 +42,8 @@ def client_of(server: Server, key: str = KEY, retries: int = 0) -> Iterator[tupl
 
 @pytest.fixture(scope="module")
 def aliased(models_dir: pathlib.Path) -> Iterator[Server]:
-    with serve(models_dir, PRECISION="fp32", MODEL_ALIASES=f"{ALIAS}={WIDE}, x={NAME}") as server:
+    options = {"MODEL_ALIASES": f"{ALIAS}={WIDE}, x={NAME}", "OPENAI_TOKEN_IDS": "off"}
+    with serve(models_dir, PRECISION="fp32", **options) as server:
         yield server
         assert "Traceback" not in server.log
 
@@ -116,14 +117,14 @@ def test_the_asynchronous_client(aliased: Server) -> None:
             return listed, [answer.data[0].embedding for answer in answers]
 
     listed, vectors = asyncio.run(ask())
-    assert listed == [NAME, WIDE]
+    assert listed == [NAME, WIDE, ALIAS, "x"]
     for text, vector in zip(TEXTS, vectors):
         assert np.dot(aliased.embed(text), vector) >= 0.9999
 
 
 def test_models_are_listed_and_found_by_any_of_their_names(client: Any, aliased: Server) -> None:
     models = client.models.list().data
-    assert [model.id for model in models] == [NAME, WIDE]
+    assert [model.id for model in models] == [NAME, WIDE, ALIAS, "x"]
     wide = aliased.client.get(f"/v1/models/{WIDE}").json()
     assert wide.pop("created") > 1_700_000_000
     certificate = wide.pop("certificate")
@@ -132,10 +133,14 @@ def test_models_are_listed_and_found_by_any_of_their_names(client: Any, aliased:
     assert certificate["mean"] >= 0.9999 and certificate["cases"] > 240
     assert certificate["threads"] and certificate["measured"] == "bake"
     assert wide.pop("engine") in ("own engine", "OpenVINO")
+    fingerprint = wide.pop("fingerprint")
+    assert len(fingerprint) == 12 and fingerprint != models[0].fingerprint
     assert wide == {
         "id": WIDE,
         "object": "model",
         "owned_by": "sentence-transformers",
+        "alias_of": None,
+        "prompt_name": None,
         "dimensions": 384,
         "max_dimensions": 384,
         "max_tokens": 512,
@@ -144,13 +149,39 @@ def test_models_are_listed_and_found_by_any_of_their_names(client: Any, aliased:
         "precision": "fp32",
     }
     for name in (WIDE, f"sentence-transformers/{WIDE}", ALIAS):
-        assert client.models.retrieve(name) == models[1]
-        assert client.embeddings.create(model=name, input="a").model == WIDE
+        found = client.models.retrieve(name)
+        assert found.alias_of == (WIDE if name == ALIAS else None)
+        assert found.to_dict() | {"id": WIDE, "alias_of": None} == models[1].to_dict()
+        response = client.embeddings.with_raw_response.create(model=name, input="a")
+        assert response.headers["X-Model"] == f"{WIDE}@{fingerprint}"
+        assert response.parse().model == name
 
 
 def test_a_request_without_a_model_gets_the_default(aliased: Server) -> None:
     answer = aliased.post("/v1/embeddings", {"input": "a"}).json()
     assert answer["model"] == NAME
+
+
+def test_as_many_inputs_as_openai_takes(client: Any) -> None:
+    for count in (300, 2048):
+        texts = [f"text {number % 7}" for number in range(count)]
+        data = client.embeddings.create(model=NAME, input=texts).data
+        assert [item.index for item in data] == [*range(count)]
+        first, last = data[0].embedding, data[-1].embedding
+        assert first == data[7].embedding and last == data[(count - 1) % 7].embedding != first
+
+
+@pytest.mark.parametrize(
+    "text, limit", [("a" * 1_048_577, "MAX_TEXT_SIZE"), ("a " * 300_001, "MAX_REQUEST_TOKENS")]
+)
+def test_a_text_over_a_limit_names_the_parameter(client: Any, text: str, limit: str) -> None:
+    with pytest.raises(openai.APIStatusError, match=rf"^.*\$.input\[1\]: .*{limit}") as info:
+        client.embeddings.create(model=NAME, input=["a", text])
+    assert (info.value.status_code, info.value.code, info.value.param) == (
+        413,
+        "too_large",
+        "input",
+    )
 
 
 def test_chunks_when_asked_for(client: Any) -> None:
@@ -195,9 +226,10 @@ def test_an_unknown_model(client: Any, call: str) -> None:
         ({"input": ""}, "input", r"\$.input: text is empty"),
         ({"input": ["a", " "]}, "input", r"\$.input\[1\]: text is empty"),
         ({"input": []}, "input", "send at least one"),
-        ({"input": ["a"] * 101}, "input", "101 texts; the limit is 100"),
-        ({"input": [1, 2, 3]}, "input", "token ids .* send the text itself"),
+        ({"input": ["a"] * 2049}, "input", r"2049 texts; the limit is 2048 \(MAX_INPUTS\)"),
+        ({"input": [1, 2, 3]}, "input", r"\$.input\[0\]: .* token ids .* send the text itself"),
         ({"input": [[1, 2], [3]]}, "input", "token ids .* send the text itself"),
+        ({"input": ["a", 2]}, "input", r"\$.input\[1\]: a token id beside a text; send one kind"),
         ({"input": "a", "dimensions": 385}, "dimensions", "1 to 384"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format", "hex"),
         ({"input": "a", "extra_body": {"prompt_name": "x"}}, "prompt_name", "document, query"),
@@ -259,7 +291,8 @@ def test_while_loading_and_too_late(
 
 
 def test_a_full_queue(models_dir: pathlib.Path) -> None:
-    limits = {"MAX_REQUEST_TOKENS": "10000", "MAX_QUEUE_TOKENS": "10000", "MAX_BODY_SIZE": "30000"}
+    # An empty queue takes a request of any size.
+    limits = {"MAX_REQUEST_TOKENS": "10000", "MAX_QUEUE_TOKENS": "5000", "MAX_BODY_SIZE": "30000"}
     limits["INFERENCE_THREADS"] = "1"
     with serve(models_dir, PRECISION="fp32", **limits) as server, client_of(server) as (client, _):
         large = {"input": letters(9900)}
@@ -269,12 +302,36 @@ def test_a_full_queue(models_dir: pathlib.Path) -> None:
         with pytest.raises(openai.RateLimitError, match="MAX_QUEUE_TOKENS") as info:
             client.embeddings.create(model=NAME, **large)
         assert (info.value.code, info.value.type) == ("rate_limit_exceeded", "rate_limit_error")
+        assert info.value.param == "input"
         assert int(info.value.response.headers["Retry-After"]) >= 1
         first.join()
         for size, limit in ((10_100, "MAX_REQUEST_TOKENS"), (20_000, "MAX_BODY_SIZE")):
             with pytest.raises(openai.APIStatusError, match=limit) as large_info:
                 client.embeddings.create(model=NAME, input="a " * size)
             assert (large_info.value.status_code, large_info.value.code) == (413, "too_large")
+
+
+def test_the_largest_request_starves_nobody_and_does_not_hold_up_the_end(
+    models_dir: pathlib.Path,
+) -> None:
+    words = letters(290_000).split()
+    texts = [" ".join(words[at::2048]) for at in range(2048)]
+    with serve(models_dir, PRECISION="fp32", INFERENCE_THREADS="1") as server:
+        with ThreadPoolExecutor(1) as pool:
+            large = pool.submit(server.post, "/v1/embeddings", {"input": texts})
+            scrape_until(server, lambda now: now[labelled("queue_tokens")] > 0)
+            for number in range(20):
+                assert len(server.embed(f"a short query, number {number}")) == 384
+                assert not large.done(), "the large request was not the last"
+            server.process.terminate()
+            began = time.monotonic()
+            response = large.result(30)
+            assert server.process.wait(30) == 0
+            assert time.monotonic() - began < 10
+        if response.status_code != 200:
+            message = refusal(response, 503, "server_error", "shutting_down", None)
+            assert "shutting down" in message and response.headers["Retry-After"]
+        assert "Traceback" not in server.log
 
 
 # The form of every other error

@@ -13,6 +13,7 @@ from conftest import NAME, WIDE
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from servers import KEY, Server, serve
+from test_api_metrics import labelled, scrape
 
 from engine.encoder import cpu
 
@@ -78,6 +79,26 @@ def test_truncation_on_either_side(client: InferenceClient, service: Server) -> 
     assert np.array(response.json()[0]) @ np.array(service.embed(" ".join(words[-254:]))) >= 0.9999
 
 
+def test_what_is_cut_is_said_and_counted(service: Server) -> None:
+    long, short = "river " * 300, "a cat"
+    counted = labelled("truncated_texts_total")
+    for path, inputs, truncate, cut in (
+        ("/embed", [long, short, long], True, "2"),
+        ("/", long, True, "1"),
+        ("/similarity", {"source_sentence": long, "sentences": [short, long]}, True, "2"),
+        ("/embed", [short], True, None),
+        ("/embed", [long], False, None),
+    ):
+        body: dict[str, Any] = {"inputs": inputs, "truncate": truncate}
+        if path == "/similarity":
+            body = {"inputs": inputs, "parameters": {"truncate": truncate}}
+        before = scrape(service)[counted]
+        response = service.post(path, body)
+        assert response.status_code == 200
+        assert response.headers.get("X-Truncated") == cut
+        assert scrape(service)[counted] - before == int(cut or 0)
+
+
 def test_sentence_similarity(client: InferenceClient, service: Server) -> None:
     close, far = client.sentence_similarity(PAIR["source_sentence"], PAIR["sentences"])
     assert close > 0.5 > far
@@ -121,6 +142,7 @@ def test_info(service: Server) -> None:
     family = cpu.fastest("fp32")
     engine = (info.pop("engine"), info.pop("instruction_set"))
     assert engine == (("own engine", family.name) if family else ("OpenVINO", None))
+    assert len(info.pop("fingerprint")) == 12
     assert info == {
         "model_id": f"sentence-transformers/{NAME}",
         "model_sha": None,
@@ -130,7 +152,7 @@ def test_info(service: Server) -> None:
         "max_input_length": 256,
         "max_batch_tokens": 512,
         "max_batch_requests": 64,
-        "max_client_batch_size": 100,
+        "max_client_batch_size": 2048,
         "auto_truncate": False,
         "tokenization_workers": 64,
         "version": "1.0.0",
@@ -167,7 +189,7 @@ def test_plain(service: Server) -> None:
         ("/embed", {"inputs": [1, 2]}, "$.inputs["),
         ("/embed", {"inputs": ""}, "$.inputs: text is empty"),
         ("/embed", {"inputs": ["a", ""]}, "$.inputs[1]: text is empty"),
-        ("/embed", {"inputs": ["a"] * 101}, "101 texts; the limit is 100"),
+        ("/embed", {"inputs": ["a"] * 2049}, "2049 texts; the limit is 2048 (MAX_INPUTS)"),
         ("/embed", {"inputs": "a", "normalise": False}, "unknown field `normalise`"),
         ("/embed", {"inputs": "a", "truncation_direction": "up"}, "$.truncation_direction"),
         ("/embed", {"inputs": "a", "text": "b"}, "unknown field `inputs`"),

@@ -5,10 +5,11 @@ import pathlib
 import shutil
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine import bundle as bundles
-from engine.bundle import Bundle, Manifest, Probe, discover, fingerprint, read, write
+from engine.bundle import Bundle, Manifest, Probe, Torch, discover, fingerprint, read, write
 from engine.errors import BundleError
 
 
@@ -163,3 +164,55 @@ def test_discover_puts_the_first_baked_in_front(tmp_path: pathlib.Path) -> None:
 def test_names_that_cannot_name_a_bundle(name: str) -> None:
     assert not bundles.valid_name(name)
     assert bundles.valid_name("all-MiniLM-L6-v2")
+
+
+def test_the_fingerprint_is_that_of_the_vectors(tmp_path: pathlib.Path) -> None:
+    """Copies and bakes on other days have the same; whatever changes vectors changes it."""
+    first = make(tmp_path / "one", "a").fingerprint()
+    assert len(first) == 12 and int(first, 16) >= 0
+    shutil.copytree(tmp_path / "one" / "a", tmp_path / "two" / "copied")
+    assert read(tmp_path / "two" / "copied").fingerprint() == first
+    same: list[dict[str, Any]] = [
+        {"created": "2027-01-01T00:00:00"},
+        {"versions": {"torch": "9"}},
+        {"source": "elsewhere", "revision": "abc"},
+        {"probe": Probe("y", [0.0, 1.0])},
+    ]
+    for changes in same:
+        assert make(tmp_path / "same", "b", **changes).fingerprint() == first, changes
+    others: list[dict[str, Any]] = [
+        {"content": b"other weights"},
+        {"max_tokens": 16},
+        {"dimensions": 3},
+        {"default_dimensions": 1},
+        {"normalized": False},
+        {"layer_norm": True},
+        {"prompts": {"query": "q: "}},
+        {"prompts": {"query": "Q: "}},
+        {"prompts": {"query": "q: "}, "default_prompt": "query"},
+        {"torch": Torch(code=False, packed=True)},
+        {"torch": Torch(code=False, packed=True, alone=True)},
+    ]
+    found = {make(tmp_path / "others", "a", **changes).fingerprint() for changes in others}
+    assert len(found | {first}) == len(others) + 1
+
+
+def test_the_fingerprint_leaves_out_the_sample_and_defaults(tmp_path: pathlib.Path) -> None:
+    made = make(tmp_path, "a")
+    first = made.fingerprint()
+    (tmp_path / "a" / "sample.npz").write_bytes(b"x")
+    made.record(["sample.npz"])
+    assert made.fingerprint() == first
+    (tmp_path / "a" / "tokenizer.json").write_bytes(b"{}")
+    made.record(["tokenizer.json"])
+    assert made.fingerprint() != first
+    # A field that a later version adds, with a default.
+    made.manifest.torch = Torch(code=False, packed=True)
+    now = made.fingerprint()
+    later = msgspec.defstruct(
+        "Later", [("more", int, 0)], bases=(Torch,), kw_only=True, frozen=True
+    )
+    made.manifest.torch = later(code=False, packed=True)
+    assert made.fingerprint() == now
+    made.manifest.torch = later(code=False, packed=True, more=1)
+    assert made.fingerprint() != now

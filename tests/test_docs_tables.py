@@ -200,7 +200,7 @@ def test_limits_have_the_defaults_of_the_settings() -> None:
         for cells in rows(section("docs/api.md", "Limits"))
         if len(cells) == 4 and cells[3].isupper()
     }
-    assert len(told) == 10
+    assert len(told) == 11
     assert told.items() <= full.items()
 
 

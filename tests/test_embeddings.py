@@ -10,7 +10,7 @@ import pytest
 from conftest import NAME
 
 from chunks import CHUNK_SLACK
-from embeddings import TextEmbedder, VectorCache
+from embeddings import TextEmbedder, Truncation, VectorCache
 from engine.bundle import Bundle, read
 from engine.errors import InputTooLarge, InvalidInput
 from engine.openvino_backend import OpenVINOTextEngine
@@ -25,10 +25,12 @@ LIMITS = TextLimits(max_texts=1000, max_text_bytes=1 << 20, max_request_tokens=2
 WORD = "river"  # one token
 
 
-def embedder_for(bundle: Bundle, batcher: Queue, limits: TextLimits = LIMITS) -> TextEmbedder:
+def embedder_for(
+    bundle: Bundle, batcher: Queue, limits: TextLimits = LIMITS, **options: Any
+) -> TextEmbedder:
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
     engine = OpenVINOTextEngine(bundle, "fp32", pad_id=pad_id, pad_left=pad_left, streams=1)
-    return TextEmbedder(bundle, tokenizer, engine, batcher, limits)
+    return TextEmbedder(bundle, tokenizer, engine, batcher, limits, **options)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +183,38 @@ def test_the_left_side_can_be_cut_too(embedder: TextEmbedder) -> None:
     assert (right.chunks[0].start, left.chunks[0].end) == (0, len(text))
 
 
+def test_what_was_cut_is_reported(models_dir: pathlib.Path, batcher: Queue) -> None:
+    seen: list[int] = []
+    cutting = embedder_for(
+        read(models_dir / NAME), batcher, truncation=Truncation(True, seen.append)
+    )
+    full, long = words(ROOM), words(ROOM + 1)
+    for side in ("right", "left"):
+        results = embed(cutting, full, long, "x", TEXTS["emoji"], truncate=side)
+        assert [result.chunks[0].truncated for result in results] == [False, True, False, True]
+    cutting.similarities([long, "x"], long, deadline=time.monotonic() + 60, truncate="right")
+    assert seen == [2, 2, 2]
+    embed(cutting, long)
+    embed(cutting, full, truncate="right")
+    assert seen == [2, 2, 2]
+
+
+def test_truncate_has_no_effect_where_it_is_not_honoured(
+    embedder: TextEmbedder, models_dir: pathlib.Path, batcher: Queue
+) -> None:
+    seen: list[int] = []
+    averaging = embedder_for(
+        read(models_dir / NAME), batcher, truncation=Truncation(False, seen.append)
+    )
+    text = TEXTS["english"]
+    (whole,) = embed(embedder, text)
+    for side in (None, "left", "right"):
+        (result,) = embed(averaging, text, truncate=side)
+        assert np.array_equal(result.vector, whole.vector)
+    assert embed(embedder, text, truncate="right")[0].vector @ whole.vector < 0.999
+    assert seen == []
+
+
 def test_a_prompt_goes_before_every_chunk_and_counts_in_no_offset(
     prompted: TextEmbedder, sentence_transformer: Any
 ) -> None:
@@ -230,8 +264,12 @@ def test_no_texts_and_too_many(models_dir: pathlib.Path, batcher: Queue) -> None
     embedder = embedder_for(read(models_dir / NAME), batcher, TextLimits(2, 100, 100))
     with pytest.raises(InvalidInput, match="no text"):
         embed(embedder)
-    with pytest.raises(InvalidInput, match=r"3 texts; the limit is 2 \(MAX_TEXTS_PER_BATCH\)"):
+    with pytest.raises(InvalidInput, match=r"3 texts; the limit is 2 \(MAX_INPUTS\)"):
         embed(embedder, "a", "b", "c")
+    more = TextLimits(3, 100, 100, "OTHER")
+    assert len(embed(embedder, "a", "b", "c", limits=more)) == 3
+    with pytest.raises(InvalidInput, match=r"4 texts; the limit is 3 \(OTHER\)"):
+        embed(embedder, *"abcd", limits=more)
 
 
 def test_text_size_is_counted_in_bytes(models_dir: pathlib.Path, batcher: Queue) -> None:

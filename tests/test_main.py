@@ -217,7 +217,11 @@ def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) 
         ({"HOST": "192.0.2.1"}, "cannot start: HOST='192.0.2.1': cannot listen there"),
         ({"PRECISION": "fp8"}, "cannot start: PRECISION='fp8'; it takes one of auto, fp32"),
         ({"EMBEDDING_MODEL": "x"}, f"cannot start: no model 'x' here; there is: {NAME}, {WIDE}"),
-        ({"MODEL_ALIASES": "a=x"}, f"cannot start: no model 'x' here; there is: {NAME}, {WIDE}"),
+        ({"MODEL_ALIASES": "a=x"}, "cannot start: MODEL_ALIASES: a=x: no model 'x' here; there is"),
+        (
+            {"MODEL_ALIASES": f"a={NAME}:x"},
+            f"MODEL_ALIASES: a={NAME}:x: model {NAME} has no prompt",
+        ),
         ({"MODEL_ALIASES": "a"}, "cannot start: MODEL_ALIASES='a'; it takes alias=name,alias=name"),
         ({"MODELS_DIR": "/absent"}, "cannot start: MODELS_DIR /absent: No such file or directory"),
         ({"K_SERVICE": "s", "VECTOR_EMBEDDER_API_KEY": "abc123"}, "the default, which everybody"),

@@ -50,6 +50,9 @@ def test_set_but_empty_counts_as_not_set() -> None:
         ("PRECISION", "fp8", "one of auto, fp32, bf16, int8, fp16"),
         ("DEVICE", "gpu", "auto, cpu, cuda or cuda:N"),
         ("DEVICE", "cuda:x", "auto, cpu, cuda or cuda:N"),
+        ("TRUNCATION", "cut", "one of honour, average"),
+        ("OPENAI_TOKEN_IDS", "o200k_base", "one of cl100k_base, off"),
+        ("MAX_INPUTS", "0", "a whole number from 1 to 100000"),
         ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
         ("LOG_FORMAT", "xml", "one of text, json"),
     ],
@@ -98,9 +101,26 @@ def test_the_log_is_json_on_cloud_run_unless_told_otherwise() -> None:
     assert load({**run, "LOG_FORMAT": "text"}).log_format == "text"
 
 
-def test_a_request_must_fit_the_queue() -> None:
-    with pytest.raises(SettingsError, match="MAX_REQUEST_TOKENS=300000 is more than"):
-        load({"MAX_REQUEST_TOKENS": "300000"})
+def test_a_request_may_be_larger_than_the_queue() -> None:
+    """An empty queue takes it."""
+    settings = load({"MAX_REQUEST_TOKENS": "2000", "MAX_QUEUE_TOKENS": "1000"})
+    assert (settings.max_request_tokens, settings.max_queue_tokens) == (2000, 1000)
+
+
+def test_token_ids_are_taken_where_their_table_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    table = tmp_path / "cl100k_base.bin"
+    monkeypatch.setattr("settings.CL100K_TABLE", table)
+    assert load({}).openai_token_ids == load({"OPENAI_TOKEN_IDS": "OFF"}).openai_token_ids == "off"
+    with pytest.raises(
+        SettingsError, match="OPENAI_TOKEN_IDS='cl100k_base', but the table .* make"
+    ):
+        load({"OPENAI_TOKEN_IDS": "cl100k_base"})
+    table.touch()
+    assert load({}).openai_token_ids == "cl100k_base"
+    assert load({"OPENAI_TOKEN_IDS": "cl100k_base"}).openai_token_ids == "cl100k_base"
+    assert load({"OPENAI_TOKEN_IDS": "off"}).openai_token_ids == "off"
 
 
 def test_cores_are_those_of_the_cgroup(tmp_path: pathlib.Path) -> None:
@@ -145,8 +165,8 @@ def test_the_page_has_every_variable_its_default_and_its_help() -> None:
 
 def test_aliases() -> None:
     assert load({}).aliases == {}
-    aliases = load({"MODEL_ALIASES": "ada = e5 , x/y=a.b-c"}).aliases
-    assert aliases == {"ada": "e5", "x/y": "a.b-c"}
+    aliases = load({"MODEL_ALIASES": "ada = e5 , x/y=a.b-c,*=e5,q:1=a/b:c:query"}).aliases
+    assert aliases == {"ada": "e5", "x/y": "a.b-c", "*": "e5", "q:1": "a/b:c:query"}
 
 
 @pytest.mark.parametrize("value", ["ada", "ada=", "=e5", "a=b=c", "a=b,", "a=b,a=c", ","])
