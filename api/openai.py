@@ -9,7 +9,7 @@ from flask import Blueprint
 
 from api.codec import encode_chunks, encode_vector
 from api.endpoint import endpoint
-from api.images import decode_pictures
+from api.images import are_pictures, decode_pictures
 from api.schemas import OpenAIEmbeddings, OpenAIEmbedRequest, OpenAIModel, OpenAIModels
 from api.service import Service
 from embeddings import TextEmbedder, TextEmbedding
@@ -46,8 +46,8 @@ def blueprint(service: Service) -> Blueprint:
     def create_embedding(body: OpenAIEmbedRequest) -> object:
         """Embed one text or several. `user` is taken and has no effect."""
         sent = check_texts(body.input)
-        if body.modality == "image":
-            return _embed_images(service, body, [sent] if isinstance(sent, str) else sent)
+        if sees_pictures(body, texts := [sent] if isinstance(sent, str) else sent):
+            return _embed_images(service, body, texts)
         embedder, embedded = service.embed_texts(
             sent,
             "input",
@@ -73,6 +73,17 @@ def check_texts(sent: str | list[str | int | list[int]]) -> str | list[str]:
         if not isinstance(text, str):
             raise InvalidInput(_TOKEN_IDS, index).at("$.input[{}]")
     return sent  # type: ignore[return-value]  # no other is left
+
+
+def sees_pictures(body: OpenAIEmbedRequest, texts: list[str]) -> bool:
+    """Whether `input` holds pictures: as `modality` says, else as their data URIs look.
+
+    Raises: InvalidInput for a mix of both.
+    """
+    try:
+        return body.modality == "image" or (body.modality is None and are_pictures(texts))
+    except InvalidInput as error:
+        raise error.at("$.input[{}]") from None
 
 
 def _embed_images(service: Service, body: OpenAIEmbedRequest, uris: list[str]) -> object:
@@ -123,6 +134,8 @@ def _describe(embedder: TextEmbedder) -> dict[str, object]:
         "max_dimensions": manifest.dimensions,
         "max_tokens": manifest.max_tokens,
         "modalities": manifest.modalities,
+        "prompts": manifest.prompts,
+        "default_prompt": manifest.default_prompt,
         "revision": manifest.revision,
         "engine": engine.backend,
         "precision": embedder.precision,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import msgspec
 from flask import Blueprint
 
-from api.codec import read_json
+from api.codec import begins, peek
 from api.endpoint import VERSION, endpoint
+from api.images import refuse_pictures
 from api.schemas import (
     Info,
     PlainRequest,
-    SimilarityParameters,
     SimilarityRequest,
     TEIEmbedRequest,
     Token,
@@ -20,7 +20,7 @@ from api.schemas import (
 )
 from api.service import Service
 from embeddings import TextEmbedder
-from server.messages import Request
+from server.messages import HttpError, Request
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 # One vector a text of `inputs`, or the numbers of a single vector or of similarities.
@@ -34,12 +34,16 @@ class _Shape(msgspec.Struct):
     inputs: msgspec.Raw = msgspec.Raw()
 
 
-def _embed_body(request: Request) -> type:
-    return PlainRequest if bytes(read_json(request, _Shape).text) else TEIEmbedRequest
+def _embed_body(request: Request) -> type[TEIEmbedRequest | PlainRequest]:
+    shape = peek(request, _Shape)
+    text, inputs = (begins(sent, 5) not in (b"", b"null") for sent in (shape.text, shape.inputs))
+    if text and inputs:
+        raise HttpError(400, "validation", "this route takes `inputs` or `text`, not both")
+    return PlainRequest if text else TEIEmbedRequest
 
 
-def _root_body(request: Request) -> type:
-    compares = bytes(read_json(request, _Shape).inputs).startswith(b"{")
+def _root_body(request: Request) -> type[TEIEmbedRequest | SimilarityRequest]:
+    compares = begins(peek(request, _Shape).inputs, 1) == b"{"
     return SimilarityRequest if compares else TEIEmbedRequest
 
 
@@ -53,6 +57,7 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
         """Embed `inputs`, a text or several: a vector for each. Or `text`: its vector alone."""
         if isinstance(body, TEIEmbedRequest):
             return _embed(service, body)
+        refuse_pictures(service, body.model, body.text, "text")
         _, (embedding,) = service.embed_texts(
             body.text,
             "text",
@@ -86,7 +91,7 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
             lambda embedders, _: embedders.texts.tokenize(
                 [body.inputs] if isinstance(body.inputs, str) else body.inputs,
                 prompt_name=body.prompt_name,
-                add_special_tokens=body.add_special_tokens,
+                add_special_tokens=body.add_special_tokens is not False,
             ),
         )
 
@@ -100,20 +105,22 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
 
 
 def _embed(service: Service, body: TEIEmbedRequest) -> object:
+    refuse_pictures(service, body.model, body.inputs, "inputs")
     _, embedded = service.embed_texts(
         body.inputs,
         "inputs",
         body.model,
         prompt_name=body.prompt_name,
         dimensions=body.dimensions,
-        normalize=body.normalize,
+        normalize=body.normalize is not False,
         truncate=body.side,
     )
     return [embedding.vector for embedding in embedded]
 
 
 def _compare(service: Service, body: SimilarityRequest) -> object:
-    options = body.parameters or SimilarityParameters()
+    refuse_pictures(service, body.model, body.inputs.source_sentence, "inputs.source_sentence")
+    refuse_pictures(service, body.model, body.inputs.sentences, "inputs.sentences")
     return service.run(
         body.model,
         "$.inputs.sentences[{}]",
@@ -121,8 +128,8 @@ def _compare(service: Service, body: SimilarityRequest) -> object:
             body.inputs.sentences,
             body.inputs.source_sentence,
             **waiting,
-            prompt_name=options.prompt_name,
-            truncate=options.side,
+            prompt_name=body.prompt_name,
+            truncate=body.side,
         ),
     )
 
