@@ -21,6 +21,7 @@ import pytest
 import tiny_clip
 from PIL import Image
 from servers import KEY, Server, serve
+from test_avif_frames import says
 
 from bake.samples import sample_pictures
 from engine.bundle import PARITY_FLOOR
@@ -201,13 +202,13 @@ def test_dimensions_in_json_query_and_field(clip_service: Server) -> None:
         response = clip_service.post(f"{path}?model=nope", **sent)
         status = 400 if "data" in sent else 404  # two models are named
         assert response.status_code == status, response.text
-        for query, says in (
+        for query, wrong in (
             ("dimensions=5&dimensions=5", "`dimensions` is given twice"),
             ("prompt_name=query", "unknown field `prompt_name`"),
             ("dimensions=five", "$.dimensions"),
         ):
             response = clip_service.post(f"{path}?{query}", **sent)
-            refusal(response, 400, "validation", "query parameter", says)
+            refusal(response, 400, "validation", "query parameter", wrong)
     for sent in (everywhere[1], everywhere[3]):
         response = clip_service.post(f"{path}?dimensions=6", **sent)
         refusal(response, 400, "validation", "$.dimensions and the query's dimensions differ")
@@ -416,6 +417,8 @@ def wrong_crc(data: bytes) -> bytes:
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect/></svg>'
 JPEG = encoded(tiny_clip.picture("red", "circle", random.Random(3)), "JPEG")
 PNG = shape("red")
+RED = Image.new("RGB", (9, 9), "red")
+AVIF = encoded(RED.resize((96, 96)), "AVIF")
 
 
 @pytest.mark.parametrize(
@@ -451,6 +454,13 @@ PNG = shape("red")
         (text(b"%PDF-1.7\n" + bytes(900)), ["this is a PDF"]),
         (text(b"\xef\xbb\xbf\n<!DOCTYPE html><html></html>"), ["this is an HTML page"]),
         (text(b"\0\0\0\x1cftypheic" + bytes(99)), ["this is HEIC"]),
+        (text(b"\0\0\0\x1cftypavif" + bytes(99)), ["picture"]),
+        (text(AVIF[: len(AVIF) // 2]), ["picture"]),
+        (text(says(AVIF, (8, 8))), ["AVIF of 8 x 8 pixels with frames of 96 x 96"]),
+        (
+            text(encoded(Image.new("RGB", (9, 9)), "AVIF", save_all=True, append_images=[RED])),
+            ["animated AVIF is not taken"],
+        ),
         (text(b"\0\0\1\0\1\0" + bytes(99)), ["ICO"]),
         (text(b"8BPS" + bytes(99)), ["Photoshop"]),
         (text(encoded(Image.new("F", (9, 9)), "TIFF")), ["32-bit images"]),
@@ -505,9 +515,10 @@ def test_the_smallest_and_the_longest_picture_are_embedded(
         encoded(Image.new("1", (9_000, 9_000)), "TIFF", compression="group4"),
         encoded(Image.new("P", (9_000, 9_000)), "GIF"),
         b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 20_000, 20_000, 1, 24, *[0] * 6),
+        says(AVIF, (9_000, 6_000)),
         b"RIFF\x26\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xfe\x3f\0" * 2 + b"VP8 \0\0\0\0",
     ],
-    ids=["PNG", "huge PNG", "real PNG", "TIFF", "GIF", "BMP", "WebP"],
+    ids=["PNG", "huge PNG", "real PNG", "TIFF", "GIF", "BMP", "AVIF", "WebP"],
 )
 def test_a_bomb_is_refused_from_its_header(clip_service: Server, bomb: bytes) -> None:
     """81 to 400 million pixels, 243 MB and more: memory does not move."""
@@ -564,8 +575,10 @@ def test_the_limits_are_exact(small: Server) -> None:
     response = small.post(path, content=of_size(60_001), headers=headers)
     refusal(response, 413, "too_large", "60000", "MAX_BODY_SIZE")
     assert see(small, encoded(Image.new("L", (120, 100)))).shape == (32,)
-    response = small.post(path, {"image": text(encoded(Image.new("L", (120, 101))))})
-    refusal(response, 413, "too_large", "120 x 101", "12000", "MAX_IMAGE_PIXELS")
+    frames = encoded(Image.new("L", (120, 101)), "AVIF")
+    for data in (encoded(Image.new("L", (120, 101))), frames, says(frames, (100, 100))):
+        response = small.post(path, {"image": text(data)})
+        refusal(response, 413, "too_large", "120 x 101", "12000", "MAX_IMAGE_PIXELS")
 
 
 def test_too_many_pictures(clip_service: Server, small: Server) -> None:
@@ -623,7 +636,7 @@ def test_random_damage_is_the_callers_fault_and_memory_stays(clip_service: Serve
     """Mutations of good files in every format: a vector or a 4xx, never a 5xx."""
     chance = np.random.default_rng(7)
     picture = tiny_clip.picture("blue", "triangle", random.Random(5))
-    kinds = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+    kinds = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
     files = [encoded(picture, kind) for kind in kinds] + [
         encoded(picture, "JPEG", progressive=True)
     ]
