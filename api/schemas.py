@@ -213,6 +213,15 @@ class SimilarityRequest(_Parameters, TEIOptions, kw_only=True):
     options: HuggingFaceOptions | None = None
 
 
+class FlatSimilarityRequest(_Parameters, TEIOptions, kw_only=True):
+    """What huggingface_hub 0.28 to 0.30 sends, beside `"inputs": null`."""
+
+    source_sentence: str
+    sentences: list[str]
+    parameters: TEIOptions | None = None
+    options: HuggingFaceOptions | None = None
+
+
 class TokenizeOptions(msgspec.Struct, kw_only=True):
     model: str | None = None
     prompt_name: str | None = None

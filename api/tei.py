@@ -11,6 +11,7 @@ from api.codec import begins, peek
 from api.endpoint import VERSION, endpoint
 from api.images import refuse_pictures
 from api.schemas import (
+    FlatSimilarityRequest,
     Info,
     PlainRequest,
     SimilarityRequest,
@@ -32,19 +33,34 @@ class _Shape(msgspec.Struct):
 
     text: msgspec.Raw = msgspec.Raw()
     inputs: msgspec.Raw = msgspec.Raw()
+    source_sentence: msgspec.Raw = msgspec.Raw()
 
 
 def _embed_body(request: Request) -> type[TEIEmbedRequest | PlainRequest]:
     shape = peek(request, _Shape)
-    text, inputs = (begins(sent, 5) not in (b"", b"null") for sent in (shape.text, shape.inputs))
-    if text and inputs:
+    if _given(shape.text) and _given(shape.inputs):
         raise HttpError(400, "validation", "this route takes `inputs` or `text`, not both")
-    return PlainRequest if text else TEIEmbedRequest
+    return PlainRequest if _given(shape.text) else TEIEmbedRequest
 
 
-def _root_body(request: Request) -> type[TEIEmbedRequest | SimilarityRequest]:
-    compares = begins(peek(request, _Shape).inputs, 1) == b"{"
-    return SimilarityRequest if compares else TEIEmbedRequest
+def _given(sent: msgspec.Raw) -> bool:
+    return begins(sent, 5) not in (b"", b"null")
+
+
+Similarity = SimilarityRequest | FlatSimilarityRequest
+
+
+def _similarity_body(request: Request) -> type[Similarity]:
+    shape = peek(request, _Shape)
+    flat = _given(shape.source_sentence) and not _given(shape.inputs)
+    return FlatSimilarityRequest if flat else SimilarityRequest
+
+
+def _root_body(request: Request) -> type[TEIEmbedRequest | Similarity]:
+    shape = peek(request, _Shape)
+    if begins(shape.inputs, 1) == b"{" or _given(shape.source_sentence):
+        return _similarity_body(request)
+    return TEIEmbedRequest
 
 
 def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
@@ -68,16 +84,16 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
         return embedding.vector
 
     @routes.post("/")
-    @endpoint(Numbers, TEIEmbedRequest, SimilarityRequest, choose=_root_body)
-    def embed_or_compare(body: TEIEmbedRequest | SimilarityRequest) -> object:
+    @endpoint(Numbers, TEIEmbedRequest, SimilarityRequest, FlatSimilarityRequest, choose=_root_body)
+    def embed_or_compare(body: TEIEmbedRequest | Similarity) -> object:
         """What /embed or /similarity answers to the same body."""
         if isinstance(body, TEIEmbedRequest):
             return _embed(service, body)
         return _compare(service, body)
 
     @routes.post("/similarity")
-    @endpoint(list[float], SimilarityRequest)
-    def similarity(body: SimilarityRequest) -> object:
+    @endpoint(list[float], SimilarityRequest, FlatSimilarityRequest, choose=_similarity_body)
+    def similarity(body: Similarity) -> object:
         """The cosine of each sentence to the source sentence."""
         return _compare(service, body)
 
@@ -118,15 +134,16 @@ def _embed(service: Service, body: TEIEmbedRequest) -> object:
     return [embedding.vector for embedding in embedded]
 
 
-def _compare(service: Service, body: SimilarityRequest) -> object:
-    refuse_pictures(service, body.model, body.inputs.source_sentence, "inputs.source_sentence")
-    refuse_pictures(service, body.model, body.inputs.sentences, "inputs.sentences")
+def _compare(service: Service, body: Similarity) -> object:
+    pair, path = (body.inputs, "inputs.") if isinstance(body, SimilarityRequest) else (body, "")
+    refuse_pictures(service, body.model, pair.source_sentence, f"{path}source_sentence")
+    refuse_pictures(service, body.model, pair.sentences, f"{path}sentences")
     return service.run(
         body.model,
-        "$.inputs.sentences[{}]",
+        f"$.{path}sentences[{{}}]",
         lambda embedders, waiting: embedders.texts.similarities(
-            body.inputs.sentences,
-            body.inputs.source_sentence,
+            pair.sentences,
+            pair.source_sentence,
             **waiting,
             prompt_name=body.prompt_name,
             truncate=body.side,

@@ -283,6 +283,26 @@ def test_options_of_the_other_routes_in_parameters(service: Server) -> None:
     assert service.post("/tokenize", wrapped).json() == service.post("/tokenize", bare).json()
 
 
+def test_every_released_form_of_a_similarity(service: Server) -> None:
+    """huggingface_hub 0.28 to 0.30 sends the sentences beside `inputs`, which is null."""
+    expected = service.post("/similarity", {"inputs": PAIR}).json()
+    for path in ("/", "/similarity"):
+        for body in (
+            {"inputs": PAIR, "parameters": {}},
+            {"inputs": None, "parameters": {}, **PAIR},
+            {**PAIR, "parameters": {"truncate": True}, "options": {"use_cache": True}},
+            {**PAIR, "truncate": None},
+        ):
+            response = service.post(path, body)
+            assert response.status_code == 200 and same(response.json(), expected), body
+            assert HEADER not in response.headers
+        flat = service.post(path, PAIR | {"sentences": ["a", ""]})
+        refused(flat, "$.sentences[1]: text is empty")
+        refused(service.post(path, {"source_sentence": "a"}), "required field `sentences`")
+        both = service.post(path, {"inputs": PAIR, "source_sentence": "a"})
+        assert both.status_code == 200 and both.headers[HEADER] == "source_sentence"
+
+
 @pytest.mark.parametrize(
     "top, inner",
     [
