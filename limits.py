@@ -8,8 +8,8 @@ from math import inf
 
 from engine.errors import InputTooLarge, InvalidInput
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # of pictures, as Pillow calls them
-FORMATS_SENTENCE = "a picture may be JPEG, PNG, WebP, GIF, BMP or TIFF"
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")  # of pictures, as Pillow calls them
+FORMATS_SENTENCE = "a picture may be JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF"
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,11 +165,11 @@ class Application:
         self.models.warming = True
         try:
             for number in range(WARM_UP_REQUESTS):
-                word, path = (f"word{number}", f"?{number}") if number % 2 else ("text", "")
+                word, query = (f"word{number}", "?" + "&" * number) if number % 2 else ("text", "")
                 texts = "a first text and " * ((WARM_UP_REQUESTS - number) // 2)
                 body = f'{{"text": "{texts}its last {word}"}}'
                 yield (
-                    f"POST /embeddings{path} HTTP/1.1\r\nHost: localhost\r\n"
+                    f"POST /embeddings{query} HTTP/1.1\r\nHost: localhost\r\n"
                     f"X-API-Key: {self.settings.api_keys[0]}\r\n"
                     f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
                 ).encode()

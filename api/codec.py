@@ -3,62 +3,162 @@
 import base64
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 import orjson
 
+from api.fields import field_types, fill, read_options, strict, struct_in
+from api.headers import IGNORED
+from api.schemas import INPUTS, OPTIONS
 from embeddings import TextEmbedding
 from server.messages import HttpError, Request
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 JSON = "application/json"
+# Bounds of a header that names fields: a client may send any number of them, of any length.
+_MAX_NAMES, _MAX_NAME = 16, 64
+_NOT_IN_A_HEADER = re.compile(r"[^!-+\--~]")  # all but visible ASCII without the comma
 _FIELD = re.compile(r"\$\.(\w+)|field `(\w+)`")  # in msgspec's messages
+_Names = dict[str, msgspec.Raw]  # an object whose values are not looked at
 
 _decoder = functools.cache(
     msgspec.json.Decoder
 )  # building one costs more than decoding a small body
 
 
+@functools.cache
+def _strict_decoder(schema: type[msgspec.Struct]) -> Any:
+    return msgspec.json.Decoder(strict(schema))
+
+
 def read_json(request: Request, schema: type[T]) -> T:
-    """Decode and validate a JSON body in one pass.
+    """Decode and validate a JSON body and the options in the query. Unknown fields are refused, or
+    ignored and named in the response, as `schema` says (see api/fields.py).
 
     Raises: HttpError: 415 for another content type; 400 for anything that is not JSON of this
     shape, with the place and the field.
     """
+    _require_json(request)
+    ignored: list[str] = []
+    try:
+        body: T = _strict_decoder(schema).decode(request.body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        # Either it is wrong, and raises again, or it has unknown fields that `schema` ignores.
+        body = decode(request.body, schema)
+        ignored = _unknown(request.body, schema)
+    if request.query:
+        ignored += read_query(request, body, schema)
+    if ignored:
+        _ignore(request, ignored)
+    return body
+
+
+def peek(request: Request, schema: type[T]) -> T:
+    """Decode what `schema` has of a JSON body. Raises: HttpError 415 and 400."""
+    _require_json(request)
+    body: T = decode(request.body, schema)
+    return body
+
+
+def _require_json(request: Request) -> None:
     kind = request.media_type
     if kind and kind != JSON and not kind.endswith("+json"):
         raise HttpError(
             415, "unsupported_media_type", f"Content-Type is {kind}; this route takes {JSON}"
         )
-    return decode(request.body, schema)
 
 
-def decode(body: bytes | bytearray, schema: type[T]) -> T:
+def read_query(request: Request, body: msgspec.Struct, schema: type[msgspec.Struct]) -> list[str]:
+    """Set the options of `body` that stand in the query.
+
+    Returns: the names of unknown ones, where `schema` ignores them. Raises: HttpError 400.
+    """
+    pairs = parse_qsl(request.query, keep_blank_values=True)
+    try:
+        given, unknown = read_options(pairs, schema)
+        fill(body, given, "the query's ")
+    except msgspec.ValidationError as error:
+        raise invalid(error, "query parameter: ") from None
+    return unknown
+
+
+def refuse_options(request: Request) -> None:
+    """Refuse options in the query of a route that has none. Raises: HttpError 400."""
+    for name, _ in parse_qsl(request.query, keep_blank_values=True):
+        if name in OPTIONS:
+            message = f"query parameter: this route takes no `{name}`"
+            raise HttpError(400, "validation", message, field=name)
+
+
+def decode(body: bytes | bytearray | memoryview, schema: Any) -> Any:
     """Decode and validate JSON. Raises: HttpError 400."""
     try:
-        decoded: T = _decoder(schema).decode(body)  # type: ignore[arg-type]  # types are hashable
-        return decoded
+        return _decoder(schema).decode(body)
     except msgspec.ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, after=_elsewhere(body, schema)) from None
     except RecursionError:
         raise HttpError(400, "validation", "the JSON is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HttpError(
-            400, "validation", f"the body is not valid JSON: {_reason(body, error)}"
+            400, "validation", f"the body is not valid JSON: {_reason(bytes(body), error)}"
         ) from None
 
 
-def invalid(error: msgspec.ValidationError, where: str = "") -> HttpError:
+def invalid(error: msgspec.ValidationError, before: str = "", after: str = "") -> HttpError:
     """The error for JSON of another shape. msgspec states the field in its message only."""
     message = str(error)
     found = _FIELD.search(message)
     field = found and next(filter(None, found.groups()))
-    return HttpError(400, "validation", where + message, field=field)
+    return HttpError(400, "validation", before + message + after, field=field)
 
 
-def _reason(body: bytes | bytearray, error: Exception) -> str:
+def _unknown(
+    body: bytes | bytearray | memoryview, schema: type[msgspec.Struct], path: str = ""
+) -> list[str]:
+    """The fields that `schema` does not have. One that is null counts as absent."""
+    known, found = field_types(schema), []
+    names: _Names = decode(body, _Names)
+    for name, value in names.items():
+        if name not in known:
+            if begins(value, 5) != b"null":
+                found.append(path + name)
+        elif (nested := struct_in(known[name])) and begins(value, 1) == b"{":
+            found += _unknown(memoryview(value), nested, f"{path}{name}.")
+    return found
+
+
+def begins(value: msgspec.Raw, count: int) -> bytes:
+    """The first bytes of a value, which may be long."""
+    return bytes(memoryview(value)[:count])
+
+
+def _elsewhere(body: bytes | bytearray | memoryview, schema: Any) -> str:
+    """Which routes take the inputs that this one does not."""
+    try:
+        names: _Names = _decoder(_Names).decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""
+    known = getattr(schema, "__struct_fields__", ())
+    return "".join(
+        f"; `{name}` is what {route} takes"
+        for name, route in INPUTS.items()
+        if name in names and name not in known
+    )
+
+
+def _ignore(request: Request, names: Sequence[str]) -> None:
+    """Say in the response, and to whoever logs and counts it, that these fields had no effect."""
+    shown = [_NOT_IN_A_HEADER.sub("?", name[:_MAX_NAME]) or "?" for name in names[:_MAX_NAMES]]
+    if len(names) > len(shown):
+        shown.append(f"({len(names) - len(shown)} more)")
+    request.notes[IGNORED] = ", ".join(shown)
+
+
+def _reason(body: bytes, error: Exception) -> str:
     """What is wrong with the JSON, and where: msgspec calls a lone surrogate a truncated input and
     does not say where UTF-8 breaks.
     """

@@ -16,6 +16,7 @@ from flask import Blueprint, Flask, Response, current_app
 from api.codec import JSON, write_json
 from api.endpoint import VERSION, Operation
 from api.errors import dialect
+from api.fields import field_types, options_of
 
 _FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 PATHS = ("/openapi.json", "/docs", *(f"/docs/{name}" for name in _FILES))
@@ -93,6 +94,11 @@ def _describe(path: str, made: Operation, is_open: bool, schemas: dict[str, Any]
     described: dict[str, Any] = {"responses": responses}
     if is_open:
         described["security"] = []
+    if made.media:  # a picture itself has no fields for options
+        described["parameters"] = [
+            {"name": name, "in": "query", "schema": msgspec.json.schema(kind)}
+            for name, kind in field_types(options_of(made.bodies[0])).items()
+        ]
     if "{" in path:
         described["parameters"] = [
             {"name": field, "in": "path", "required": True, "schema": {"type": "string"}}

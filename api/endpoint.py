@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import flask
+import msgspec
 
-from api.codec import read_json, write_json
+from api.codec import read_json, refuse_options, write_json
 from server.messages import Request, Response, current
 
 VERSION = "1.0.0"  # of the API
@@ -18,7 +19,7 @@ class Operation:
     """A route, for /openapi.json."""
 
     answer: Any  # the type of a 200
-    bodies: tuple[type, ...]
+    bodies: tuple[type[msgspec.Struct], ...]
     further: Mapping[int, Any] = field(default_factory=dict)  # status: type; None for an error
     media: Mapping[str, Any] = field(default_factory=dict)  # schemas of bodies that are no JSON
     produces: str = "application/json"  # the content type of a 200
@@ -26,8 +27,8 @@ class Operation:
 
 def endpoint(
     answer: Any,
-    *bodies: type,
-    choose: Callable[[Request], type] | None = None,
+    *bodies: type[msgspec.Struct],
+    choose: Callable[[Request], type[msgspec.Struct]] | None = None,
     read: Callable[[Request], object] | None = None,
     media: Mapping[str, Any] | None = None,
     further: Mapping[int, Any] | None = None,
@@ -58,6 +59,8 @@ def endpoint(
                 schema = choose(request) if choose else bodies[0]
                 result = view(read_json(request, schema), **arguments)
             else:
+                if request.query:
+                    refuse_options(request)
                 result = view(**arguments)
             return result if isinstance(result, Response) else Response(write_json(result))
 

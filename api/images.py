@@ -5,8 +5,8 @@ import binascii
 import io
 import re
 from collections.abc import Sequence
-from typing import IO, Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl
+from typing import IO, Any, NamedTuple
+from urllib.parse import unquote, unquote_to_bytes
 
 import msgspec
 from flask import Blueprint
@@ -14,15 +14,14 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import MultiPartParser
 from werkzeug.http import parse_options_header
 
-from api.codec import invalid, read_json
+from api.codec import invalid, read_json, read_query
 from api.endpoint import endpoint
+from api.fields import read_options
 from api.schemas import BatchEmbeddings, Embeddings, EmbedImage, EmbedImages, ImageOptions
 from api.service import Service
 from engine.errors import InvalidInput
 from limits import FORMATS_SENTENCE
 from server.messages import HttpError, Request
-
-Options = TypeVar("Options", bound=ImageOptions)
 
 
 class Pictures(NamedTuple):
@@ -36,7 +35,14 @@ class Pictures(NamedTuple):
 # what it reads at a time, files too, which is 64 KiB and a rest.
 _MAX_FIELD = 262_144
 _MAX_PARTS = 1000  # far more than a batch takes; each costs some work before it can be counted
-_DATA_URI = re.compile(r"data:([^,]{0,256}?)(;base64)?,", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:([^,]{0,256}?)(;\s*base64\s*)?,", re.IGNORECASE)
+_ENCODED_URI = re.compile(r"data%3a", re.IGNORECASE)
+_MAX_ESCAPES = 1_000_000  # percent-encoded bytes of a data URI; decoding takes 60 bytes for each
+_PICTURE_URI = re.compile(r"\s*data:image/[^,]{0,256},", re.IGNORECASE)
+_BLANK = re.compile(r"\S[ \t]+\S")
+_PROSE = 256  # characters among which prose has a blank
+# Base64 for URLs has other characters in two places; white space and line breaks mean nothing.
+_PLAIN_BASE64 = bytes.maketrans(b"-_", b"+/")
 _URL = re.compile(r"[a-z][a-z0-9+.-]{1,15}://", re.IGNORECASE)
 _FILE = {"type": "string", "format": "binary"}
 _MEDIA = {
@@ -65,14 +71,17 @@ def blueprint(service: Service) -> Blueprint:
             service.require_images(None)  # where no model takes pictures, none need be read
         kind = request.media_type
         if kind == "multipart/form-data":
-            return _read_files(request)
-        if kind.startswith("image/"):
-            return _read_raw(request)
-        if kind and not kind.endswith("json"):
+            sent = _read_files(request)
+        elif kind.startswith("image/"):
+            sent = _read_raw(request)
+        elif not kind or kind.endswith("json"):
+            body = read_json(request, schema)
+            uris = body.images if isinstance(body, EmbedImages) else [body.image]
+            return Pictures(decode_pictures(uris, path), body)
+        else:
             raise _unsupported(kind)
-        body = read_json(request, schema)
-        sent = body.images if isinstance(body, EmbedImages) else [body.image]
-        return Pictures(decode_pictures(sent, path), body)
+        read_query(request, sent.options, ImageOptions)
+        return sent
 
     @routes.post("/embeddings/image")
     @endpoint(
@@ -108,7 +117,8 @@ def blueprint(service: Service) -> Blueprint:
 
 
 def decode_pictures(sent: Sequence[str], path: str) -> list[bytes]:
-    """What JSON strings stand for: base64 (line breaks are allowed) or data URIs with base64.
+    """What JSON strings stand for: base64, or data URIs. Base64 may be url-safe, percent-encoded,
+    broken into lines or without its padding.
 
     Args:
         path: where they stand in the body, `{}` for their index, for errors.
@@ -122,24 +132,69 @@ def decode_pictures(sent: Sequence[str], path: str) -> list[bytes]:
 
 
 def _decode(text: str, index: int) -> bytes:
+    text = text.lstrip()
+    if text.count("%") > _MAX_ESCAPES:
+        raise InvalidInput(f"more than {_MAX_ESCAPES} percent-encoded bytes; send base64", index)
+    if _ENCODED_URI.match(text):
+        text = unquote(text)
     if _URL.match(text):
         raise InvalidInput(
             "this is a URL; the service fetches nothing: send the picture itself, as base64", index
         )
+    in_base64 = True
     if text[:5].lower() == "data:":
         head = _DATA_URI.match(text)
-        if head is None or not head[2]:
-            raise InvalidInput("a data URI must be base64: data:image/png;base64,…", index)
-        text = text[head.end() :]
-    try:
-        encoded = text.encode("ascii").translate(None, b" \t\r\n")
-        data = base64.b64decode(encoded, validate=True)
-    except (UnicodeEncodeError, binascii.Error) as error:
-        reason = "it has other characters" if isinstance(error, UnicodeEncodeError) else error
-        raise InvalidInput(f"not valid base64: {reason}", index) from None
+        if head is None:
+            raise InvalidInput("a data URI has a comma: data:image/png;base64,…", index)
+        text, in_base64 = text[head.end() :], bool(head[2])
+    data = unquote_to_bytes(text) if "%" in text or not in_base64 else text.encode()
+    if in_base64:
+        data = _decode_base64(data, index)
     if not data:
         raise InvalidInput("picture is empty", index)
     return data
+
+
+def _decode_base64(encoded: bytes, index: int) -> bytes:
+    encoded = encoded.translate(_PLAIN_BASE64, b" \t\r\n").rstrip(b"=")
+    try:
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error as error:
+        raise InvalidInput(f"not valid base64: {error}", index) from None
+
+
+def is_picture(text: str) -> bool:
+    """Whether a text is a picture's data URI and nothing else: prose has blanks."""
+    head = _PICTURE_URI.match(text)
+    return head is not None and not _BLANK.search(text, head.end(), head.end() + _PROSE)
+
+
+def are_pictures(texts: Sequence[str]) -> bool:
+    """Whether texts are data URIs of pictures. Raises: InvalidInput where only some are."""
+    found = [is_picture(text) for text in texts]
+    if any(found) and not all(found):
+        message = "texts and pictures are mixed; send the pictures in a request of their own"
+        raise InvalidInput(message, found.index(not found[0]))
+    return any(found)
+
+
+def refuse_pictures(
+    service: Service, model: str | None, sent: str | Sequence[str], name: str
+) -> None:
+    """Refuse pictures among texts: the vector of a data URI's characters is of no use.
+
+    Args:
+        name: where they stand in the body, for errors, such as "inputs".
+
+    Raises: InvalidInput that says where to send them; ModalityNotSupported for a model that takes
+    texts only.
+    """
+    texts, path = ([sent], f"$.{name}") if isinstance(sent, str) else (sent, f"$.{name}[{{}}]")
+    for index, text in enumerate(texts):
+        if is_picture(text):
+            service.require_images(model)
+            message = "this is a picture; send it to /embeddings/image, or to /v1/embeddings"
+            raise InvalidInput(message, index).at(path)
 
 
 def _unsupported(kind: str) -> HttpError:
@@ -149,15 +204,14 @@ def _unsupported(kind: str) -> HttpError:
 
 
 def _read_raw(request: Request) -> Pictures:
-    """A body that is a picture; options come in the query. The format is detected from the
-    content. SVG is refused by its Content-Type: it is a document.
+    """A body that is a picture. The format is detected from the content. SVG is refused by its
+    Content-Type: it is a document.
     """
     if "svg" in request.media_type:
         raise HttpError(
             415, "unsupported_media_type", f"{request.media_type} is not taken: {FORMATS_SENTENCE}"
         )
-    pairs = parse_qsl(request.query, keep_blank_values=True)
-    return Pictures([bytes(request.body)], _options(pairs, "query parameter"))
+    return Pictures([bytes(request.body)], ImageOptions())
 
 
 def _read_files(request: Request) -> Pictures:
@@ -187,22 +241,17 @@ def _read_files(request: Request) -> Pictures:
         raise HttpError(400, "validation", "the multipart Content-Type has no boundary") from None
     except ValueError as error:
         raise HttpError(400, "validation", f"the multipart body is broken: {error}") from None
-    options = _options(fields, "field")
+    try:
+        given, _ = read_options(fields, ImageOptions)
+    except msgspec.ValidationError as error:
+        raise invalid(error, "field: ") from None
     pictures = [file.stream.read() for _, file in files]
     if not pictures:
         raise HttpError(
             400, "validation", "the multipart body has no file; send each picture as a file"
         )
-    return Pictures(pictures, options)
+    return Pictures(pictures, msgspec.convert(given, ImageOptions))
 
 
 def _in_memory(*_: object, **__: object) -> IO[bytes]:
     return io.BytesIO()  # the whole body is in memory already
-
-
-def _options(pairs: Any, kind: str) -> ImageOptions:
-    """Options from text fields, checked as those of a JSON body are."""
-    try:
-        return msgspec.convert(dict(pairs), ImageOptions, strict=False)
-    except msgspec.ValidationError as error:
-        raise invalid(error, f"{kind}: ") from None

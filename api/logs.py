@@ -1,5 +1,6 @@
 """Logs: one line a request and one a record, as plain text or as JSON with Cloud Logging's names.
-Nothing that a client sent in a body, a query or a key gets into them.
+Nothing that a client sent in a body, a query or a key gets into them, but for the names of fields
+that were ignored.
 """
 
 import datetime
@@ -18,6 +19,7 @@ from typing import Any
 import orjson
 from gunicorn.glogging import Logger
 
+from api.headers import IGNORED
 from server.messages import Request, current
 
 # https://cloud.google.com/logging/docs/structured-logging#special-payload-fields
@@ -25,7 +27,7 @@ _TRACE, _SPAN = "logging.googleapis.com/trace", "logging.googleapis.com/spanId"
 _SAMPLED = "logging.googleapis.com/trace_sampled"
 _UTC = datetime.UTC
 # A line of a pipe arrives whole, whoever else writes, up to 4096 bytes (PIPE_BUF).
-_MAX_PATH, _MAX_AGENT = 512, 256
+_MAX_PATH, _MAX_AGENT, _MAX_IGNORED = 512, 256, 256
 _ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # W3C Trace Context: version-trace-parent-flags. Google's own: trace/span;o=flag, the span decimal.
@@ -235,6 +237,10 @@ class RequestLog:
             line += f" {seconds * 1000:.1f} ms"
         if why:
             line += f" {why}"
+        ignored = request.notes.get(IGNORED, "")
+        if ignored:
+            ignored = self._clean(ignored, _MAX_IGNORED)
+            line += f" ignored {ignored}"
         if not self._json:
             line = f"{_stamp(now)} {severity} {line} {size} bytes {address} {request.id}\n"
             _write(line.encode())
@@ -252,6 +258,8 @@ class RequestLog:
         if seconds is not None:
             http["latency"] = f"{seconds:.6f}s"
         fields: dict[str, object] = {"httpRequest": http, "requestId": request.id}
+        if ignored:
+            fields["ignoredFields"] = ignored
         if "traceparent" in request.headers or "x-cloud-trace-context" in request.headers:
             fields |= trace_fields(request.headers, self._project)
         _write(_entry(severity, line, now, fields) + b"\n")

@@ -73,6 +73,12 @@ METRICS = (
         ("route",),
         LATENCIES,
     ),
+    Metric(
+        "requests_with_ignored_fields",
+        "counter",
+        "Requests answered with X-Ignored-Fields: they had fields that have no meaning here.",
+        ("route",),
+    ),
     Metric("requests_in_flight", "gauge", "Requests being worked on, this one too."),
     Metric(
         "requests_rejected",
@@ -131,7 +137,8 @@ METRICS = (
     Metric("worker_start_time_seconds", "gauge", "Unix time at which a worker began.", ("worker",)),
 )
 _BOUNDS = {metric.name: metric.bounds for metric in METRICS}
-_SPARSE = ("requests", "request_duration_seconds")  # a route is listed once it was asked for
+# Listed once there is something to tell of a route.
+_SPARSE = ("requests", "request_duration_seconds", "requests_with_ignored_fields")
 
 _COLUMNS = 65_536  # of a row: 512 KiB, of which the system provides only the pages that are used
 _SPARE_ROWS = 16  # for workers that are added by a signal
@@ -183,6 +190,7 @@ class _Route(NamedTuple):
 
     statuses: dict[int, int]
     seconds: int
+    ignored: int
 
 
 class Metrics:
@@ -231,7 +239,8 @@ class Metrics:
 
     def _add_route(self, route: str) -> _Route:
         statuses = {status: self._add("requests", route, str(status)) for status in _STATUSES}
-        return _Route(statuses, self._add("request_duration_seconds", route))
+        seconds = self._add("request_duration_seconds", route)
+        return _Route(statuses, seconds, self._add("requests_with_ignored_fields", route))
 
     def add_routes(self, routes: Map) -> None:
         """Count for each of an application's routes; whatever else is asked for is `unknown`."""
@@ -271,12 +280,14 @@ class Metrics:
         with self._lock:
             self._row[self._in_flight] += 1.0
 
-    def end(self, path: str, status: int, seconds: float) -> None:
-        """A request has been answered."""
+    def end(self, path: str, status: int, seconds: float, *, ignored: bool = False) -> None:
+        """A request has been answered; `ignored` says that it had fields without a meaning."""
         route = self._route(path)
         with self._lock:
             self._row[self._in_flight] -= 1.0
             self._observe_at(route.seconds, LATENCIES, seconds)
+            if ignored:
+                self._row[route.ignored] += 1.0
             self._answered(route, status, None if path in health.PATHS else _REASON.get(status))
 
     def dropped(self) -> None:

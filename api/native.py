@@ -4,6 +4,7 @@ from flask import Blueprint
 
 from api.codec import encode_chunks, encode_vector
 from api.endpoint import endpoint
+from api.images import refuse_pictures
 from api.schemas import BatchEmbeddings, ChunkRequest, Embeddings, EmbedText, EmbedTexts
 from api.service import Service
 from limits import TextLimits
@@ -16,6 +17,7 @@ def blueprint(service: Service, limits: TextLimits) -> Blueprint:
     def embed(
         sent: str | list[str], name: str, options: ChunkRequest
     ) -> tuple[list[object], dict[str, object]]:
+        refuse_pictures(service, options.model, sent, name)
         _, embedded = service.embed_texts(
             sent,
             name,

@@ -10,7 +10,7 @@ from flask import Blueprint
 from api import cl100k
 from api.codec import encode_chunks, encode_vector
 from api.endpoint import endpoint
-from api.images import decode_pictures
+from api.images import are_pictures, decode_pictures
 from api.schemas import OpenAIEmbeddings, OpenAIEmbedRequest, OpenAIModel, OpenAIModels
 from api.service import Service
 from embeddings import TextEmbedding
@@ -56,8 +56,8 @@ def blueprint(service: Service, table: cl100k.Table | None, max_bytes: int) -> B
     def create_embedding(body: OpenAIEmbedRequest) -> object:
         """Embed one text or several. `user` is taken and has no effect."""
         sent = read_input(body.input, table, max_bytes)
-        if body.modality == "image":
-            return _embed_images(service, body, [sent] if isinstance(sent, str) else sent)
+        if sees_pictures(body, texts := [sent] if isinstance(sent, str) else sent):
+            return _embed_images(service, body, texts)
         embedder, embedded = service.embed_texts(
             sent,
             "input",
@@ -120,6 +120,17 @@ def _decode(table: cl100k.Table, lists: Mapping[str, Sequence[int]], max_bytes: 
     return [*map(table.text, lists.values())]
 
 
+def sees_pictures(body: OpenAIEmbedRequest, texts: list[str]) -> bool:
+    """Whether `input` holds pictures: as `modality` says, else as their data URIs look.
+
+    Raises: InvalidInput for a mix of both.
+    """
+    try:
+        return body.modality == "image" or (body.modality is None and are_pictures(texts))
+    except InvalidInput as error:
+        raise error.at("$.input[{}]") from None
+
+
 def _embed_images(service: Service, body: OpenAIEmbedRequest, uris: list[str]) -> object:
     if body.chunks or body.prompt_name is not None:
         raise InvalidInput("chunks and prompt_name are for texts, not for pictures")
@@ -172,6 +183,8 @@ def _describe(service: Service, target: Target) -> dict[str, object]:
         "max_dimensions": manifest.dimensions,
         "max_tokens": manifest.max_tokens,
         "modalities": manifest.modalities,
+        "prompts": manifest.prompts,
+        "default_prompt": manifest.default_prompt,
         "revision": manifest.revision,
         "engine": engine.backend,
         "precision": embedder.precision,

@@ -23,7 +23,7 @@ from werkzeug.exceptions import HTTPException
 from api import errors, health
 from api.auth import KeyCheck
 from api.endpoint import to_flask
-from api.headers import add_headers
+from api.headers import IGNORED, add_headers
 from api.logs import RequestLog, request_id
 from api.metrics import Metrics
 from engine.errors import CallerGone
@@ -86,7 +86,7 @@ class Router:
             self._log.write(request, response.status, size, None, why=error.error_type)
             return
         seconds = time.perf_counter() - request.arrived
-        self._metrics.end(path, response.status, seconds)
+        self._metrics.end(path, response.status, seconds, ignored=IGNORED in request.notes)
         level = logging.DEBUG if path in health.PATHS else logging.INFO
         self._log.write(request, response.status, size, seconds, level=level)
 

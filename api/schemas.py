@@ -1,8 +1,11 @@
 """Request and answer bodies, as types: what they say is what is accepted, and what /openapi.json
 tells.
 
-Unknown fields are refused in every dialect: a misspelt option must not pass, and nothing that is
-sent is dropped silently.
+The native routes refuse unknown fields (`forbid_unknown_fields`): a misspelt option must not pass.
+The dialects of other servers take what those take: a field that is known there and has no effect
+here is a field here too; what is unknown is ignored, and the response names it.
+
+Every optional field may be null, which means absent.
 """
 
 from typing import Annotated, Literal
@@ -10,10 +13,22 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from api.fields import fill
+
 Vector = list[float] | Annotated[str, msgspec.Meta(description="base64 of little-endian float32")]
 
+# Which route takes inputs under which name, for whoever sends them to another one.
+INPUTS = {
+    "text": "/embeddings",
+    "texts": "/embeddings/batch",
+    "image": "/embeddings/image",
+    "images": "/embeddings/image/batch",
+    "input": "/v1/embeddings",
+    "inputs": "/embed",
+}
 
-class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+
+class Request(msgspec.Struct, kw_only=True):
     """What all embedding calls take."""
 
     model: str | None = None  # absent: the default model
@@ -28,11 +43,11 @@ class ChunkRequest(Request, kw_only=True):
     encoding_format: Literal["float", "base64"] | None = None
 
 
-class EmbedText(ChunkRequest):
+class EmbedText(ChunkRequest, forbid_unknown_fields=True):
     text: str
 
 
-class EmbedTexts(ChunkRequest):
+class EmbedTexts(ChunkRequest, forbid_unknown_fields=True):
     texts: list[str]
 
 
@@ -126,6 +141,8 @@ class OpenAIModel(msgspec.Struct):
     max_dimensions: int
     max_tokens: int
     modalities: list[str]
+    prompts: dict[str, str]  # texts by name; an empty one changes nothing
+    default_prompt: str | None  # of requests that name none
     revision: str | None
     engine: str
     precision: str
@@ -140,15 +157,35 @@ class OpenAIModels(msgspec.Struct):
 # text-embeddings-inference, and the plain dialect that shares its /embed
 
 
-class PlainRequest(Request):
+class PlainRequest(Request, forbid_unknown_fields=True):
     text: str
 
 
-class _TEIOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class HuggingFaceOptions(msgspec.Struct, kw_only=True):
+    """What Hugging Face's own API takes; without effect here."""
+
+    use_cache: bool | None = None
+    use_gpu: bool | None = None
+    wait_for_model: bool | None = None
+    dont_load_model: bool | None = None
+
+
+class _Parameters(msgspec.Struct):
+    """Some versions of huggingface_hub send options in `parameters`: they mean the same there."""
+
+    def __post_init__(self) -> None:
+        if wrapped := getattr(self, "parameters", None):
+            given = {name: getattr(wrapped, name) for name in wrapped.__struct_fields__}
+            given = {name: value for name, value in given.items() if value is not None}
+            fill(self, given, "$.parameters.")
+
+
+class TEIOptions(msgspec.Struct, kw_only=True):
+    model: str | None = None
     prompt_name: str | None = None
-    truncate: bool | None = None
+    truncate: bool | None = None  # absent: false
     # text-embeddings-inference documents Left and Right; its clients send left and right.
-    truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = None  # absent: right
 
     @property
     def side(self) -> Literal["left", "right"] | None:
@@ -157,33 +194,55 @@ class _TEIOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return "left" if self.truncation_direction in ("left", "Left") else "right"
 
 
-class TEIEmbedRequest(_TEIOptions):
-    inputs: str | list[str]
-    normalize: bool = True
+class TEIEmbedOptions(TEIOptions, kw_only=True):
+    normalize: bool | None = None  # absent: true
     dimensions: int | None = None
-    model: str | None = None
 
 
-class SimilarityInput(msgspec.Struct, forbid_unknown_fields=True):
+class TEIEmbedRequest(_Parameters, TEIEmbedOptions, kw_only=True):
+    inputs: str | list[str]
+    parameters: TEIEmbedOptions | None = None
+    options: HuggingFaceOptions | None = None
+
+
+class SimilarityInput(msgspec.Struct):
     source_sentence: str
     sentences: list[str]
 
 
-class SimilarityParameters(_TEIOptions):
-    pass
-
-
-class SimilarityRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class SimilarityRequest(_Parameters, TEIOptions, kw_only=True):
     inputs: SimilarityInput
-    parameters: SimilarityParameters | None = None
+    parameters: TEIOptions | None = None
+    options: HuggingFaceOptions | None = None
+
+
+class FlatSimilarityRequest(_Parameters, TEIOptions, kw_only=True):
+    """What huggingface_hub 0.28 to 0.30 sends, beside `"inputs": null`."""
+
+    source_sentence: str
+    sentences: list[str]
+    parameters: TEIOptions | None = None
+    options: HuggingFaceOptions | None = None
+
+
+class TokenizeOptions(msgspec.Struct, kw_only=True):
     model: str | None = None
-
-
-class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    inputs: str | list[str]
-    add_special_tokens: bool = True
     prompt_name: str | None = None
-    model: str | None = None
+    add_special_tokens: bool | None = None  # absent: true
+
+
+class TokenizeRequest(_Parameters, TokenizeOptions, kw_only=True):
+    inputs: str | list[str]
+    parameters: TokenizeOptions | None = None
+    options: HuggingFaceOptions | None = None
+
+
+# All options of texts. A route that takes none refuses them in its query.
+OPTIONS = {
+    name
+    for schema in (ChunkRequest, TEIEmbedOptions, TokenizeOptions)
+    for name in schema.__struct_fields__
+}
 
 
 class Token(msgspec.Struct):

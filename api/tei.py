@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import msgspec
 from flask import Blueprint
 
-from api.codec import encode_vector, read_json
+from api.codec import begins, encode_vector, peek
 from api.endpoint import VERSION, endpoint
+from api.images import refuse_pictures
 from api.schemas import (
+    FlatSimilarityRequest,
     Info,
     PlainRequest,
-    SimilarityParameters,
     SimilarityRequest,
     TEIEmbedRequest,
     Token,
@@ -20,7 +21,7 @@ from api.schemas import (
 )
 from api.service import Service
 from embeddings import TextEmbedder
-from server.messages import Request
+from server.messages import HttpError, Request
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 # One vector a text of `inputs`, or the numbers of a single vector or of similarities.
@@ -32,15 +33,34 @@ class _Shape(msgspec.Struct):
 
     text: msgspec.Raw = msgspec.Raw()
     inputs: msgspec.Raw = msgspec.Raw()
+    source_sentence: msgspec.Raw = msgspec.Raw()
 
 
-def _embed_body(request: Request) -> type:
-    return PlainRequest if bytes(read_json(request, _Shape).text) else TEIEmbedRequest
+def _embed_body(request: Request) -> type[TEIEmbedRequest | PlainRequest]:
+    shape = peek(request, _Shape)
+    if _given(shape.text) and _given(shape.inputs):
+        raise HttpError(400, "validation", "this route takes `inputs` or `text`, not both")
+    return PlainRequest if _given(shape.text) else TEIEmbedRequest
 
 
-def _root_body(request: Request) -> type:
-    compares = bytes(read_json(request, _Shape).inputs).startswith(b"{")
-    return SimilarityRequest if compares else TEIEmbedRequest
+def _given(sent: msgspec.Raw) -> bool:
+    return begins(sent, 5) not in (b"", b"null")
+
+
+Similarity = SimilarityRequest | FlatSimilarityRequest
+
+
+def _similarity_body(request: Request) -> type[Similarity]:
+    shape = peek(request, _Shape)
+    flat = _given(shape.source_sentence) and not _given(shape.inputs)
+    return FlatSimilarityRequest if flat else SimilarityRequest
+
+
+def _root_body(request: Request) -> type[TEIEmbedRequest | Similarity]:
+    shape = peek(request, _Shape)
+    if begins(shape.inputs, 1) == b"{" or _given(shape.source_sentence):
+        return _similarity_body(request)
+    return TEIEmbedRequest
 
 
 def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
@@ -53,6 +73,7 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
         """Embed `inputs`, a text or several: a vector for each. Or `text`: its vector alone."""
         if isinstance(body, TEIEmbedRequest):
             return _embed(service, body)
+        refuse_pictures(service, body.model, body.text, "text")
         _, (embedding,) = service.embed_texts(
             body.text,
             "text",
@@ -63,16 +84,16 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
         return embedding.vector
 
     @routes.post("/")
-    @endpoint(Numbers, TEIEmbedRequest, SimilarityRequest, choose=_root_body)
-    def embed_or_compare(body: TEIEmbedRequest | SimilarityRequest) -> object:
+    @endpoint(Numbers, TEIEmbedRequest, SimilarityRequest, FlatSimilarityRequest, choose=_root_body)
+    def embed_or_compare(body: TEIEmbedRequest | Similarity) -> object:
         """What /embed or /similarity answers to the same body."""
         if isinstance(body, TEIEmbedRequest):
             return _embed(service, body)
         return _compare(service, body)
 
     @routes.post("/similarity")
-    @endpoint(list[float], SimilarityRequest)
-    def similarity(body: SimilarityRequest) -> object:
+    @endpoint(list[float], SimilarityRequest, FlatSimilarityRequest, choose=_similarity_body)
+    def similarity(body: Similarity) -> object:
         """The cosine of each sentence to the source sentence."""
         return _compare(service, body)
 
@@ -86,7 +107,7 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
             lambda embedders, _: embedders.texts.tokenize(
                 [body.inputs] if isinstance(body.inputs, str) else body.inputs,
                 prompt_name=service.prompt(body.model, body.prompt_name),
-                add_special_tokens=body.add_special_tokens,
+                add_special_tokens=body.add_special_tokens is not False,
             ),
         )
 
@@ -101,29 +122,32 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
 
 
 def _embed(service: Service, body: TEIEmbedRequest) -> object:
+    refuse_pictures(service, body.model, body.inputs, "inputs")
     _, embedded = service.embed_texts(
         body.inputs,
         "inputs",
         body.model,
         prompt_name=body.prompt_name,
         dimensions=body.dimensions,
-        normalize=body.normalize,
+        normalize=body.normalize is not False,
         truncate=body.side,
     )
     return [encode_vector(embedding.vector, None) for embedding in embedded]
 
 
-def _compare(service: Service, body: SimilarityRequest) -> object:
-    options = body.parameters or SimilarityParameters()
+def _compare(service: Service, body: Similarity) -> object:
+    pair, path = (body.inputs, "inputs.") if isinstance(body, SimilarityRequest) else (body, "")
+    refuse_pictures(service, body.model, pair.source_sentence, f"{path}source_sentence")
+    refuse_pictures(service, body.model, pair.sentences, f"{path}sentences")
     return service.run(
         body.model,
-        "$.inputs.sentences[{}]",
+        f"$.{path}sentences[{{}}]",
         lambda embedders, waiting: embedders.texts.similarities(
-            body.inputs.sentences,
-            body.inputs.source_sentence,
+            pair.sentences,
+            pair.source_sentence,
             **waiting,
-            prompt_name=service.prompt(body.model, options.prompt_name),
-            truncate=options.side,
+            prompt_name=service.prompt(body.model, body.prompt_name),
+            truncate=body.side,
         ),
     )
 

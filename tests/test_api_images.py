@@ -9,6 +9,7 @@ import random
 import select
 import struct
 import time
+import urllib.parse
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import pytest
 import tiny_clip
 from PIL import Image
 from servers import KEY, Server, serve
+from test_avif_frames import says
 
 from bake.samples import sample_pictures
 from engine.bundle import PARITY_FLOOR
@@ -131,6 +133,52 @@ def test_a_batch_keeps_its_order_in_json_and_in_files(clip_service: Server) -> N
         assert np.diag(cosines(rows[:, 0], alone)).min() > 0.99999
 
 
+def in_other_letters(data: bytes) -> dict[str, str]:
+    """Ways to write a picture in JSON that clients use."""
+    plain, quote = text(data), urllib.parse.quote
+    safe = base64.urlsafe_b64encode(data).decode()
+    assert "-" in safe and "_" in safe and plain.endswith("=")
+    uri = f"data:image/png;base64,{plain}"
+    return {
+        "url-safe": safe,
+        "url-safe, no padding": safe.rstrip("="),
+        "no padding": plain.rstrip("="),
+        "percent-encoded base64": quote(plain, safe=""),
+        "percent-encoded base64 in a URI": f"data:image/png;base64,{quote(plain, safe='')}",
+        "percent-encoded bytes": f"data:image/png,{quote(data)}",
+        "lower-case escapes": "data:image/png," + "".join(f"%{byte:02x}" for byte in data),
+        "percent-encoded URI": quote(uri, safe=""),
+        "leading blank": f" {uri}",
+        "leading lines": f"\n\t\r\n {uri}",
+        "leading blank before base64": f"\n  {plain}",
+        "trailing line": f"{uri}\n",
+        "lines": uri.replace(",", ",\r\n") + "\r\n",
+        "wrapped": "data:image/png;base64,\n" + base64.encodebytes(data).decode(),
+        "indented": "\n    ".join(base64.encodebytes(data).decode().splitlines()),
+        "wrapped, url-safe, no padding": "\n".join([safe[:50], safe[50:].rstrip("="), ""]),
+        "capitals": uri.replace("data:image/png;base64", "DATA:IMAGE/PNG;BASE64"),
+        "parameters": uri.replace(";base64", ";name=a.png; base64"),
+        "no type": uri.replace("image/png", ""),
+    }
+
+
+def test_base64_and_data_uris_as_clients_write_them(clip_service: Server) -> None:
+    seeds = (shape("blue", "circle", seed) for seed in range(99))
+    data = next(
+        data
+        for data in seeds
+        if text(data).endswith("=") and "+" in text(data) and "/" in text(data)
+    )
+    ways, expected = in_other_letters(data), see(clip_service, data).tolist()
+    for way, image in ways.items():
+        response = clip_service.post("/embeddings/image", {"image": image})
+        assert response.status_code == 200, (way, response.text)
+        assert np.allclose(response.json()["embeddings"], [expected], atol=1e-5), way
+    images = list(ways.values())[:20]
+    batch = clip_service.post("/embeddings/image/batch", {"images": images}).json()["embeddings"]
+    assert np.allclose(batch, [[expected]] * len(images), atol=1e-5)
+
+
 def test_dimensions_in_json_query_and_field(clip_service: Server) -> None:
     data, path = shape("green"), "/embeddings/image"
     whole = see(clip_service, data)
@@ -141,6 +189,34 @@ def test_dimensions_in_json_query_and_field(clip_service: Server) -> None:
         clip_service.post(path, files={"x": ("x", data)}, data={"dimensions": "5"}),
     ):
         assert np.allclose(response.json()["embeddings"][0], whole[:5], atol=1e-5), response.text
+    everywhere = (
+        {"json": {"image": text(data)}},
+        {"json": {"image": text(data), "dimensions": 5}},
+        {"files": {"x": ("x", data)}},
+        {"files": {"x": ("x", data)}, "data": {"dimensions": "5", "model": "tiny-clip"}},
+        raw,
+    )
+    for sent in everywhere:
+        response = clip_service.post(f"{path}?dimensions=5", **sent)
+        assert np.allclose(response.json()["embeddings"][0], whole[:5], atol=1e-5), response.text
+        response = clip_service.post(f"{path}?model=nope", **sent)
+        status = 400 if "data" in sent else 404  # two models are named
+        assert response.status_code == status, response.text
+        for query, wrong in (
+            ("dimensions=5&dimensions=5", "`dimensions` is given twice"),
+            ("prompt_name=query", "unknown field `prompt_name`"),
+            ("dimensions=five", "$.dimensions"),
+        ):
+            response = clip_service.post(f"{path}?{query}", **sent)
+            refusal(response, 400, "validation", "query parameter", wrong)
+    for sent in (everywhere[1], everywhere[3]):
+        response = clip_service.post(f"{path}?dimensions=6", **sent)
+        refusal(response, 400, "validation", "$.dimensions and the query's dimensions differ")
+    parts = [("x", ("x", data)), ("dimensions", (None, "5")), ("dimensions", (None, "5"))]
+    response = clip_service.post(path, files=parts)
+    refusal(response, 400, "validation", "field", "`dimensions` is given twice")
+    response = clip_service.post(f"{path}/batch?dimensions=5", files=parts[:1])
+    assert np.allclose(response.json()["embeddings"], [[whole[:5]]], atol=1e-5)
     fields = {"image": text(data), "dimensions": 33}
     refusal(clip_service.post(path, fields), 400, "validation", "1 to 32")
     bad = clip_service.post(f"{path}?dimension=5", **raw)
@@ -217,6 +293,99 @@ def test_a_text_only_model_says_how_to_get_one_for_pictures(service: Server, pat
     assert service.embed("a text")
 
 
+# Pictures among texts
+
+
+def test_openais_route_takes_data_uris_for_pictures(clip_service: Server) -> None:
+    data = shape("blue", "circle")
+    uri, expected = f"data:image/png;base64,{text(data)}", see(clip_service, data).tolist()
+    wrapped = "data:image/png;base64,\n" + base64.encodebytes(data).decode()
+    ways = [uri, f"\n {uri}", wrapped, uri.replace("data:image", "Data:Image")]
+    ways += ["data:image/png," + urllib.parse.quote(data), uri.replace("png", "x;name=a b.png")]
+    for sent in ways:
+        for more in ({}, {"modality": None}, {"modality": "image"}):
+            response = clip_service.post("/v1/embeddings", {"input": [sent], **more})
+            assert response.status_code == 200, response.text
+            vector = response.json()["data"][0]["embedding"]
+            assert np.allclose(vector, expected, atol=1e-5)
+    response = clip_service.post("/v1/embeddings", {"input": ways})
+    vectors = [entry["embedding"] for entry in response.json()["data"]]
+    assert np.allclose(vectors, [expected] * len(ways), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "data:image/png;base64, is how a picture's URI begins",
+        "data:image/png;base64,iVBORw0KGgo= and more",
+        "see data:image/png;base64,iVBORw0KGgo=",
+        "data:text/plain;base64,aGVsbG8=",
+        "data: image/png, and other kinds",
+        "data:image/png",
+    ],
+)
+def test_prose_about_data_uris_is_a_text(clip_service: Server, sent: str) -> None:
+    response = clip_service.post("/v1/embeddings", {"input": sent, "modality": "text"})
+    assert response.status_code == 200
+    expected = response.json()["data"][0]["embedding"]
+    answer = clip_service.post("/v1/embeddings", {"input": sent}).json()
+    assert np.allclose(answer["data"][0]["embedding"], expected, atol=1e-5)
+    assert np.allclose(clip_service.embed(sent), expected, atol=1e-5)
+
+
+def test_texts_and_pictures_do_not_mix(clip_service: Server) -> None:
+    uri = f"data:image/png;base64,{text(PNG)}"
+    for sent, index in ((["a", uri], 1), ([uri, uri, "a"], 2)):
+        response = clip_service.post("/v1/embeddings", {"input": sent})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == "input" and error["message"].startswith(f"$.input[{index}]: ")
+        assert "texts and pictures are mixed" in error["message"]
+    as_text = clip_service.post("/v1/embeddings", {"input": ["a", uri], "modality": "text"})
+    assert as_text.status_code == 200
+    response = clip_service.post("/v1/embeddings", {"input": [uri, "data:image/png;base64,!"]})
+    assert response.json()["error"]["message"].startswith("$.input[1]: not valid base64")
+
+
+PICTURE_TEXT = f" data:image/jpeg;base64,{text(shape('red'))}"
+
+
+@pytest.mark.parametrize(
+    "path, body, place",
+    [
+        ("/embeddings", {"text": PICTURE_TEXT}, "$.text: "),
+        ("/embeddings/batch", {"texts": ["a", PICTURE_TEXT]}, "$.texts[1]: "),
+        ("/embed", {"text": PICTURE_TEXT}, "$.text: "),
+        ("/embed", {"inputs": PICTURE_TEXT}, "$.inputs: "),
+        ("/embed", {"inputs": ["a", "b", PICTURE_TEXT]}, "$.inputs[2]: "),
+        ("/", {"inputs": [PICTURE_TEXT]}, "$.inputs[0]: "),
+        (
+            "/similarity",
+            {"inputs": {"source_sentence": "a", "sentences": ["b", PICTURE_TEXT]}},
+            "$.inputs.sentences[1]: ",
+        ),
+        (
+            "/",
+            {"inputs": {"source_sentence": PICTURE_TEXT, "sentences": ["b"]}},
+            "$.inputs.source_sentence: ",
+        ),
+    ],
+)
+def test_other_routes_say_where_pictures_go(
+    clip_service: Server, service: Server, path: str, body: Any, place: str
+) -> None:
+    response = clip_service.post(path, body)
+    refusal(response, 400, "validation", place, "/embeddings/image", "/v1/embeddings")
+    refusal(service.post(path, body), 501, "not_supported", "takes texts only")
+
+
+def test_a_model_of_texts_takes_no_data_uri_for_a_text(service: Server) -> None:
+    response = service.post("/v1/embeddings", {"input": [PICTURE_TEXT]})
+    assert response.status_code == 501 and "takes texts only" in response.text
+    response = service.post("/v1/embeddings", {"input": PICTURE_TEXT, "modality": "text"})
+    assert response.status_code == 200
+
+
 # Bad input
 
 
@@ -248,6 +417,8 @@ def wrong_crc(data: bytes) -> bytes:
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect/></svg>'
 JPEG = encoded(tiny_clip.picture("red", "circle", random.Random(3)), "JPEG")
 PNG = shape("red")
+RED = Image.new("RGB", (9, 9), "red")
+AVIF = encoded(RED.resize((96, 96)), "AVIF")
 
 
 @pytest.mark.parametrize(
@@ -255,16 +426,25 @@ PNG = shape("red")
     [
         ("not base64!", ["not valid base64"]),
         ("naïve", ["not valid base64"]),
-        (text(PNG)[:-1], ["not valid base64", "padding"]),
-        (text(b"just some text, in base64"), ["not a picture", "JPEG, PNG, WebP, GIF, BMP or"]),
+        ("AAAAA", ["not valid base64"]),
+        (f"{text(PNG[:99])}={text(PNG)}", ["not valid base64"]),
+        (
+            text(b"just some text, in base64"),
+            ["not a picture", "JPEG, PNG, WebP, AVIF, GIF, BMP or"],
+        ),
         ("", ["empty"]),
         (" \n", ["empty"]),
         ("data:image/png;base64,", ["empty"]),
-        ("data:image/png,abc", ["data URI must be base64"]),
+        ("data:image/png,abc", ["not a picture"]),
+        ("data:image/png;base64", ["data URI has a comma"]),
+        ("data:image/png,", ["empty"]),
+        ("data:image/png;base64,%", ["not valid base64"]),
+        ("data:image/svg+xml;utf8," + SVG.decode(), ["this is an SVG"]),
+        ("data:image/png," + "%41" * 1_000_001, ["1000000 percent-encoded bytes", "base64"]),
         ("data:image/svg+xml;base64," + text(SVG), ["this is an SVG"]),
         ("https://example.com/cat.png", ["URL", "fetches nothing"]),
         ("file:///etc/passwd", ["URL", "fetches nothing"]),
-        ("/etc/passwd", ["not valid base64"]),
+        ("/etc/passwd", ["not a picture"]),  # nor a path
         (text(JPEG[: len(JPEG) // 2]), ["cannot be decoded", "truncated"]),
         (text(JPEG[:30]), ["picture"]),
         (text(PNG[: len(PNG) // 2]), ["cannot be decoded"]),
@@ -274,6 +454,13 @@ PNG = shape("red")
         (text(b"%PDF-1.7\n" + bytes(900)), ["this is a PDF"]),
         (text(b"\xef\xbb\xbf\n<!DOCTYPE html><html></html>"), ["this is an HTML page"]),
         (text(b"\0\0\0\x1cftypheic" + bytes(99)), ["this is HEIC"]),
+        (text(b"\0\0\0\x1cftypavif" + bytes(99)), ["picture"]),
+        (text(AVIF[: len(AVIF) // 2]), ["picture"]),
+        (text(says(AVIF, (8, 8))), ["AVIF of 8 x 8 pixels with frames of 96 x 96"]),
+        (
+            text(encoded(Image.new("RGB", (9, 9)), "AVIF", save_all=True, append_images=[RED])),
+            ["animated AVIF is not taken"],
+        ),
         (text(b"\0\0\1\0\1\0" + bytes(99)), ["ICO"]),
         (text(b"8BPS" + bytes(99)), ["Photoshop"]),
         (text(encoded(Image.new("F", (9, 9)), "TIFF")), ["32-bit images"]),
@@ -328,9 +515,10 @@ def test_the_smallest_and_the_longest_picture_are_embedded(
         encoded(Image.new("1", (9_000, 9_000)), "TIFF", compression="group4"),
         encoded(Image.new("P", (9_000, 9_000)), "GIF"),
         b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 20_000, 20_000, 1, 24, *[0] * 6),
+        says(AVIF, (9_000, 6_000)),
         b"RIFF\x26\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xfe\x3f\0" * 2 + b"VP8 \0\0\0\0",
     ],
-    ids=["PNG", "huge PNG", "real PNG", "TIFF", "GIF", "BMP", "WebP"],
+    ids=["PNG", "huge PNG", "real PNG", "TIFF", "GIF", "BMP", "AVIF", "WebP"],
 )
 def test_a_bomb_is_refused_from_its_header(clip_service: Server, bomb: bytes) -> None:
     """81 to 400 million pixels, 243 MB and more: memory does not move."""
@@ -387,8 +575,10 @@ def test_the_limits_are_exact(small: Server) -> None:
     response = small.post(path, content=of_size(60_001), headers=headers)
     refusal(response, 413, "too_large", "60000", "MAX_BODY_SIZE")
     assert see(small, encoded(Image.new("L", (120, 100)))).shape == (32,)
-    response = small.post(path, {"image": text(encoded(Image.new("L", (120, 101))))})
-    refusal(response, 413, "too_large", "120 x 101", "12000", "MAX_IMAGE_PIXELS")
+    frames = encoded(Image.new("L", (120, 101)), "AVIF")
+    for data in (encoded(Image.new("L", (120, 101))), frames, says(frames, (100, 100))):
+        response = small.post(path, {"image": text(data)})
+        refusal(response, 413, "too_large", "120 x 101", "12000", "MAX_IMAGE_PIXELS")
 
 
 def test_too_many_pictures(clip_service: Server, small: Server) -> None:
@@ -446,7 +636,7 @@ def test_random_damage_is_the_callers_fault_and_memory_stays(clip_service: Serve
     """Mutations of good files in every format: a vector or a 4xx, never a 5xx."""
     chance = np.random.default_rng(7)
     picture = tiny_clip.picture("blue", "triangle", random.Random(5))
-    kinds = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+    kinds = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
     files = [encoded(picture, kind) for kind in kinds] + [
         encoded(picture, "JPEG", progressive=True)
     ]

@@ -98,7 +98,9 @@ def ask(server: Server, path: str, body: Any = None, **headers: str) -> dict[str
 def test_a_requests_entry_is_what_cloud_logging_reads(json_service: Server) -> None:
     before = time.time()
     body = {"text": TEXT}
-    answer = json_service.post("/embeddings?a=b", body, headers={**AUTH, "User-Agent": "me/1"})
+    answer = json_service.post(
+        "/embeddings?chunks=false", body, headers={**AUTH, "User-Agent": "me/1"}
+    )
     found = entry(json_service, answer.headers["X-Request-Id"])
     latency = found["httpRequest"].pop("latency")
     assert re.fullmatch(r"\d+\.\d{6}s", latency) and 0 < float(latency[:-1]) < 60
@@ -125,7 +127,7 @@ def test_requests_that_look_alike_have_their_own_entries(json_service: Server) -
     for number, agent in enumerate([b"User-Agent: a/1", b"User-Agent: b/22", b"X: no agent"] * 2):
         body = b'{"text": "%s"}' % (b"hi " * (number + 1))
         sent = (
-            b"POST /embeddings?same HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n%s\r\n"
+            b"POST /embeddings?chunks=false HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\n%s\r\n"
             b"X-Request-Id: same-%d\r\nContent-Length: %d\r\n\r\n%s"
         ) % (KEYS[0].encode(), agent, number, len(body), body)
         with Client(json_service, sent) as client:

@@ -339,6 +339,7 @@ def test_the_dashboard_asks_only_for_what_there_is(own: Server) -> None:
     """Each expression parses; its metrics and labels are those of a service that has worked."""
     dashboard = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
     own.embed("a text")
+    own.post("/embed", {"inputs": "a text", "unknown": 1})
     exposed: dict[str, set[str]] = {}
     for name, labels in scrape(own):
         exposed.setdefault(name, set()).update(label for label, _ in labels)
@@ -370,6 +371,7 @@ def test_the_dashboard_asks_only_for_what_there_is(own: Server) -> None:
 
 def test_the_page_has_every_metric_and_its_labels(own: Server) -> None:
     own.embed("a text")
+    own.post("/embed", {"inputs": "a text", "unknown": 1})
     page = (ROOT / "docs" / "operate.md").read_text()
     section = page.partition("\n## Metrics\n")[2].partition("\n## ")[0]
     told: dict[str, set[str]] = {}

@@ -72,7 +72,7 @@ REQUESTS: list[tuple[str, str, dict[str, str], bytes]] = [
     ("POST", "/embeddings", {"X-API-Key": "wrong"}, b'{"text": "hello"}'),
     ("POST", "/embeddings", AUTH, b" " * 100_001),
     ("POST", "/embeddings", AUTH, b'{"text": "hello"}'.ljust(20_000)),
-    ("POST", "/embeddings?a=b", AUTH, b'{"text": "hello"}'),
+    ("POST", "/embeddings?chunks=true", AUTH, b'{"text": "hello"}'),
     ("POST", "/v1/embeddings", AUTH, b'{"input": ["hello", "world"]}'),
     ("POST", "/v1/embeddings", AUTH, b'{"input": [1]}'),
     ("POST", "/embeddings/image", AUTH, b'{"image": "AAAA"}'),

@@ -107,6 +107,9 @@ CLEAR.putalpha(GREY)
         encoded(COLOR, interlace=1),
         encoded(COLOR, "WEBP", lossless=True),
         encoded(COLOR, "WEBP"),
+        encoded(COLOR, "AVIF"),
+        encoded(COLOR, "AVIF", subsampling="4:4:4", quality=100),
+        encoded(GREY, "AVIF"),
         encoded(COLOR, "GIF"),
         encoded(COLOR, "GIF", save_all=True, append_images=[GREY, GREY]),
         encoded(COLOR, "WEBP", save_all=True, append_images=[GREY.convert("RGB")] * 3),
@@ -128,6 +131,9 @@ def test_transparent_pixels_are_laid_on_white() -> None:
     expected = pixels(encoded(Image.alpha_composite(white, CLEAR).convert("RGB")))
     for kind in ("PNG", "TIFF"):
         assert np.array_equal(pixels(encoded(CLEAR, kind)), expected)
+    lossless = {"quality": 100, "subsampling": "4:4:4", "speed": 10}
+    glass = encoded(Image.new("RGBA", (9, 9), (0, 0, 0, 0)), "AVIF", **lossless)
+    assert pixels(glass).min() == 255
     glass = encoded(Image.new("LA", (9, 9), (0, 0)))
     assert pixels(glass).min() == 255
     pale = Image.new("P", (9, 9), 0)

@@ -401,7 +401,9 @@ def test_openais_errors_keep_their_form_when_the_head_is_known(cramped: Server) 
     def request(body: bytes) -> bytes:
         return head(f"Content-Length: {len(body)}", path="/v1/embeddings") + body
 
-    with Client(cramped, request(b'{"input": "hello"}') * 2 + request(b'{"input": [""]}')) as client:
+    with Client(
+        cramped, request(b'{"input": "hello"}') * 2 + request(b'{"input": [""]}')
+    ) as client:
         assert client.answer().status == client.answer().status == 200
         error = json.loads(client.answer().body)["error"]
         assert error["param"] == "input" and "text is empty" in error["message"]
