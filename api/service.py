@@ -28,6 +28,7 @@ class Waiting(TypedDict):
 
     deadline: float  # on the clock of `time.monotonic`
     gone: Callable[[], bool]  # whether its client has closed the connection
+    tenant: str | None  # the name of its key, with whose requests it shares
 
 
 class Service:
@@ -108,9 +109,10 @@ class Service:
         """
         loading = not self.models.loaded(model)
         deadline = time.monotonic() + self._timeout
-        embedders = self.models.get(model, deadline)
+        embedders, request = self.models.get(model, deadline), current.get()
+        waiting: Waiting = {"deadline": deadline, "gone": request.gone, "tenant": request.caller}
         try:
-            return call(embedders, {"deadline": deadline, "gone": current.get().gone})
+            return call(embedders, waiting)
         except InvalidInput as error:
             raise error.at(path) from None
         except DeadlineExceeded:

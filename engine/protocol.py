@@ -1,5 +1,6 @@
 """The types that the queue, the engines and their callers share."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 from engine.bundle import Backend, Parity, Precision
 from engine.errors import EmbedderError
+from engine.quota import Quota
 
 Float32 = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
@@ -89,9 +91,29 @@ class Engine(Protocol):
 
 
 @dataclass(eq=False, slots=True)
+class Tenant:
+    """Whose requests share: in the service, those of one API key."""
+
+    name: str | None = None
+    quota: Quota | None = None
+    jobs: int = 0  # requests with inputs that wait
+    tokens: int = 0  # that wait
+    tag: float = -math.inf  # tokens served, on the clock of the tenants
+    clock: float = 0.0  # of its own requests' shares
+    relief: float | None = None  # after a refusal: waiting tokens of the queue at which that ends
+
+    def serve(self, tokens: int) -> None:
+        """A batch takes so many of its waiting tokens."""
+        self.tokens -= tokens
+        self.tag += tokens
+        self.clock += tokens / self.jobs
+
+
+@dataclass(eq=False, slots=True)
 class Job:
     """The inputs of one request, in ascending order of cost, and where their vectors go."""
 
+    tenant: Tenant
     engine: Engine
     inputs: list[Array]
     costs: list[int]
@@ -102,7 +124,7 @@ class Job:
     submitted: float  # on the queue's clock, as `deadline`
     gone: Callable[[], bool] | None = None
     threads: Threads | None = None  # that will compute it
-    began: float = 0.0  # on the clock of shares
+    began: float = 0.0  # on the tenant's clock
     free: int = 0  # tokens that may be served before they count
     served: int = 0  # tokens that a batch has taken
     running: int = 0  # inputs in batches that have not ended

@@ -39,6 +39,11 @@ def refusal(response: httpx.Response) -> str:
         {"Authorization": f"Bearer   {KEY}"},
         {"X-API-Key": KEY, "Authorization": "Bearer of-cloud-run"},
         {"X-API-Key": "", **BEARER},
+        {"X-API-Key": " ", **BEARER},
+        {"Authorization": KEY},
+        {"Authorization": f"  {KEY} "},
+        {"Authorization": f"Bearer Bearer {KEY}"},
+        {"Authorization": f"bearer BEARER  Bearer {KEY}"},
     ],
     ids=repr,
 )
@@ -58,8 +63,10 @@ def test_the_key_opens(service: Server, headers: dict[str, str]) -> None:
         {"X-API-Key": f"Bearer {KEY}"},
         {"X-API-Key": f"{KEY},{KEY}"},
         {"X-API-Key": b"\xc3\xa9\xff\xfe\x80"},
-        {"Authorization": "Bearer"},
+        {"Authorization": "wrong"},
         {"Authorization": "Bearer wrong"},
+        {"Authorization": "Bearer Bearer wrong"},
+        {"Authorization": f"Bearer{KEY}"},
         {"Authorization": b"Bearer \xff\xfe"},
         {"X-API-Key": "wrong", **BEARER},
     ],
@@ -76,8 +83,10 @@ def test_a_wrong_key_does_not(service: Server, headers: dict[str, Any]) -> None:
         {},
         {"X-API-Key": ""},
         {"Authorization": ""},
-        {"Authorization": KEY},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer Bearer"},
         {"Authorization": f"Basic {KEY}"},
+        {"Authorization": f"Bearer Basic {KEY}"},
     ],
     ids=repr,
 )
@@ -120,9 +129,9 @@ def test_only_health_is_open_without_a_key(
 
 
 def test_several_keys_are_valid_at_once(models_dir: pathlib.Path) -> None:
-    with serve(models_dir, VECTOR_EMBEDDER_API_KEY="old-key, new-key") as server:
-        for key in ("old-key", "new-key"):
+    with serve(models_dir, VECTOR_EMBEDDER_API_KEY="first-key, second-key") as server:
+        for key in ("first-key", "second-key"):
             assert ask(server, {"X-API-Key": key}).status_code == 200
             assert ask(server, {"Authorization": f"Bearer {key}"}).status_code == 200
-        for key in ("old-key, new-key", "", ",", KEY):
+        for key in ("first-key, second-key", "", ",", KEY):
             refusal(ask(server, {"X-API-Key": key}))
