@@ -76,6 +76,7 @@ class Admission:
         # the same cores.
         self._queue_speed = Speed()
         self._counted_until: float | None = None
+        self._easy = self._sure()
 
     def admit(self, waiting: int, added: int, tenant: Tenant, active: Iterable[Tenant]) -> None:
         """Whether a request of `added` tokens may join `waiting` ones. An empty queue takes a
@@ -86,6 +87,8 @@ class Admission:
 
         Raises: QueueFull.
         """
+        if not waiting or waiting + added <= self._easy:
+            return
         if refusal := self._refusal(waiting, added, tenant, active, 1.0):
             tenant.relief = waiting * STILL_FULL
             raise refusal
@@ -148,7 +151,7 @@ class Admission:
         own = added + min(tenant.tokens, tenant.jobs * max(added, self._small))
         return own + sum([min(each.tokens, own) for each in active if each is not tenant])
 
-    def _wait(self, tokens: int) -> float:
+    def _wait(self, tokens: float) -> float:
         """Seconds until `tokens` waiting tokens are computed. A queue that has just begun is taken
         to be as fast as the fastest batch: batches of short inputs, or beside other work, say
         little about long ones.
@@ -165,12 +168,21 @@ class Admission:
             if self._counted_until is not None:
                 self._queue_speed.add(tokens, now - self._counted_until)
             self._counted_until = now
+        self._easy = self._sure()
 
     def queue_emptied(self) -> None:
         """Forget the queue's speed: the next queue may be of other requests, or beside other
         work.
         """
         self._queue_speed, self._counted_until = Speed(), None
+        self._easy = self._sure()
+
+    def _sure(self) -> float:
+        """Waiting tokens up to which no request is refused."""
+        most = self.max_queue_tokens * (1 - RESERVE)
+        if self.batch_speed.known and (seconds := self._wait(most)):
+            most *= min(1.0, self.max_queue_seconds / seconds)
+        return most
 
 
 def spread(seconds: float) -> int:
