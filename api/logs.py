@@ -90,27 +90,16 @@ class Formatter(logging.Formatter):
         super().__init__()
         self._json, self._keys, self._project = json, keys, project
 
-    def blot(self, text: str) -> str:
+    def blot(self, text: str, known: str = "") -> str:
+        """Without keys, but for those in what is `known` without it."""
         for key in self._keys:
-            if key in text:
+            if key in text and key not in known:
                 text = text.replace(key, "***")
         return text
 
-    def _message(self, record: logging.LogRecord) -> str:
-        """The record's text. The words of the code that wrote it stay as they are where they come
-        apart from what it wrote about.
-        """
-        if not isinstance(record.args, tuple) or not record.args:
-            return self.blot(record.getMessage())
-        record.getMessage()  # raises for arguments that do not fit
-        numbers = (int, float)
-        arguments = (
-            each if isinstance(each, numbers) else self.blot(str(each)) for each in record.args
-        )
-        return str(record.msg) % tuple(arguments)
-
     def format(self, record: logging.LogRecord) -> str:
-        message = escape(self._message(record))
+        # What the code itself says stays, such as `gunicorn`, where it comes apart from the rest.
+        message = escape(self.blot(record.getMessage(), str(record.msg) if record.args else ""))
         if record.exc_info and record.exc_info[0]:
             # Cloud Error Reporting looks for it in `message`.
             trace = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n").split("\n")
