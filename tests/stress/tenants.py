@@ -8,9 +8,13 @@ and A must keep 85 % of its own speed. Exits with 1 otherwise.
 """
 
 import asyncio
+import contextlib
+import re
 import time
+from collections.abc import AsyncIterator
 from typing import NamedTuple
 
+from loadtest.client import get
 from loadtest.loads import LOADS
 from loadtest.loads import key as loadtest_key
 from loadtest.service import serve
@@ -23,16 +27,14 @@ WITHIN, KEPT = 0.250, 0.85
 
 
 class Report(NamedTuple):
-    texts: int  # in a batch
-    seconds: float
     alone: Outcomes  # A's batches
     beside: Outcomes
     queries: Outcomes  # B's
+    rates: tuple[float, float]  # A's texts a second, alone and beside B
 
     @property
     def kept(self) -> float:
-        alone, beside = self.alone.counts()[200], self.beside.counts()[200]
-        return beside / alone if alone else 0.0
+        return self.rates[1] / self.rates[0]
 
     @property
     def good(self) -> bool:
@@ -40,13 +42,10 @@ class Report(NamedTuple):
         return answered and self.queries.latency(99) <= WITHIN and self.kept >= KEPT
 
     def __str__(self) -> str:
-        rates = [
-            each.counts()[200] * self.texts / self.seconds for each in (self.alone, self.beside)
-        ]
         latency = [self.queries.latency(percent) * 1e3 for percent in (50, 99, 100)]
         return (
-            f"A's batches alone: {dict(self.alone.counts())}, {rates[0]:.0f} texts/s\n"
-            f"A's batches beside B: {dict(self.beside.counts())}, {rates[1]:.0f} texts/s, "
+            f"A's batches alone: {dict(self.alone.counts())}, {self.rates[0]:.0f} texts/s\n"
+            f"A's batches beside B: {dict(self.beside.counts())}, {self.rates[1]:.0f} texts/s, "
             f"{self.kept:.1%} of its own speed\n"
             f"B's queries: {dict(self.queries.counts())}\n"
             f"p50, p99 and longest of B's queries: {', '.join(f'{ms:.0f}' for ms in latency)} ms"
@@ -65,13 +64,30 @@ async def tenants(
         of_b = with_key(common.queries(service.url), B)
         async with clients(service.url, of_a, Outcomes(), batches):
             await asyncio.sleep(min(seconds, 5.0))  # until the speed is known
-        async with clients(service.url, of_a, alone, batches):
+        async with clients(service.url, of_a, alone, batches), rate(service.url) as first:
             await asyncio.sleep(seconds)
-            alone = Outcomes(alone)  # without the last ones, which are awaited now
-        async with clients(service.url, of_a, beside, batches):
+        async with clients(service.url, of_a, beside, batches), rate(service.url) as second:
             await ask(service.url, of_b, queries, seconds)
-            beside = Outcomes(beside)
-    return Report(texts, seconds, alone, beside, queries)
+    rates = first[0], second[0] - len(queries) / seconds
+    return Report(alone, beside, queries, rates)
+
+
+@contextlib.asynccontextmanager
+async def rate(url: str) -> AsyncIterator[list[float]]:
+    """Texts a second that are computed while the body runs: all of them, since batches that share
+    the engine end together. The list has the figure at the end.
+    """
+
+    async def computed() -> float:
+        _, page = await asyncio.to_thread(get, url, "/metrics", 60.0, {"X-API-Key": A})
+        return sum(
+            map(float, re.findall(rb"^embedder_chunks_total{.*} (\S+)$", page, re.MULTILINE))
+        )
+
+    found = list[float]()
+    before, started = await computed(), time.perf_counter()
+    yield found
+    found.append((await computed() - before) / (time.perf_counter() - started))
 
 
 def with_key(requests: list[bytes], key: str) -> list[bytes]:
