@@ -1,9 +1,11 @@
 """The check of the API key: which one a request has decides whose it is."""
 
 import hmac
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from server.messages import HttpError, Request
+
+_WHERE = "send the key as X-API-Key, or as Authorization: Bearer"
 
 
 class KeyCheck:
@@ -20,15 +22,14 @@ class KeyCheck:
         self._open = frozenset(open_paths)
 
     def check(self, request: Request) -> None:
-        """X-API-Key decides when it is not empty, else Authorization, with or without Bearer. Sets
-        the request's `caller` to the key's name.
+        """X-API-Key decides when it is not empty, else Authorization. The request's `caller` gets
+        the key's name.
 
         Raises: HttpError 401.
         """
         if request.path in self._open or is_preflight(request):
             return
-        sent = request.headers.get("x-api-key", "").strip() or _of_authorization(request)
-        given = sent.encode()
+        given = _sent_key(request.headers).encode()
         # Every key is compared, so that the time taken does not tell which one matched.
         matches = [hmac.compare_digest(given, key) for key in self._keys]
         if True not in matches:
@@ -36,15 +37,24 @@ class KeyCheck:
         request.caller = self._names[matches.index(True)]
 
 
-def _of_authorization(request: Request) -> str:
-    """Raises: HttpError 401 where it holds no key."""
-    sent = request.headers.get("authorization", "").strip()
-    # Some clients put Bearer before a key that their users gave with it.
-    while sent[:7].lower() == "bearer ":
-        sent = sent[7:].lstrip()
-    if not sent or " " in sent or sent.lower() == "bearer":  # another scheme has a space
-        raise _unauthorized("no API key; send it as X-API-Key, or as Authorization: Bearer")
-    return sent
+def _sent_key(headers: Mapping[str, str]) -> str:
+    """The key of a request. In Authorization it may come alone, after `Bearer`, or after two of
+    them: some clients add the word to a key that has it already.
+
+    Raises: HttpError 401 if there is none, or one of another scheme.
+    """
+    if key := headers.get("x-api-key", "").strip():
+        return key
+    words = headers.get("authorization", "").split()
+    while words and words[0].lower() == "bearer":
+        del words[0]
+    if not words:
+        raise _unauthorized(f"no API key; {_WHERE}")
+    if len(words) > 1:  # what was sent is not repeated: it may be a key
+        basic = words[0].lower() == "basic"
+        what = "Basic (user and password)" if basic else "with a scheme other than Bearer"
+        raise _unauthorized(f"Authorization {what} is not taken; {_WHERE}")
+    return words[0]
 
 
 def is_preflight(request: Request) -> bool:

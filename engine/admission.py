@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.errors import QueueFull
-from engine.protocol import Tenant
+from engine.tenants import Tenant
 
 # An estimate is used once it rests on so many seconds of work. After SPEED_MEMORY seconds, older
 # work counts less.

@@ -1,6 +1,5 @@
 """The types that the queue, the engines and their callers share."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +9,7 @@ import numpy.typing as npt
 
 from engine.bundle import Backend, Parity, Precision
 from engine.errors import EmbedderError
-from engine.quota import Quota
+from engine.tenants import Tenant
 
 Float32 = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
@@ -88,25 +87,6 @@ class Engine(Protocol):
         batch has ended. None: Python threads call `run`.
         """
         return None
-
-
-@dataclass(eq=False, slots=True)
-class Tenant:
-    """Whose requests share: in the service, those of one API key."""
-
-    name: str | None = None
-    quota: Quota | None = None
-    jobs: int = 0  # requests with inputs that wait
-    tokens: int = 0  # that wait
-    tag: float = -math.inf  # tokens served, on the clock of the tenants
-    clock: float = 0.0  # of its own requests' shares
-    relief: float | None = None  # after a refusal: waiting tokens of the queue at which that ends
-
-    def serve(self, tokens: int) -> None:
-        """A batch takes so many of its waiting tokens."""
-        self.tokens -= tokens
-        self.tag += tokens
-        self.clock += tokens / self.jobs
 
 
 @dataclass(eq=False, slots=True)

@@ -4,13 +4,12 @@ Requests `submit` and wait. The threads of each backend (protocol.Threads) get a
 whenever they have room; no batch waits to fill. `collect` takes their results. For every engine,
 `_take_batch` alone decides what goes into a batch.
 
-Which request is next. Tenants (API keys) share first, then the requests of each. Every request has
-a tag: the tokens it was served so far, counted from a clock that advances at the speed of one
-request's fair share (generalised processor sharing: Parekh and Gallager, 1993). The smallest tag is
-next. So a new short request overtakes the rest of a long one, and the long one still gets its equal
-share. The first max_batch_tokens of a request do not count, so requests up to that size are served
-whole, in the order they came. A tenant has a tag too; one that has had less than its share may be
-ahead by max_batch_tokens when it comes, so its short requests are next.
+Which request is next. Tenants (API keys) share first, see tenants.py, then the requests of each.
+Every request has a tag: the tokens it was served so far, counted from a clock that advances at the
+speed of one request's fair share (generalised processor sharing: Parekh and Gallager, 1993). The
+smallest tag is next. So a new short request overtakes the rest of a long one, and the long one
+still gets its equal share. The first max_batch_tokens of a request do not count, so requests up to
+that size are served whole, in the order they came.
 
 What joins it. An input joins a batch when that costs no more than a batch of its own: the padding
 it adds may cost CALL_OVERHEAD_TOKENS at most.
@@ -23,12 +22,11 @@ import bisect
 import itertools
 import logging
 import math
-import operator
 import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,23 +40,12 @@ from engine.errors import (
     QueueFull,
     ShuttingDown,
 )
-from engine.protocol import (
-    Array,
-    Batch,
-    Engine,
-    Event,
-    Float32,
-    InputRefused,
-    Job,
-    Tenant,
-    Threads,
-)
+from engine.protocol import Array, Batch, Engine, Event, Float32, InputRefused, Job, Threads
 from engine.quota import Quota
+from engine.tenants import Tenants
 from engine.threads import PythonThreads, compute, vital
 
 log = logging.getLogger(__name__)
-_tag = operator.attrgetter("tag")
-_tenant_first = operator.attrgetter("tenant.tag", "tag")
 
 # What an engine call costs beside its tokens, in tokens: 1x16 tokens take 3.4 ms, 16x16 take 30 ms
 # (bf16, MiniLM, Zen 4).
@@ -107,9 +94,7 @@ class Queue:
         self._lock = threading.Lock()
         self._jobs: list[Job] = []  # those with inputs that wait
         self.waiting_tokens = 0  # read-only for others
-        self._tenants = {name: Tenant(name, quota) for name, quota in (quotas or {}).items()}
-        self._active: dict[Tenant, None] = {}  # those with inputs that wait
-        self._clock = 0.0  # of the tenants' shares
+        self._tenants = Tenants(quotas or {})
         # Threads by backend, and the batches that they have, by number.
         self._threads: dict[str, Threads] = {}
         self._numbers = itertools.count()
@@ -135,11 +120,11 @@ class Queue:
         """The refusal that a request of at least so many tokens gets now, for callers that have
         not read yet what they would submit; None if the queue may take it.
         """
-        asking = self._tenants.get(tenant)
+        asking = self._tenants.find(tenant)
         if asking is None or asking.relief is None:
             return None
         with self._lock:
-            return self._admission.full(self.waiting_tokens, tokens, asking, self._active)
+            return self._admission.full(self.waiting_tokens, tokens, asking, self._tenants.active)
 
     # -- requests
 
@@ -170,7 +155,6 @@ class Queue:
         if not order:
             return vectors
         tokens, whose = sum(costs), self._tenants.get(tenant)
-        whose = whose or self._tenants.setdefault(tenant, Tenant(tenant))
         job = Job(
             whose,
             engine,
@@ -201,7 +185,7 @@ class Queue:
         if self._closed:
             raise _shutting_down()
         tenant = job.tenant
-        self._admission.admit(self.waiting_tokens, tokens, tenant, self._active)
+        self._admission.admit(self.waiting_tokens, tokens, tenant, self._tenants.active)
         if tenant.quota:
             tenant.quota.take(tokens)
         backend = job.engine.backend
@@ -213,11 +197,7 @@ class Queue:
         self._in_system += 1
         self._lately = max(self._in_system, self._lately * 0.9)
         job.began, job.free = tenant.clock, self._limits(job.engine)[1]
-        if not tenant.jobs:
-            tenant.tag = max(tenant.tag, self._clock - (job.free if self._active else 0))
-            self._active[tenant] = None
-        tenant.jobs += 1
-        tenant.tokens += tokens
+        self._tenants.enter(tenant, tokens, job.free)
         self._jobs.append(job)
         self.waiting_tokens += tokens
         if threading.get_ident() != self._loop_thread:
@@ -270,7 +250,7 @@ class Queue:
 
     def _take_batch(self, lead: Job, most_tokens: float = math.inf) -> Batch:
         """The next batch, of `lead`'s largest input and what joins it, up to `most_tokens`."""
-        self._jobs.sort(key=self._rank)
+        self._jobs.sort(key=self._tenants.rank)
         longest = lead.costs[-1]
         entries, tokens, padded = [lead.take(len(lead.costs) - 1)], longest, longest
         # Split what waits and runs into threads + 1 shares, so that the first thread to finish
@@ -303,27 +283,16 @@ class Queue:
                 job.tenant.serve(tokens - counted)
                 counted = tokens
         self.waiting_tokens -= tokens
-        self._clock += tokens / len(self._active)
+        self._tenants.served(tokens)
         before, self._jobs = self._jobs, [job for job in self._jobs if job.costs]
-        self._left(job for job in before if not job.costs)
+        self._tenants.leave(job.tenant for job in before if not job.costs)
+        if not self._jobs:
+            self._admission.queue_emptied()
         alone = len(entries) == 1 and not self._jobs and not self._running and self._lately < 1.5
         self._running += 1
         self._running_tokens += tokens
         padding = (padded - tokens) * lead.engine.padding_cost
         return Batch(lead.engine, entries, tokens, tokens + round(padding), alone)
-
-    @property
-    def _rank(self) -> Callable[[Job], Any]:
-        return _tag if len(self._active) == 1 else _tenant_first
-
-    def _left(self, jobs: Iterable[Job]) -> None:
-        """These requests have nothing that waits any more."""
-        for job in jobs:
-            job.tenant.jobs -= 1
-            if not job.tenant.jobs:
-                del self._active[job.tenant]
-        if not self._jobs:
-            self._admission.queue_emptied()
 
     def _limits(self, engine: Engine) -> tuple[float, int]:
         """Most inputs and tokens of a batch."""
@@ -367,7 +336,9 @@ class Queue:
             self._jobs.remove(job)
             self.waiting_tokens -= sum(job.costs)
             job.tenant.tokens -= sum(job.costs)
-            self._left([job])
+            self._tenants.leave([job.tenant])
+            if not self._jobs:
+                self._admission.queue_emptied()
         job.inputs, job.costs, job.rows, job.error = [], [], [], error
         job.done.set()
 
@@ -408,7 +379,7 @@ class Queue:
                 jobs = [job for job in self._jobs if job.threads is threads]
                 if not jobs:
                     break
-                self._put_batch(threads, self._take_batch(min(jobs, key=self._rank), room))
+                self._put_batch(threads, self._take_batch(min(jobs, key=self._tenants.rank), room))
 
     def _put_batch(self, threads: Threads, batch: Batch) -> None:
         """Put a batch, without the inputs that the engine refuses."""

@@ -7,7 +7,7 @@ import pytest
 
 from engine.admission import SPEED_KNOWN, SPEED_MEMORY, Admission, Speed, spread
 from engine.errors import QueueFull
-from engine.protocol import Tenant
+from engine.tenants import Tenant
 
 
 def admission(

@@ -36,12 +36,13 @@ def refusal(response: httpx.Response) -> str:
         {"x-api-key": KEY},
         BEARER,
         {"Authorization": f"bearer {KEY}"},
-        {"Authorization": f"Bearer   {KEY}"},
-        {"X-API-Key": KEY, "Authorization": "Bearer of-cloud-run"},
-        {"X-API-Key": "", **BEARER},
+        {"Authorization": f"BEARER   {KEY}"},
         {"Authorization": KEY},
         {"Authorization": f"Bearer Bearer {KEY}"},
-        {"Authorization": f"bearer BEARER  Bearer {KEY}"},
+        {"Authorization": f"bearer\tBearer bearer {KEY}"},
+        {"X-API-Key": KEY, "Authorization": "Bearer of-cloud-run"},
+        {"X-API-Key": "", **BEARER},
+        {"X-API-Key": "", "Authorization": KEY},
     ],
     ids=repr,
 )
@@ -62,9 +63,9 @@ def test_the_key_opens(service: Server, headers: dict[str, str]) -> None:
         {"X-API-Key": f"{KEY},{KEY}"},
         {"X-API-Key": b"\xc3\xa9\xff\xfe\x80"},
         {"Authorization": "wrong"},
-        {"Authorization": "Bearer wrong"},
-        {"Authorization": "Bearer Bearer wrong"},
+        {"Authorization": "Basic"},
         {"Authorization": f"Bearer{KEY}"},
+        {"Authorization": "Bearer wrong"},
         {"Authorization": b"Bearer \xff\xfe"},
         {"X-API-Key": "wrong", **BEARER},
     ],
@@ -83,8 +84,11 @@ def test_a_wrong_key_does_not(service: Server, headers: dict[str, Any]) -> None:
         {"Authorization": ""},
         {"Authorization": "Bearer"},
         {"Authorization": "Bearer Bearer"},
+        {"X-API-Key": "", "Authorization": "bearer"},
         {"Authorization": f"Basic {KEY}"},
         {"Authorization": f"Bearer Basic {KEY}"},
+        {"Authorization": f"Token {KEY}"},
+        {"Authorization": f"{KEY} {KEY}"},
     ],
     ids=repr,
 )
@@ -93,6 +97,8 @@ def test_without_a_key_the_answer_says_where_to_put_one(
 ) -> None:
     message = refusal(ask(service, headers))
     assert "X-API-Key" in message and "Authorization: Bearer" in message
+    assert KEY not in message
+    assert ("Basic (user and password) is not taken" in message) == ("Basic" in str(headers))
 
 
 @pytest.mark.parametrize("size", [10_000, 1_000_000])
