@@ -131,7 +131,7 @@ class Router:
             self.check(request)
         view = view or self._through_flask
         if MAX_INLINE_BODY < request.length <= self._max_body:
-            return in_thread(lambda: self._in_thread(view, request))
+            return in_thread(lambda: self._in_thread(view, request), request.caller)
         return view(request)
 
     def check(self, request: Request) -> None:

@@ -84,7 +84,7 @@ class Service:
         ) -> "tuple[ImageEmbedder, list[ImageEmbedding]]":
             assert (embedder := embedders.images)  # its manifest says so
             return embedder, in_thread(
-                lambda: embedder.embed(images, **waiting, dimensions=dimensions)
+                lambda: embedder.embed(images, **waiting, dimensions=dimensions), waiting["tenant"]
             )
 
         return self.run(model, path, embed)
