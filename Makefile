@@ -8,13 +8,15 @@ BAKE_OPTIONS ?=
 # Package index with the CPU build of torch. If this is empty, pip's own settings decide.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 MODELS_DIR ?= models
+# Others reach the service only where this says so; then it asks for a key of their own.
+HOST ?= 127.0.0.1
 bin = $(VENV)/bin
 sources = *.py api bake engine loadtest server tests
 
 .PHONY: run bake test lint format clean
 
 run: $(MODELS_DIR)/$(NAME)/manifest.json engine/encoder/encoder.so api/cl100k_base.bin
-	MODELS_DIR="$(MODELS_DIR)" EMBEDDING_MODEL="$(NAME)" exec $(bin)/gunicorn main:app
+	HOST="$(HOST)" MODELS_DIR="$(MODELS_DIR)" EMBEDDING_MODEL="$(NAME)" exec $(bin)/gunicorn main:app
 
 # Bakes again whatever is there; `make run` bakes only what is missing.
 bake: engine/encoder/encoder.so

@@ -109,6 +109,7 @@ class TextEmbedder:
         *,
         deadline: float,
         gone: Callable[[], bool] | None = None,
+        tenant: str | None = None,
         prompt_name: str | None = None,
         dimensions: int | None = None,
         normalize: bool | None = None,
@@ -124,6 +125,7 @@ class TextEmbedder:
         Args:
             deadline: when to give up, on the clock of `time.monotonic`.
             gone: whether the caller has gone, as `Queue.submit` takes it.
+            tenant: with whose requests it shares the queue.
             prompt_name: one of the model's prompts, put before every chunk; None means its default.
             dimensions: keep this many leading values (Matryoshka models; of the layer norm, if the
                 manifest says so), and normalise again where the vector was normalised; None: as
@@ -139,7 +141,8 @@ class TextEmbedder:
         manifest = self.manifest
         dimensions = checked_dimensions(dimensions, manifest)
         chunks = self.chunk(texts, prompt_name=prompt_name, truncate=truncate, limits=limits)
-        computed = self._compute([c.token_ids for pieces in chunks for c in pieces], deadline, gone)
+        inputs = [chunk.token_ids for pieces in chunks for chunk in pieces]
+        computed = self._compute(inputs, deadline, gone, tenant)
         unit = manifest.normalized if normalize is None else normalize
         chunk_vectors = shorten_and_scale(computed, dimensions, unit, manifest.layer_norm)
         vectors = chunk_vectors
@@ -157,20 +160,24 @@ class TextEmbedder:
         return results
 
     def _compute(
-        self, chunks: Sequence[Int64], deadline: float, gone: Callable[[], bool] | None
+        self,
+        chunks: Sequence[Int64],
+        deadline: float,
+        gone: Callable[[], bool] | None,
+        tenant: str | None,
     ) -> Float32:
         """The engine's vectors of chunks' token ids, shape (len(chunks), dimensions). Equal chunks
         are computed once, cached ones not at all.
         """
         engine, cache = self.engine, self._cache
         if len(chunks) == 1 and cache is None:
-            return self._queue.submit(engine, chunks, [len(chunks[0])], deadline, gone)
+            return self._queue.submit(engine, chunks, [len(chunks[0])], deadline, gone, tenant)
         keys = [ids.tobytes() for ids in chunks]
         inputs = dict(zip(keys, chunks))
         vectors = cache.get(engine.name, inputs) if cache else {}
         missing = {key: ids for key, ids in inputs.items() if key not in vectors}
         costs = [len(ids) for ids in missing.values()]
-        computed = self._queue.submit(engine, [*missing.values()], costs, deadline, gone)
+        computed = self._queue.submit(engine, [*missing.values()], costs, deadline, gone, tenant)
         new = dict(zip(missing, computed))
         if cache:
             cache.put(engine.name, new)
@@ -184,6 +191,7 @@ class TextEmbedder:
         *,
         deadline: float,
         gone: Callable[[], bool] | None = None,
+        tenant: str | None = None,
         prompt_name: str | None = None,
         truncate: Side | None = None,
     ) -> list[float]:
@@ -195,6 +203,7 @@ class TextEmbedder:
                 [*sentences, source],
                 deadline=deadline,
                 gone=gone,
+                tenant=tenant,
                 prompt_name=prompt_name,
                 normalize=True,
                 truncate=truncate,

@@ -23,22 +23,34 @@ from engine.models import Models
 from server.limits import Limits
 from server.spread import Spread
 from server.worker import Worker, drain_gently
-from settings import DEFAULT_API_KEY, SettingsError
+from settings import DEFAULT_API_KEY, Settings, SettingsError
 
 gc.freeze()  # collections in workers need not look through what they share with the master
 gc.enable()
 
-try:
-    settings = configuration.load(os.environ)
-    address = configuration.listen_address(settings)
-    bundles = discover(pathlib.Path(settings.models_dir))
-    Models[object](bundles, settings.embedding_model or None, settings.aliases)
+WRONG = (SettingsError, BundleError, ModelNotFound, WrongAlias)
+
+
+def read() -> tuple[Settings, str]:
+    """The settings and the address to listen on; all that they name is there.
+
+    Raises: one of WRONG.
+    """
+    loaded = configuration.load(os.environ)
+    bundles = discover(pathlib.Path(loaded.models_dir))
+    Models[object](bundles, loaded.embedding_model or None, loaded.aliases)
     for bundle in bundles:
         bundle.verify()
-except (SettingsError, BundleError, ModelNotFound, WrongAlias) as error:
+    return loaded, configuration.listen_address(loaded)
+
+
+try:
+    settings, address = read()
+except WRONG as error:
     sys.exit(logs.last_line(configuration.log_format(os.environ), f"cannot start: {error}"))
 
-logs.configure(settings.log_format, settings.log_level, settings.api_keys)
+logs.configure(settings.log_format, settings.log_level, settings.secrets)
+metrics.name_keys(name for name, _ in settings.keys)
 log = logging.getLogger("start")
 if DEFAULT_API_KEY in settings.api_keys:
     log.warning("VECTOR_EMBEDDER_API_KEY is the default, which everybody knows. Set your own.")
@@ -77,6 +89,7 @@ def on_starting(server: Arbiter) -> None:
     cfg = server.cfg
     try:
         configuration.load({**os.environ, "WEB_CONCURRENCY": str(cfg.workers)})
+        configuration.refuse_open_door(settings, hosts(server))
     except SettingsError as error:
         log.critical("cannot start: %s", error)
         sys.exit(1)
@@ -90,6 +103,11 @@ def on_starting(server: Arbiter) -> None:
     )
 
 
+def hosts(server: Arbiter) -> list[str]:
+    """The addresses that are listened on, those of gunicorn's own options too."""
+    return [address[0] for address in server.cfg.address if isinstance(address, tuple)]
+
+
 def pre_fork(server: Arbiter, worker: Worker) -> None:
     worker.table, worker.row = metrics.table, metrics.table.claim()
 
@@ -97,6 +115,18 @@ def pre_fork(server: Arbiter, worker: Worker) -> None:
 def when_ready(server: Arbiter) -> None:
     """Called by gunicorn before it starts workers."""
     drain_gently(server)
+    reload = server.handle_hup
+
+    def handle_hup() -> None:
+        """gunicorn would end with settings that are wrong."""
+        try:
+            configuration.refuse_open_door(read()[0], hosts(server))
+        except WRONG as error:
+            log.error("not reloaded, so the settings are those from before: %s", error)
+        else:
+            reload()
+
+    server.handle_hup = handle_hup
 
 
 def child_exit(server: Arbiter, worker: Worker) -> None:

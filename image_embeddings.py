@@ -101,6 +101,7 @@ class ImageEmbedder:
         *,
         deadline: float,
         gone: Callable[[], bool] | None = None,
+        tenant: str | None = None,
         dimensions: int | None = None,
         normalize: bool | None = None,
     ) -> list[ImageEmbedding]:
@@ -109,6 +110,7 @@ class ImageEmbedder:
         Args:
             deadline: when to give up, on the clock of `time.monotonic`.
             gone: whether the caller has gone, as `Queue.submit` takes it.
+            tenant: with whose requests it shares the queue.
             dimensions: keep this many leading values, and normalise again where the vector was
                 normalised.
             normalize: whether vectors have length 1; None does as the model does.
@@ -122,7 +124,7 @@ class ImageEmbedder:
         self.limits.check(images, cost)
         pixels = [self._prepare(data, index, deadline) for index, data in enumerate(images)]
         costs = [cost] * len(pixels)
-        vectors = self._queue.submit(self._engine, pixels, costs, deadline, gone)
+        vectors = self._queue.submit(self._engine, pixels, costs, deadline, gone, tenant)
         unit = self.manifest.normalized if normalize is None else normalize
         return [ImageEmbedding(row, cost) for row in shorten_and_scale(vectors, dimensions, unit)]
 

@@ -27,6 +27,7 @@ from engine.errors import BundleError, EmbedderError
 from engine.models import Models
 from engine.protocol import Engine
 from engine.queue import Queue
+from engine.quota import Quota, QuotaLimits
 from limits import ImageLimits, TextLimits
 from server import tasks
 from server.messages import Loop
@@ -44,6 +45,8 @@ OPEN_PATHS = (*health.PATHS, *docs.PATHS)
 # not compete with the requests that waited for the start.
 WIDEN_AFTER = 1.0
 PROBE_TIMEOUT = 60  # seconds; a short REQUEST_TIMEOUT must not end the start on a busy machine
+# A request is refused unread if so many bytes a token would be too much; texts have fewer, about 5.
+BYTES_PER_TOKEN, BYTES_PER_TOKEN_OF_PICTURES = 8, 2048
 # Requests of its own with which a worker begins: Python specialises code that has run eight times.
 WARM_UP_REQUESTS = 20
 
@@ -71,19 +74,26 @@ class Application:
         self.settings = settings = configuration.load(
             {**self._environ, "WEB_CONCURRENCY": str(workers)}
         )
-        logs.configure(settings.log_format, settings.log_level, settings.api_keys)
+        logs.configure(settings.log_format, settings.log_level, settings.secrets)
         self.models = make_models(settings)
-        self.queue = make_queue(settings, loop.busy_threads if loop else lambda: 0)
+        quotas = make_quotas(settings)
+        self.queue = make_queue(settings, loop.busy_threads if loop else lambda: 0, quotas)
         self.metrics = metrics.Metrics(self.models, self.queue)
         self.flask = self.make_flask()
         self.metrics.add_routes(self.flask.url_map)
+        metrics.name_keys(name for name, _ in settings.keys)
+        self.metrics.add_keys()
+        paths = [rule.rule for rule in self.flask.url_map.iter_rules()]
+        pictures = any("image" in b.manifest.modalities for b in self.models.bundles.values())
         self._router = Router(
             self.flask,
-            KeyCheck(settings.api_keys, OPEN_PATHS),
+            KeyCheck(settings.keys, OPEN_PATHS),
             settings.max_body_size,
             self.queue,
             self.metrics,
-            logs.RequestLog(settings.log_format, settings.log_level, settings.api_keys),
+            logs.RequestLog(settings.log_format, settings.log_level, settings.secrets, paths),
+            quotas,
+            BYTES_PER_TOKEN_OF_PICTURES if pictures else BYTES_PER_TOKEN,
         )
         self.respond, self.refuse = self._router.respond, self._router.refuse
         self.sent, self.dropped = self._router.sent, self._router.dropped
@@ -225,7 +235,24 @@ def make_models(settings: Settings) -> Models[Embedders]:
     return Models(bundles, settings.embedding_model or None, settings.aliases, tasks.event)
 
 
-def make_queue(settings: Settings, others: Callable[[], int] = lambda: 0) -> Queue:
+def make_quotas(settings: Settings) -> dict[str | None, Quota]:
+    """The limits of keys, by name; this process's part of them."""
+    return {
+        name: Quota(
+            name,
+            QuotaLimits(
+                **{limit: value / settings.web_concurrency for limit, value in limits.items()}
+            ),
+        )
+        for name, limits in settings.limits_of_keys.items()
+    }
+
+
+def make_queue(
+    settings: Settings,
+    others: Callable[[], int] = lambda: 0,
+    quotas: Mapping[str | None, Quota] | None = None,
+) -> Queue:
     """The queue of all models, not started. `others`: threads that are busy with other work."""
     return Queue(
         max_batch_size=settings.max_batch_size,
@@ -235,6 +262,8 @@ def make_queue(settings: Settings, others: Callable[[], int] = lambda: 0) -> Que
         max_queue_seconds=settings.max_queue_seconds,
         event=tasks.event,
         others=others,
+        tenants=len({name for name, _ in settings.keys}),
+        quotas=quotas,
     )
 
 

@@ -2,20 +2,31 @@
 start.
 """
 
+import ipaddress
 import os
 import pathlib
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 DEFAULT_API_KEY = "abc123"
 CL100K_TABLE = pathlib.Path(__file__).parent / "api" / "cl100k_base.bin"  # api/cl100k.py makes it
+SHORT_KEY = 8  # characters; a key of fewer can be guessed
+KEY_NAME = r"[A-Za-z0-9_-]{1,32}"
+KEY_LIMITS = ("requests_per_second", "tokens_per_minute", "concurrent_tokens")
 
 
 class SettingsError(Exception):
     """A variable holds what it cannot take; the message names it, what it got and what it takes."""
+
+
+class ApiKey(NamedTuple):
+    """A key and its name, which logs and metrics show: `#1` for the first key if it has none."""
+
+    name: str
+    key: str
 
 
 def _option(name: str, default: Any, help: str, **rules: Any) -> Any:
@@ -52,10 +63,24 @@ class Settings:
     api_key: str = _option(
         "VECTOR_EMBEDDER_API_KEY",
         DEFAULT_API_KEY,
-        "one or several keys, comma-separated; the default is refused on Cloud Run",
+        "one or several keys, comma-separated, each as `key` or `name:key`; the default, and keys "
+        "under 8 characters, are refused where others can reach them",
     )
     api_key_file: str = _option(
         "VECTOR_EMBEDDER_API_KEY_FILE", "", "file with the keys instead (a mounted secret)"
+    )
+    allow_default_key: int = _option(
+        "ALLOW_DEFAULT_KEY",
+        0,
+        "1 takes the default key and short keys on every HOST",
+        low=0,
+        high=1,
+    )
+    key_limits: str = _option(
+        "KEY_LIMITS",
+        "",
+        "limits of keys, by name, such as `app:requests_per_second=5;tokens_per_minute=100000`; "
+        "`*` for all others; comma-separated",
     )
     host: str = _option(
         "HOST",
@@ -153,10 +178,12 @@ class Settings:
     )
     max_queue_seconds: float = _option(
         "MAX_QUEUE_SECONDS",
-        10.0,
-        "seconds of waiting work, at the speed measured, beyond which 429 is answered",
+        0.0,
+        "seconds that a request would wait for its turn, at the speed measured, beyond which 429 "
+        "is answered",
         low=0.001,
         high=3600.0,
+        by="half of REQUEST_TIMEOUT",
     )
     request_timeout: float = _option(
         "REQUEST_TIMEOUT", 60.0, "seconds a request may wait", low=0.001, high=3600.0
@@ -215,8 +242,57 @@ class Settings:
     )
 
     @property
+    def keys(self) -> tuple[ApiKey, ...]:
+        entries = [entry.strip() for entry in self.api_key.split(",")]
+        named = {entry: re.fullmatch(f"({KEY_NAME}):(.*)", entry) for entry in entries}
+        return tuple(
+            ApiKey(*match.groups()) if match else ApiKey(f"#{entries.index(entry) + 1}", entry)
+            for entry, match in named.items()
+        )
+
+    @property
     def api_keys(self) -> tuple[str, ...]:
-        return tuple(key.strip() for key in self.api_key.split(","))
+        """The keys without their names."""
+        return tuple(key for _, key in self.keys)
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The keys that logs are searched for. Short ones are parts of other words."""
+        return tuple(key for key in self.api_keys if len(key) >= SHORT_KEY)
+
+    @property
+    def limits_of_keys(self) -> dict[str, dict[str, float]]:
+        """The limits of each key that has some, by its name; those of KEY_LIMITS.
+
+        Raises: SettingsError.
+        """
+        names, given = {name for name, _ in self.keys}, dict[str, dict[str, float]]()
+        for entry in self.key_limits.split(",") if self.key_limits else ():
+            name, _, limits = (part.strip() for part in entry.partition(":"))
+            pairs = [tuple(map(str.strip, limit.split("="))) for limit in limits.split(";")]
+            twice = name in given
+            try:
+                given[name] = {limit: float(value) for limit, value in pairs}
+            except ValueError:
+                pairs = []
+            if (
+                not pairs
+                or twice
+                or len(given[name]) < len(pairs)
+                or not set(given[name]) <= set(KEY_LIMITS)
+                or not all(0 < value < 1e12 for value in given[name].values())
+            ):
+                raise SettingsError(
+                    f"KEY_LIMITS={self.key_limits!r}; it takes name:limit=number;limit=number for "
+                    f"several keys, comma-separated, with limits of {', '.join(KEY_LIMITS)}"
+                )
+        if unknown := sorted(set(given) - names - {"*"}):
+            raise SettingsError(
+                f"KEY_LIMITS names {', '.join(map(repr, unknown))}; the keys are named "
+                f"{', '.join(sorted(names))}; `*` is for all without limits of their own"
+            )
+        others = given.pop("*", None)
+        return given if others is None else {name: given.get(name, others) for name in names}
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -267,22 +343,53 @@ def load(environ: Mapping[str, str]) -> Settings:
         raise SettingsError(
             f"{key_name}: every key must be printable ASCII without spaces, and none may be empty"
         )
-    if "K_SERVICE" in environ and DEFAULT_API_KEY in settings.api_keys:
-        raise SettingsError(
-            f"{key_name} is the default, which everybody knows; on Cloud Run set one of your own"
-        )
-    settings.aliases  # raises SettingsError if malformed
+    if len(set(settings.api_keys)) < len(settings.keys):
+        raise SettingsError(f"{key_name}: one key has two names; each may have one")
+    settings.aliases, settings.limits_of_keys  # raise SettingsError if malformed
     if settings.openai_token_ids == "cl100k_base" and not CL100K_TABLE.exists():
         raise SettingsError(
             "OPENAI_TOKEN_IDS='cl100k_base', but the table of that encoding is not here; make it "
             "with `make api/cl100k_base.bin`, or set off"
         )
+    values["max_queue_seconds"] = settings.max_queue_seconds or settings.request_timeout / 2
     if not settings.inference_threads:
         values["inference_threads"] = max(1, -(-available_cores() // settings.web_concurrency))
     values["log_format"] = settings.log_format or log_format(environ)
     there = "cl100k_base" if CL100K_TABLE.exists() else "off"
     values["openai_token_ids"] = settings.openai_token_ids or there
     return Settings(**values)
+
+
+def refuse_open_door(settings: Settings, hosts: Iterable[str]) -> None:
+    """A key that is known or can be guessed is for this machine alone, unless ALLOW_DEFAULT_KEY
+    says otherwise.
+
+    Args:
+        hosts: the addresses that are listened on.
+
+    Raises: SettingsError.
+    """
+    hosts = [host for host in hosts if not _is_loopback(host)]
+    if settings.allow_default_key or not hosts:
+        return
+    name = "VECTOR_EMBEDDER_API_KEY" + ("_FILE" if settings.api_key_file else "")
+    if DEFAULT_API_KEY in settings.api_keys:
+        what = "is the default, which everybody knows"
+    elif any(len(key) < SHORT_KEY for key in settings.api_keys):
+        what = f"has a key of under {SHORT_KEY} characters, which can be guessed"
+    else:
+        return
+    raise SettingsError(
+        f"{name} {what}, and others can reach {hosts[0]}; set one of your own (`openssl rand -hex "
+        "24` makes one), or HOST=127.0.0.1 to serve this machine alone, or ALLOW_DEFAULT_KEY=1"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def listen_address(settings: Settings) -> str:

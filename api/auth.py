@@ -1,7 +1,7 @@
-"""The check of the API key."""
+"""The check of the API key: which one a request has decides whose it is."""
 
 import hmac
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 from server.messages import HttpError, Request
 
@@ -9,18 +9,21 @@ _WHERE = "send the key as X-API-Key, or as Authorization: Bearer"
 
 
 class KeyCheck:
-    """Refuses requests without a valid key."""
+    """Refuses requests without a valid key, and notes on others whose they are."""
 
-    def __init__(self, keys: Sequence[str], open_paths: Collection[str]) -> None:
+    def __init__(self, keys: Iterable[tuple[str, str]], open_paths: Collection[str]) -> None:
         """Args:
-        keys: a request needs one of them.
+        keys: names and keys; a request needs one of them. `name:key` is taken for the key too.
         open_paths: need none.
         """
-        self._keys = [key.encode() for key in keys]
+        taken = [(name, sent) for name, key in keys for sent in (key, f"{name}:{key}")]
+        self._names = [name for name, _ in taken]
+        self._keys = [sent.encode() for _, sent in taken]
         self._open = frozenset(open_paths)
 
     def check(self, request: Request) -> None:
-        """X-API-Key decides when it is not empty, else Authorization.
+        """X-API-Key decides when it is not empty, else Authorization. The request's `caller` gets
+        the key's name.
 
         Raises: HttpError 401.
         """
@@ -28,8 +31,10 @@ class KeyCheck:
             return
         given = _sent_key(request.headers).encode()
         # Every key is compared, so that the time taken does not tell which one matched.
-        if not sum([hmac.compare_digest(given, key) for key in self._keys]):
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        if True not in matches:
             raise _unauthorized("wrong API key")
+        request.caller = self._names[matches.index(True)]
 
 
 def _sent_key(headers: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ _ANSWERS: dict[type[errors.EmbedderError], tuple[int, str, dict[str, str]]] = {
     errors.ModelNotFound: (404, "model_not_found", {}),
     errors.ModelNotReady: (503, "not_ready", _RETRY),
     errors.ModalityNotSupported: (501, "not_supported", {}),
+    errors.OverQuota: (429, "rate_limited", {}),
     errors.QueueFull: (429, "overloaded", {}),
     errors.DeadlineExceeded: (504, "timeout", {}),
     errors.CallerGone: (499, "client_closed", {}),  # nginx's number for it; only logs see it
@@ -58,6 +59,7 @@ _OPENAI_CODES = {
     "not_found": "unknown_url",
     "method_not_allowed": "method_not_supported",
     "overloaded": "rate_limit_exceeded",
+    "rate_limited": "rate_limit_exceeded",
 }
 
 
@@ -84,6 +86,8 @@ def response(error: Exception, request: Request) -> Response:
     What is unexpected is logged, and tells the client nothing.
     """
     status, error_type, message, field, headers = _describe(error)
+    if isinstance(error, errors.OverQuota):
+        request.refused = "key_limit"
     render, _ = dialect(request.path)
     body = msgspec.json.encode(render(status, error_type, message, field))
     made = Response(body, status, headers=[*headers.items()])

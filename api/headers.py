@@ -2,6 +2,9 @@
 Server, Date, Connection and Content-Length.)
 """
 
+import math
+
+from engine.quota import Quota
 from server.messages import Request, Response
 
 IGNORED = "X-Ignored-Fields"  # names the fields of the request that had no effect
@@ -14,3 +17,22 @@ def add_headers(response: Response, request: Request) -> Response:
     response.headers.append(("X-Request-Id", request.id))
     response.headers.extend(request.notes.items())
     return response
+
+
+def quota_headers(quota: Quota) -> dict[str, str]:
+    """What is left of a key's limits, as OpenAI says it."""
+    headers = {}
+    for kind, left in quota.left().items():
+        headers[f"x-ratelimit-limit-{kind}"] = str(left.limit)
+        headers[f"x-ratelimit-remaining-{kind}"] = str(left.remaining)
+        headers[f"x-ratelimit-reset-{kind}"] = duration(left.reset)
+    return headers
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI writes it: `20ms`, `1.5s`, `6m0s`."""
+    milliseconds = math.ceil(seconds * 1000)
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds / 1000, 60)
+    return f"{minutes:.0f}m{rest:g}s" if minutes else f"{rest:g}s"

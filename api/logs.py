@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -92,14 +92,16 @@ class Formatter(logging.Formatter):
         super().__init__()
         self._json, self._keys, self._project = json, keys, project
 
-    def blot(self, text: str) -> str:
+    def blot(self, text: str, known: str = "") -> str:
+        """Without keys, but for those in what is `known` without it."""
         for key in self._keys:
-            if key in text:
+            if key in text and key not in known:
                 text = text.replace(key, "***")
         return text
 
     def format(self, record: logging.LogRecord) -> str:
-        message = escape(self.blot(record.getMessage()))
+        # What the code itself says stays, such as `gunicorn`, where it comes apart from the rest.
+        message = escape(self.blot(record.getMessage(), str(record.msg) if record.args else ""))
         if record.exc_info and record.exc_info[0]:
             # Cloud Error Reporting looks for it in `message`.
             trace = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n").split("\n")
@@ -198,8 +200,14 @@ class RequestLog:
     It goes past `logging`: a JSON line costs about 6 us, a record through a logger 20.
     """
 
-    def __init__(self, form: str, level: str, keys: Sequence[str]) -> None:
-        self._json = form == "json"
+    def __init__(
+        self, form: str, level: str, keys: Sequence[str], paths: Collection[str] = ()
+    ) -> None:
+        """Args:
+        keys: what is never written.
+        paths: those of the service's routes, which are written in any case.
+        """
+        self._json, self._paths = form == "json", frozenset(paths)
         self._level = getattr(logging, level.upper())
         self._keys = tuple(keys)
         self._project = os.environ.get("GOOGLE_CLOUD_PROJECT", "")
@@ -229,7 +237,10 @@ class RequestLog:
             return
         severity = logging.getLevelName(level)
         # Without the query, which may hold a key.
-        path = self._clean(request.path or "-", _MAX_PATH)
+        path = request.path
+        if path not in self._paths:
+            path = self._clean(path or "-", _MAX_PATH)
+        named = request.caller and not request.caller.startswith("#")
         address = self._address(request)
         now = datetime.datetime.now(_UTC)
         line = f"{request.method} {path} {status}"
@@ -242,8 +253,8 @@ class RequestLog:
             ignored = self._clean(ignored, _MAX_IGNORED)
             line += f" ignored {ignored}"
         if not self._json:
-            line = f"{_stamp(now)} {severity} {line} {size} bytes {address} {request.id}\n"
-            _write(line.encode())
+            line = f"{_stamp(now)} {severity} {line} {size} bytes {address} {request.id}"
+            _write(f"{line} key={request.caller}\n".encode() if named else f"{line}\n".encode())
             return
         http = {
             "requestMethod": request.method,
@@ -260,6 +271,8 @@ class RequestLog:
         fields: dict[str, object] = {"httpRequest": http, "requestId": request.id}
         if ignored:
             fields["ignoredFields"] = ignored
+        if named:
+            fields["keyName"] = request.caller
         if "traceparent" in request.headers or "x-cloud-trace-context" in request.headers:
             fields |= trace_fields(request.headers, self._project)
         _write(_entry(severity, line, now, fields) + b"\n")

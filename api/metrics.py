@@ -50,7 +50,10 @@ ITEMS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 TOKENS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
 # 499: the client closed before its answer was there (nginx's number).
 _STATUSES = (*(int(status) for status in http.HTTPStatus if status >= 200), 499)
-REASONS = ("queue_full", "memory", "deadline", "unavailable", "stalled_client", "client_gone")
+REASONS = (
+    *("queue_full", "memory", "key_limit", "deadline", "unavailable"),
+    *("stalled_client", "client_gone"),
+)
 _REASON = {429: "queue_full", 499: "client_gone", 503: "unavailable", 504: "deadline"}
 
 
@@ -83,11 +86,16 @@ METRICS = (
     Metric(
         "requests_rejected",
         "counter",
-        "Requests answered without their work being done: queue_full and memory (429), "
+        "Requests answered without their work being done: queue_full, memory and key_limit (429), "
         "deadline (504), unavailable (503: loading or shutting down), stalled_client (408), "
         "client_gone (499, never sent).",
         ("reason",),
     ),
+    Metric(
+        "key_requests", "counter", "Requests answered, by the name of their key.", ("key_name",)
+    ),
+    Metric("key_refused", "counter", "Of those, the ones answered with 429.", ("key_name",)),
+    Metric("key_tokens", "counter", "Tokens computed for those answered 200.", ("key_name",)),
     Metric("cache_hits", "counter", "Chunks of text found in the cache."),
     Metric("cache_misses", "counter", "Chunks of text not found in the cache."),
     Metric("truncated_texts", "counter", "Texts cut because their request asked for it."),
@@ -185,6 +193,16 @@ def share(workers: int) -> Table:
     return table
 
 
+# Of all keys since the master process began, so that each keeps its columns: SIGHUP may bring
+# others.
+_key_names: list[str] = []
+
+
+def name_keys(names: Iterable[str]) -> None:
+    """Count for keys of these names too."""
+    _key_names.extend(name for name in dict.fromkeys(names) if name not in _key_names)
+
+
 class _Route(NamedTuple):
     """Where a route's numbers begin."""
 
@@ -234,7 +252,10 @@ class Metrics:
         bounds = _BOUNDS[name]
         self._columns += len(bounds) + 2 if bounds else 1
         if self._columns > _COLUMNS:
-            raise ValueError(f"{len(self.models.bundles)} models are too many to count for")
+            raise ValueError(
+                f"{len(self.models.bundles)} models and {len(_key_names)} keys are too many to "
+                "count for"
+            )
         return start
 
     def _add_route(self, route: str) -> _Route:
@@ -249,6 +270,12 @@ class Metrics:
             prefix, parameter, _ = rule.partition("<")
             known = self._prefixes if parameter else self._routes
             known[prefix] = self._add_route(name)
+
+    def add_keys(self) -> None:
+        """Count for each key. To be called last: later there may be more of them."""
+        for name in _key_names:
+            for metric in ("key_requests", "key_refused", "key_tokens"):
+                self._add(metric, name)
 
     def _route(self, path: str) -> _Route:
         if route := self._routes.get(path):
@@ -280,15 +307,32 @@ class Metrics:
         with self._lock:
             self._row[self._in_flight] += 1.0
 
-    def end(self, path: str, status: int, seconds: float, *, ignored: bool = False) -> None:
-        """A request has been answered; `ignored` says that it had fields without a meaning."""
+    def end(
+        self,
+        path: str,
+        status: int,
+        seconds: float,
+        key_name: str | None,
+        reason: str | None,
+        *,
+        ignored: bool = False,
+    ) -> None:
+        """A request has been answered. `reason`: one of REASONS, where the status does not tell;
+        `ignored`: it had fields without a meaning.
+        """
         route = self._route(path)
+        if path not in health.PATHS:
+            reason = reason or _REASON.get(status)
         with self._lock:
             self._row[self._in_flight] -= 1.0
             self._observe_at(route.seconds, LATENCIES, seconds)
             if ignored:
                 self._row[route.ignored] += 1.0
-            self._answered(route, status, None if path in health.PATHS else _REASON.get(status))
+            self._answered(route, status, reason)
+            if key_name is not None:
+                self._count("key_requests", 1.0, key_name)
+                if status == 429:
+                    self._count("key_refused", 1.0, key_name)
 
     def dropped(self) -> None:
         """It has ended after it had been refused."""
@@ -324,6 +368,8 @@ class Metrics:
                 self._count("padded_tokens", batch.padded_tokens, model)
             for job in batch.served:
                 self._observe("queue_wait_seconds", max(0.0, began - job.submitted))
+                if (name := job.tenant.name) is not None:
+                    self._count("key_tokens", job.served, name)
 
     def cached(self, hits: int, misses: int) -> None:
         """A request found so many of its chunks in the cache, and so many not."""

@@ -11,7 +11,7 @@ HTTP, no free thread, no memory.
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 from wsgiref.types import StartResponse
@@ -23,11 +23,12 @@ from werkzeug.exceptions import HTTPException
 from api import errors, health
 from api.auth import KeyCheck
 from api.endpoint import to_flask
-from api.headers import IGNORED, add_headers
+from api.headers import IGNORED, add_headers, quota_headers
 from api.logs import RequestLog, request_id
 from api.metrics import Metrics
 from engine.errors import CallerGone
 from engine.queue import Queue
+from engine.quota import Quota
 from server.messages import OWN, HttpError, Request, Response, current
 from server.tasks import in_thread
 
@@ -52,9 +53,16 @@ class Router:
         queue: Queue,
         metrics: Metrics,
         requests: RequestLog,
+        quotas: Mapping[str | None, Quota],
+        bytes_per_token: int,
     ) -> None:
-        """`max_body`: bytes."""
+        """Args:
+        max_body: bytes.
+        quotas: of keys that have limits, by name.
+        bytes_per_token: of a body, at most.
+        """
         self._app, self._key = app, key
+        self._quotas, self._bytes_per_token = quotas, bytes_per_token
         self._max_body, self._queue = max_body, queue
         self._metrics, self._log = metrics, requests
         self._table: dict[tuple[str, str], View] | None = None
@@ -68,6 +76,8 @@ class Router:
             response = self._dispatch(request)
         except Exception as error:
             response = errors.response(error, request)
+        if quota := self._quotas.get(request.caller):
+            request.notes.update(quota_headers(quota))
         current.set(_NO_REQUEST)  # else an idle task keeps the last body
         return add_headers(response, request)
 
@@ -86,7 +96,10 @@ class Router:
             self._log.write(request, response.status, size, None, why=error.error_type)
             return
         seconds = time.perf_counter() - request.arrived
-        self._metrics.end(path, response.status, seconds, ignored=IGNORED in request.notes)
+        ignored = IGNORED in request.notes
+        self._metrics.end(
+            path, response.status, seconds, request.caller, request.refused, ignored=ignored
+        )
         level = logging.DEBUG if path in health.PATHS else logging.INFO
         self._log.write(request, response.status, size, seconds, level=level)
 
@@ -121,22 +134,28 @@ class Router:
             self.check(request)
         view = view or self._through_flask
         if MAX_INLINE_BODY < request.length <= self._max_body:
-            return in_thread(lambda: self._in_thread(view, request))
+            return in_thread(lambda: self._in_thread(view, request), request.caller)
         return view(request)
 
     def check(self, request: Request) -> None:
         """What every request has to pass before its view, by either way.
 
-        Raises: HttpError 401 and 413; QueueFull, before any work is spent on a body.
+        Raises: HttpError 401 and 413; QueueFull and OverQuota, before any work is spent on a body.
         """
         self._key.check(request)
+        if request.client == OWN:
+            request.caller = None  # a worker's own requests are nobody's
         if request.length > self._max_body:
             raise HttpError(
                 *(413, "too_large"),
                 f"the body has more than {self._max_body} bytes, the limit (MAX_BODY_SIZE)",
             )
-        if request.length and (full := self._queue.full()):
-            raise full
+        if (quota := self._quotas.get(request.caller)) and request.method == "POST":
+            quota.request()
+        if request.length:
+            tokens = max(1, request.length // self._bytes_per_token)
+            if full := self._queue.full(request.caller, tokens):
+                raise full
 
     def _through_flask(self, request: Request) -> Response:
         """Flask's whole dispatch, with whatever has been added to it."""

@@ -28,6 +28,7 @@ class Waiting(TypedDict):
 
     deadline: float  # on the clock of `time.monotonic`
     gone: Callable[[], bool]  # whether its client has closed the connection
+    tenant: str | None  # the name of its key, with whose requests it shares
 
 
 def note_truncated(texts: int) -> None:
@@ -112,7 +113,7 @@ class Service:
         ) -> "tuple[ImageEmbedder, list[ImageEmbedding]]":
             assert (embedder := embedders.images)  # its manifest says so
             return embedder, in_thread(
-                lambda: embedder.embed(images, **waiting, dimensions=dimensions)
+                lambda: embedder.embed(images, **waiting, dimensions=dimensions), waiting["tenant"]
             )
 
         return self.run(model, path, embed)
@@ -142,8 +143,9 @@ class Service:
         loading = not self.models.loaded(name)
         deadline = time.monotonic() + self._timeout
         embedders = self.models.get(name, deadline)
+        waiting: Waiting = {"deadline": deadline, "gone": request.gone, "tenant": request.caller}
         try:
-            return call(embedders, {"deadline": deadline, "gone": request.gone})
+            return call(embedders, waiting)
         except InvalidInput as error:
             raise error.at(path) from None
         except DeadlineExceeded:

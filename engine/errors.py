@@ -68,6 +68,10 @@ class QueueFull(EmbedderError):
         self.retry_after = retry_after
 
 
+class OverQuota(QueueFull):
+    """The tenant has used what it may (KEY_LIMITS)."""
+
+
 class DeadlineExceeded(EmbedderError):
     """The request waited longer than REQUEST_TIMEOUT."""
 

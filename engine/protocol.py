@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from engine.bundle import Backend, Parity, Precision
 from engine.errors import EmbedderError
+from engine.tenants import Tenant
 
 Float32 = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
@@ -92,6 +93,7 @@ class Engine(Protocol):
 class Job:
     """The inputs of one request, in ascending order of cost, and where their vectors go."""
 
+    tenant: Tenant
     engine: Engine
     inputs: list[Array]
     costs: list[int]
@@ -102,7 +104,7 @@ class Job:
     submitted: float  # on the queue's clock, as `deadline`
     gone: Callable[[], bool] | None = None
     threads: Threads | None = None  # that will compute it
-    began: float = 0.0  # on the clock of shares
+    began: float = 0.0  # on the tenant's clock
     free: int = 0  # tokens that may be served before they count
     served: int = 0  # tokens that a batch has taken
     running: int = 0  # inputs in batches that have not ended

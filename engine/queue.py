@@ -4,11 +4,12 @@ Requests `submit` and wait. The threads of each backend (protocol.Threads) get a
 whenever they have room; no batch waits to fill. `collect` takes their results. For every engine,
 `_take_batch` alone decides what goes into a batch.
 
-Which request is next. Every request has a tag: the tokens it was served so far, counted from a
-clock that advances at the speed of one request's fair share (generalised processor sharing: Parekh
-and Gallager, 1993). The smallest tag is next. So a new short request overtakes the rest of a long
-one, and the long one still gets its equal share. The first max_batch_tokens of a request do not
-count, so requests up to that size are served whole, in the order they came.
+Which request is next. Tenants (API keys) share first, see tenants.py, then the requests of each.
+Every request has a tag: the tokens it was served so far, counted from a clock that advances at the
+speed of one request's fair share (generalised processor sharing: Parekh and Gallager, 1993). The
+smallest tag is next. So a new short request overtakes the rest of a long one, and the long one
+still gets its equal share. The first max_batch_tokens of a request do not count, so requests up to
+that size are served whole, in the order they came.
 
 What joins it. An input joins a batch when that costs no more than a batch of its own: the padding
 it adds may cost CALL_OVERHEAD_TOKENS at most.
@@ -21,12 +22,11 @@ import bisect
 import itertools
 import logging
 import math
-import operator
 import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,11 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.protocol import Array, Batch, Engine, Event, Float32, InputRefused, Job, Threads
+from engine.quota import Quota
+from engine.tenants import Tenants
 from engine.threads import PythonThreads, compute, vital
 
 log = logging.getLogger(__name__)
-_tag = operator.attrgetter("tag")
 
 # What an engine call costs beside its tokens, in tokens: 1x16 tokens take 3.4 ms, 16x16 take 30 ms
 # (bf16, MiniLM, Zen 4).
@@ -73,21 +74,27 @@ class Queue:
         clock: Callable[[], float] = time.monotonic,
         event: Callable[[], Event] = threading.Event,
         others: Callable[[], int] = lambda: 0,
+        tenants: int = 1,
+        quotas: Mapping[str | None, Quota] | None = None,
     ) -> None:
         """Args:
         threads: how many threads compute, for each backend.
         event: makes what a request waits for.
         others: how many requests other threads prepare that may still submit.
+        tenants: how many there may be. With several, none can fill the queue alone.
+        quotas: what tenants may use at most, by name.
         """
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         self.threads = threads
         self._now, self._event, self.others = clock, event, others
-        self._admission = Admission(max_queue_tokens, max_queue_seconds, threads)
+        self._admission = Admission(
+            max_queue_tokens, max_queue_seconds, threads, small=max_batch_tokens, tenants=tenants
+        )
         self._lock = threading.Lock()
         self._jobs: list[Job] = []  # those with inputs that wait
         self.waiting_tokens = 0  # read-only for others
-        self._share_clock = 0.0
+        self._tenants = Tenants(quotas or {})
         # Threads by backend, and the batches that they have, by number.
         self._threads: dict[str, Threads] = {}
         self._numbers = itertools.count()
@@ -109,11 +116,15 @@ class Queue:
     def waiting_jobs(self) -> int:
         return len(self._jobs)
 
-    def full(self) -> QueueFull | None:
-        """The refusal that any request gets now; None if the queue takes some. For callers that
-        have not read yet what they would submit.
+    def full(self, tenant: str | None = None, tokens: int = 1) -> QueueFull | None:
+        """The refusal that a request of at least so many tokens gets now, for callers that have
+        not read yet what they would submit; None if the queue may take it.
         """
-        return self._admission.full(self.waiting_tokens)
+        asking = self._tenants.find(tenant)
+        if asking is None or asking.relief is None:
+            return None
+        with self._lock:
+            return self._admission.full(self.waiting_tokens, tokens, asking, self._tenants.active)
 
     # -- requests
 
@@ -124,6 +135,7 @@ class Queue:
         costs: Sequence[int],
         deadline: float,
         gone: Callable[[], bool] | None = None,
+        tenant: str | None = None,
     ) -> Float32:
         """Compute all inputs and wait for them.
 
@@ -132,16 +144,19 @@ class Queue:
             deadline: on this queue's clock (`time.monotonic` by default).
             gone: whether the caller has gone. It is called from any thread, before every batch that
                 finds inputs of this request waiting, so it has to be quick.
+            tenant: with whose requests it shares. There may be only so many names: each is kept.
 
         Returns: float32 of shape (len(inputs), engine.dimensions), in the order of `inputs`.
-        Raises: QueueFull at once; DeadlineExceeded; CallerGone; ShuttingDown; EngineFailed when a
-            batch with one of the inputs failed.
+        Raises: QueueFull and OverQuota at once; DeadlineExceeded; CallerGone; ShuttingDown;
+            EngineFailed when a batch with one of the inputs failed.
         """
         order = sorted(range(len(inputs)), key=costs.__getitem__)
         vectors = np.empty((len(inputs), engine.dimensions), np.float32)
         if not order:
             return vectors
+        tokens, whose = sum(costs), self._tenants.get(tenant)
         job = Job(
+            whose,
             engine,
             [inputs[i] for i in order],
             [costs[i] for i in order],
@@ -153,21 +168,26 @@ class Queue:
             gone,
         )
         with self._lock:
-            self._enqueue(job, sum(costs))
+            self._enqueue(job, tokens)
         if not job.done.wait(max(0.0, deadline - self._now())):
             with self._lock:
                 self._end(job, _too_late())
         with self._lock:
             self._in_system -= 1
+        if whose.quota:
+            whose.quota.release(tokens)
         if job.error:
             raise job.error
         return job.vectors
 
     def _enqueue(self, job: Job, tokens: int) -> None:
-        """Raises: QueueFull, ShuttingDown."""
+        """Raises: QueueFull, OverQuota, ShuttingDown."""
         if self._closed:
             raise _shutting_down()
-        self._admission.admit(self.waiting_tokens, tokens)
+        tenant = job.tenant
+        self._admission.admit(self.waiting_tokens, tokens, tenant, self._tenants.active)
+        if tenant.quota:
+            tenant.quota.take(tokens)
         backend = job.engine.backend
         if backend not in self._threads:
             own = job.engine.start_threads(self.threads, self._wake)
@@ -176,7 +196,8 @@ class Queue:
         job.threads = self._threads[backend]
         self._in_system += 1
         self._lately = max(self._in_system, self._lately * 0.9)
-        job.began, job.free = self._share_clock, self._limits(job.engine)[1]
+        job.began, job.free = tenant.clock, self._limits(job.engine)[1]
+        self._tenants.enter(tenant, tokens, job.free)
         self._jobs.append(job)
         self.waiting_tokens += tokens
         if threading.get_ident() != self._loop_thread:
@@ -229,7 +250,7 @@ class Queue:
 
     def _take_batch(self, lead: Job, most_tokens: float = math.inf) -> Batch:
         """The next batch, of `lead`'s largest input and what joins it, up to `most_tokens`."""
-        self._jobs.sort(key=_tag)
+        self._jobs.sort(key=self._tenants.rank)
         longest = lead.costs[-1]
         entries, tokens, padded = [lead.take(len(lead.costs) - 1)], longest, longest
         # Split what waits and runs into threads + 1 shares, so that the first thread to finish
@@ -239,8 +260,8 @@ class Queue:
         threads = lead.engine.calls or self.threads
         shares = threads + 1 if threads > 1 else 1
         share = min(most_tokens, max(lead.engine.min_batch_tokens, -(-in_hand // shares)))
-        active = len(self._jobs)
         max_size, max_tokens = self._limits(lead.engine)
+        counted = 0  # tokens that their tenants know of
         for job in (lead, *self._jobs):
             if job.engine is not lead.engine:
                 continue
@@ -258,9 +279,13 @@ class Queue:
                     break
                 entries.append(job.take(at))
                 longest, tokens, padded = max(longest, cost), tokens + cost, with_it
+            if tokens > counted:
+                job.tenant.serve(tokens - counted)
+                counted = tokens
         self.waiting_tokens -= tokens
-        self._share_clock += tokens / active
-        self._jobs = [job for job in self._jobs if job.costs]
+        self._tenants.served(tokens)
+        before, self._jobs = self._jobs, [job for job in self._jobs if job.costs]
+        self._tenants.leave(job.tenant for job in before if not job.costs)
         if not self._jobs:
             self._admission.queue_emptied()
         alone = len(entries) == 1 and not self._jobs and not self._running and self._lately < 1.5
@@ -310,6 +335,8 @@ class Queue:
         if job in self._jobs:
             self._jobs.remove(job)
             self.waiting_tokens -= sum(job.costs)
+            job.tenant.tokens -= sum(job.costs)
+            self._tenants.leave([job.tenant])
             if not self._jobs:
                 self._admission.queue_emptied()
         job.inputs, job.costs, job.rows, job.error = [], [], [], error
@@ -352,7 +379,7 @@ class Queue:
                 jobs = [job for job in self._jobs if job.threads is threads]
                 if not jobs:
                     break
-                self._put_batch(threads, self._take_batch(min(jobs, key=_tag), room))
+                self._put_batch(threads, self._take_batch(min(jobs, key=self._tenants.rank), room))
 
     def _put_batch(self, threads: Threads, batch: Batch) -> None:
         """Put a batch, without the inputs that the engine refuses."""

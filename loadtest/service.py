@@ -43,7 +43,9 @@ class Service:
         self.ready_seconds = 0.0  # from the start of the process to the first 200 on /health/ready
         self.stop_seconds = 0.0  # from SIGTERM to the exit
         models_dir = str(pathlib.Path(os.environ.get("MODELS_DIR") or "models").resolve())
-        variables = {"MODELS_DIR": models_dir, "PORT": str(self.port), **environ}
+        # On loopback the service takes the default key.
+        own = {"MODELS_DIR": models_dir, "PORT": str(self.port), "HOST": "127.0.0.1"}
+        variables = {**own, **environ}
         self._started = time.perf_counter()
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(

@@ -46,6 +46,8 @@ class Request:
     arrived: float = 0.0  # `time.perf_counter` at its last byte
     keep_alive: bool = False  # whether the client wants the connection kept
     id: str = ""  # of this request, set by the application
+    caller: str | None = None  # name of its API key, set by the application once it is checked
+    refused: str | None = None  # what the metrics count where the status does not tell
     # Headers for its response that the application's views set while they work on it.
     notes: dict[str, str] = field(default_factory=dict)
     # Whether the client has closed the connection, so that nobody waits for a response.

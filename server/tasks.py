@@ -25,7 +25,10 @@ T = TypeVar("T")
 # Finished greenlets are kept for the next calls: a new one maps 16 kB of memory, which on several
 # cores costs as much as everything else of a task.
 KEPT_TASKS = 64
-QUEUED_PER_THREAD = 3  # calls that may wait for a thread, for each thread
+QUEUED_PER_THREAD = 3  # calls of one key that may wait for a thread, for each thread
+# One key's calls may have so many times the threads that are free, so that some are left to others:
+# 57 of 64.
+TIMES_FREE = 8
 
 
 class Busy(Exception):
@@ -91,7 +94,8 @@ class Tasks:
         self._threads = self._free = threads
         self._max_wait = max_wait
         self._pool = ThreadPoolExecutor(threads, "request")
-        self._queue: collections.deque[Event] = collections.deque()
+        self._held = collections.Counter[str | None]()  # threads, by whose calls they make
+        self._queue: collections.deque[tuple[Event, str | None]] = collections.deque()
         self._ready: collections.deque[Event] = collections.deque()  # set, and not yet resumed
         self._finished: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
         self._turn_due = False
@@ -151,27 +155,34 @@ class Tasks:
     def busy_threads(self) -> int:
         return self._threads - self._free
 
-    def take_thread(self, task: Task) -> None:
+    def take_thread(self, task: Task, whose: str | None) -> None:
         """Reserve a thread, in turn. Raises: Busy."""
-        if self._free:
-            self._free -= 1
+        if self._reserve(whose):
             return
-        if len(self._queue) >= QUEUED_PER_THREAD * self._threads:
-            raise Busy(
-                f"all {self._threads} threads are busy, and {len(self._queue)} requests wait"
-            )
-        turn = Event(task)
+        waiting = sum(name == whose for _, name in self._queue)
+        if waiting >= QUEUED_PER_THREAD * self._threads:
+            raise Busy(f"all {self._threads} threads are busy, and {waiting} requests wait")
+        turn = Event(task), whose
         self._queue.append(turn)
-        if not turn.wait(self._max_wait):
+        if not turn[0].wait(self._max_wait):
             self._queue.remove(turn)
             raise Busy(f"no thread was free for {self._max_wait:g} s")
 
-    def free_thread(self) -> None:
-        """Give a reserved thread to the next in the queue."""
-        if self._queue:
-            self._queue.popleft().set()
-        else:
-            self._free += 1
+    def _reserve(self, whose: str | None) -> bool:
+        may = self._held[whose] < TIMES_FREE * self._free
+        self._held[whose] += may
+        self._free -= may
+        return may
+
+    def free_thread(self, whose: str | None) -> None:
+        """Give a reserved thread to the next in the queue that may have one."""
+        self._held[whose] -= 1
+        self._free += 1
+        for turn in self._queue:
+            if self._reserve(turn[1]):
+                self._queue.remove(turn)
+                turn[0].set()
+                break
 
     def submit(self, call: Callable[[], Any], event: Event) -> Any:
         """Start a call in a reserved thread; `event` is set when it has ended."""
@@ -190,15 +201,18 @@ def event() -> "Event | threading.Event":
     return Event(current) if isinstance(current, Task) else threading.Event()
 
 
-def in_thread(call: Callable[[], T]) -> T:
+def in_thread(call: Callable[[], T], whose: str | None = None) -> T:
     """Make a call that takes long without holding up the loop; outside of a task, just make it.
+
+    Args:
+        whose: the name of the key that it works for.
 
     Raises: Busy, and what the call raises.
     """
     task = getcurrent()
     if not isinstance(task, Task):
         return call()
-    task.tasks.take_thread(task)
+    task.tasks.take_thread(task, whose)
     done = Event(task)
     future = task.tasks.submit(call, done)
     try:
@@ -206,4 +220,4 @@ def in_thread(call: Callable[[], T]) -> T:
         return future.result()  # type: ignore[no-any-return]
     finally:
         del future  # an error would keep it alive, and it the error
-        task.tasks.free_thread()
+        task.tasks.free_thread(whose)

@@ -48,7 +48,8 @@ class Server(Service):
         # However slow the machine is, no work is refused for the time that it would wait. Nor does
         # a request that waits for a thread get its 429 before the client's timeout.
         patient = {"MAX_QUEUE_SECONDS": "1000"}
-        env = {"MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY, **patient, **env}
+        own = {"MODELS_DIR": str(models_dir), "VECTOR_EMBEDDER_API_KEY": KEY, "HOST": ""}
+        env = {**own, **patient, **env}
         self.launched = time.time()
         super().__init__(log_path, env, port=port or free_port(), prefix=prefix)
         self.client = httpx.Client(

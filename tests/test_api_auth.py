@@ -133,9 +133,9 @@ def test_only_health_is_open_without_a_key(
 
 
 def test_several_keys_are_valid_at_once(models_dir: pathlib.Path) -> None:
-    with serve(models_dir, VECTOR_EMBEDDER_API_KEY="old-key, new-key") as server:
-        for key in ("old-key", "new-key"):
+    with serve(models_dir, VECTOR_EMBEDDER_API_KEY="first-key, second-key") as server:
+        for key in ("first-key", "second-key"):
             assert ask(server, {"X-API-Key": key}).status_code == 200
             assert ask(server, {"Authorization": f"Bearer {key}"}).status_code == 200
-        for key in ("old-key, new-key", "", ",", KEY):
+        for key in ("first-key, second-key", "", ",", KEY):
             refusal(ask(server, {"X-API-Key": key}))

@@ -238,7 +238,7 @@ def test_gunicorn_starts_the_service(command: str, models_dir: pathlib.Path) -> 
     variables, words = program(command)
     port = free_port()
     given = dict(pair.split("=", 1) for pair in variables)
-    key = given.setdefault("VECTOR_EMBEDDER_API_KEY", KEY)
+    key = given.setdefault("VECTOR_EMBEDDER_API_KEY", KEY).partition(",")[0]
     given |= {"MODELS_DIR": str(models_dir), "PORT": str(port)}
     with subprocess.Popen(
         [str(BIN / words[0]), *words[1:]], cwd=ROOT, env={**os.environ, **given}

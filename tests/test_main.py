@@ -224,7 +224,7 @@ def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) 
         ),
         ({"MODEL_ALIASES": "a"}, "cannot start: MODEL_ALIASES='a'; it takes alias=name,alias=name"),
         ({"MODELS_DIR": "/absent"}, "cannot start: MODELS_DIR /absent: No such file or directory"),
-        ({"K_SERVICE": "s", "VECTOR_EMBEDDER_API_KEY": "abc123"}, "the default, which everybody"),
+        ({"KEY_LIMITS": "app"}, "cannot start: KEY_LIMITS='app'; it takes name:limit=number"),
     ],
 )
 def test_a_wrong_setting_ends_the_start_with_one_line(
@@ -233,6 +233,27 @@ def test_a_wrong_setting_ends_the_start_with_one_line(
     code, log = start_and_end(models_dir, tmp_path, **env)
     assert code != 0
     assert says in log and len(log.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"K_SERVICE": "s"},
+        {"HOST": "0.0.0.0"},
+        {"HOST": "127.0.0.1", "GUNICORN_CMD_ARGS": "--bind 0.0.0.0:0"},
+        {"HOST": "127.0.0.1", "GUNICORN_CMD_ARGS": "--bind 127.0.0.1:0 --bind [::]:0"},
+    ],
+    ids=str,
+)
+def test_the_default_key_is_for_this_machine(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path, env: dict[str, str]
+) -> None:
+    code, log = start_and_end(models_dir, tmp_path, VECTOR_EMBEDDER_API_KEY="abc123", **env)
+    (line,) = [line for line in log.splitlines() if "cannot start" in line]
+    assert code != 0 and "VECTOR_EMBEDDER_API_KEY is the default, which everybody knows" in line
+    assert "HOST=127.0.0.1 to serve this machine alone, or ALLOW_DEFAULT_KEY=1" in line
+    assert "Traceback" not in log
 
 
 def copy(models_dir: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -284,7 +305,8 @@ def test_a_bundle_without_the_precision_that_is_asked_for(
 def test_a_warning_for_the_default_key_and_for_a_tokenizer_at_run_time(
     models_dir: pathlib.Path,
 ) -> None:
-    with serve(models_dir, VECTOR_EMBEDDER_API_KEY="abc123", TOKENIZER_MODEL="x") as server:
+    default = {"VECTOR_EMBEDDER_API_KEY": "abc123", "ALLOW_DEFAULT_KEY": "1"}
+    with serve(models_dir, TOKENIZER_MODEL="x", **default) as server:
         assert "WARNING start: VECTOR_EMBEDDER_API_KEY is the default" in server.log
         assert "WARNING start: TOKENIZER_MODEL is ignored" in server.log
         answer = server.post("/embeddings", {"text": "x"}, headers={"X-API-Key": "abc123"})

@@ -207,14 +207,16 @@ def test_a_long_call_runs_in_a_thread_and_its_error_comes_back(running: Tasks) -
     assert results[1] != threading.get_ident() and running.busy_threads == 0
 
 
-def occupy(running: Tasks, results: list[Any], calls: int) -> threading.Event:
+def occupy(
+    running: Tasks, results: list[Any], calls: int, whose: str | None = None
+) -> threading.Event:
     """Start long calls in threads, which end when the event is set."""
     go = threading.Event()
 
     def task() -> str:
         try:
-            tasks.in_thread(lambda: go.wait(30))
-            return "done"
+            tasks.in_thread(lambda: go.wait(30), whose)
+            return whose or "done"
         except Busy as error:
             return str(error)
 
@@ -232,6 +234,21 @@ def test_calls_wait_for_a_thread_in_turn_up_to_a_limit(running: Tasks) -> None:
     go.set()
     turn_until(running, lambda: len(results) == most + 1)
     assert results[1:] == ["done"] * most and running.busy_threads == 0
+
+
+def test_one_keys_calls_leave_threads_to_anothers(loop: asyncio.AbstractEventLoop) -> None:
+    running, results = Tasks(loop, threads=20, max_wait=LONG), list[str]()
+    large = occupy(running, results, 20 * (1 + QUEUED_PER_THREAD), "large")
+    turn(running)
+    assert running.busy_threads == 18 and len(results) == 2  # for those there is no place to wait
+    small = occupy(running, results, 2, "small")
+    small.set()
+    turn_until(running, lambda: results.count("small") == 2)
+    assert running.busy_threads == 18 and "large" not in results
+    large.set()
+    turn_until(running, lambda: results.count("large") == 20 * (1 + QUEUED_PER_THREAD) - 2)
+    assert running.busy_threads == 0
+    running.close()
 
 
 def test_a_call_does_not_wait_for_a_thread_for_ever(loop: asyncio.AbstractEventLoop) -> None:

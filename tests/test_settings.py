@@ -1,12 +1,13 @@
 """settings.py: what is read, what is refused and how, and that docs/operate.md says the same."""
 
 import pathlib
+import re
 from dataclasses import fields
 
 import pytest
 from servers import ROOT
 
-from settings import Settings, SettingsError, available_cores, load
+from settings import Settings, SettingsError, available_cores, load, refuse_open_door
 
 KEY = "VECTOR_EMBEDDER_API_KEY"
 
@@ -87,11 +88,101 @@ def test_keys_from_a_file(tmp_path: pathlib.Path) -> None:
         load({f"{KEY}_FILE": str(tmp_path / "absent")})
 
 
-def test_the_default_key_is_refused_on_cloud_run() -> None:
-    for environ in ({}, {KEY: "abc123"}, {KEY: "mine,abc123"}):
-        with pytest.raises(SettingsError, match="on Cloud Run set one of your own"):
-            load({**environ, "K_SERVICE": "embedder"})
-    assert load({KEY: "mine", "K_SERVICE": "embedder"}).api_keys == ("mine",)
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({}, "is the default, which everybody knows"),
+        ({KEY: "abc123"}, "is the default, which everybody knows"),
+        ({KEY: "a-key-of-mine,abc123"}, "is the default"),
+        ({KEY: "app:abc123"}, "is the default"),
+        ({KEY: "seven77"}, "has a key of under 8 characters"),
+        ({KEY: "a-key-of-mine,k"}, "has a key of under 8 characters"),
+        ({KEY: "a-long-name:seven77"}, "has a key of under 8 characters"),
+    ],
+)
+def test_a_key_that_others_know_or_guess_is_for_this_machine(
+    environ: dict[str, str], says: str
+) -> None:
+    settings = load(environ)
+    for hosts in (["127.0.0.1"], ["::1"], ["127.0.0.9", "localhost"], []):
+        refuse_open_door(settings, hosts)
+    for hosts in (["::"], ["0.0.0.0"], ["127.0.0.1", "10.0.0.1"], ["embedder"]):
+        with pytest.raises(SettingsError) as info:
+            refuse_open_door(settings, hosts)
+        assert str(info.value).startswith(f"{KEY} {says}")
+        assert f"others can reach {hosts[-1]}" in str(info.value)
+        assert "HOST=127.0.0.1" in str(info.value) and "ALLOW_DEFAULT_KEY=1" in str(info.value)
+        assert settings.api_keys[-1] not in str(info.value).partition(" ")[2].split()
+        refuse_open_door(load({**environ, "ALLOW_DEFAULT_KEY": "1"}), hosts)
+    refuse_open_door(load({KEY: "8-chars!,name:a-key-of-mine"}), ["::"])
+
+
+@pytest.mark.parametrize(
+    ("entries", "names", "keys"),
+    [
+        ("one-key", ["#1"], ["one-key"]),
+        ("app:one-key, two-key", ["app", "#2"], ["one-key", "two-key"]),
+        ("app:old-key,app:new-key", ["app", "app"], ["old-key", "new-key"]),
+        ("a:b:c", ["a"], ["b:c"]),
+        ("a.b:c", ["#1"], ["a.b:c"]),
+        (":c", ["#1"], [":c"]),
+        (f"{'n' * 32}:c", ["n" * 32], ["c"]),
+        (f"{'n' * 33}:c", ["#1"], [f"{'n' * 33}:c"]),
+        ("same,same", ["#1"], ["same"]),
+    ],
+)
+def test_keys_may_have_names(entries: str, names: list[str], keys: list[str]) -> None:
+    found = load({KEY: entries}).keys
+    assert ([name for name, _ in found], [key for _, key in found]) == (names, keys)
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"), [("app:", "none may be empty"), ("a:k,b:k", "one key has two names")]
+)
+def test_names_without_a_key_of_their_own_are_refused(entries: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        load({KEY: entries})
+
+
+def test_limits_of_keys() -> None:
+    keys = {KEY: "app:first-key,second-key,batch:third-key"}
+    assert load(keys).limits_of_keys == {}
+    limits = "app: requests_per_second=5; tokens_per_minute=1e5 , batch:concurrent_tokens=20000"
+    of_two = {
+        "app": {"requests_per_second": 5.0, "tokens_per_minute": 100_000.0},
+        "batch": {"concurrent_tokens": 20_000.0},
+    }
+    assert load({**keys, "KEY_LIMITS": limits}).limits_of_keys == of_two
+    with_rest = load({**keys, "KEY_LIMITS": limits + ",*:requests_per_second=0.5"}).limits_of_keys
+    assert with_rest == {**of_two, "#2": {"requests_per_second": 0.5}}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        *("app", "app:", "app:requests_per_second", "app:requests_per_second=", "app:=5"),
+        *("app:requests_per_second=x", "app:requests_per_second=0", "app:tokens_per_minute=-1"),
+        *("app:tokens_per_minute=nan", "app:tokens_per_minute=inf", "app:tokens=5", ","),
+        *("app:tokens_per_minute=5;", "app:tokens_per_minute=5;tokens_per_minute=6"),
+        *("app:tokens_per_minute=5=6", ":tokens_per_minute=5"),
+        "app:tokens_per_minute=5,app:requests_per_second=5",
+    ],
+)
+def test_limits_of_another_form(limits: str) -> None:
+    with pytest.raises(SettingsError, match="^KEY_LIMITS") as info:
+        load({KEY: "app:first-key", "KEY_LIMITS": limits})
+    assert re.search("it takes name:limit=number|names ''", str(info.value))
+
+
+def test_limits_of_a_key_that_there_is_not() -> None:
+    with pytest.raises(SettingsError, match="names 'ap'; the keys are named #2, app; `\\*` is for"):
+        load({KEY: "app:first-key,second-key", "KEY_LIMITS": "ap:tokens_per_minute=5"})
+
+
+def test_the_queue_is_as_long_as_half_of_a_requests_time() -> None:
+    assert load({}).max_queue_seconds == 30.0
+    assert load({"REQUEST_TIMEOUT": "5"}).max_queue_seconds == 2.5
+    assert load({"MAX_QUEUE_SECONDS": "7"}).max_queue_seconds == 7.0
 
 
 def test_the_log_is_json_on_cloud_run_unless_told_otherwise() -> None:

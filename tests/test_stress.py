@@ -19,7 +19,7 @@ from servers import KEY, Server, serve
 
 from api.routes import MAX_INLINE_BODY
 from loadtest.client import CLOSED
-from tests.stress import balance, common, drain, kill, overload
+from tests.stress import balance, common, drain, kill, overload, tenants
 from tests.stress.common import REFUSED
 
 
@@ -110,6 +110,13 @@ def test_connections_are_balanced_over_the_workers(models_dir: pathlib.Path) -> 
     report = uvloop.run(command)
     assert sum(report.opened) == sum(report.later) == 32
     assert all(12 <= held <= 20 for held in (*report.opened, *report.later)), str(report)
+
+
+def test_one_keys_queries_are_answered_beside_anothers_batches(models_dir: pathlib.Path) -> None:
+    command = tenants.tenants(seconds=1.0, batches=4, texts=8, MODELS_DIR=str(models_dir))
+    report = uvloop.run(command)
+    assert set(report.queries.counts()) == set(report.beside.counts()) == {200}, str(report)
+    assert report.queries.counts()[200] == 2 and report.alone.counts()[200]
 
 
 # Stopped
