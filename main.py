@@ -14,7 +14,7 @@ from wsgiref.types import StartResponse
 import numpy as np
 
 import settings as configuration
-from api import docs, health, images, logs, metrics, native, openai, tei
+from api import docs, health, images, logs, metrics, native, ollama, openai, tei
 from api.auth import KeyCheck
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service
@@ -116,6 +116,7 @@ class Application:
             native.blueprint(service),
             images.blueprint(service),
             openai.blueprint(service),
+            ollama.blueprint(service),
             tei.blueprint(service, limits),
             docs.blueprint(OPEN_PATHS),
             metrics.blueprint(self.metrics),

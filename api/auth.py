@@ -22,7 +22,7 @@ class KeyCheck:
 
         Raises: HttpError 401.
         """
-        if request.path in self._open or is_preflight(request):
+        if request.path in self._open or is_preflight(request) or is_probe(request):
             return
         sent = request.headers.get("x-api-key")
         if not sent:
@@ -38,6 +38,11 @@ class KeyCheck:
 def is_preflight(request: Request) -> bool:
     """Whether a browser asks if it may send a request from another origin; it sends no key then."""
     return request.method == "OPTIONS" and "access-control-request-method" in request.headers
+
+
+def is_probe(request: Request) -> bool:
+    """Whether a client of Ollama asks if there is a server; it sends no key then."""
+    return request.path == "/" and request.method in ("GET", "HEAD")
 
 
 def _unauthorized(message: str) -> HttpError:
