@@ -15,7 +15,7 @@ from wsgiref.types import StartResponse
 import numpy as np
 
 import settings as configuration
-from api import cl100k, docs, health, images, logs, metrics, native, openai, tei
+from api import cl100k, docs, health, images, logs, metrics, native, ollama, openai, tei
 from api.auth import KeyCheck
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service, note_truncated
@@ -129,6 +129,7 @@ class Application:
             native.blueprint(service, own_limits(settings)),
             images.blueprint(service),
             openai.blueprint(service, token_ids, settings.max_body_size),
+            ollama.blueprint(service),
             tei.blueprint(service, limits),
             docs.blueprint(OPEN_PATHS),
             metrics.blueprint(self.metrics),

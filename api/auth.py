@@ -27,7 +27,7 @@ class KeyCheck:
 
         Raises: HttpError 401.
         """
-        if request.path in self._open or is_preflight(request):
+        if request.path in self._open or is_preflight(request) or is_probe(request):
             return
         given = _sent_key(request.headers).encode()
         # Every key is compared, so that the time taken does not tell which one matched.
@@ -60,6 +60,11 @@ def _sent_key(headers: Mapping[str, str]) -> str:
 def is_preflight(request: Request) -> bool:
     """Whether a browser asks if it may send a request from another origin; it sends no key then."""
     return request.method == "OPTIONS" and "access-control-request-method" in request.headers
+
+
+def is_probe(request: Request) -> bool:
+    """Whether a client of Ollama asks if there is a server; it sends no key then."""
+    return request.path == "/" and request.method in ("GET", "HEAD")
 
 
 def _unauthorized(message: str) -> HttpError:

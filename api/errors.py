@@ -39,6 +39,12 @@ class Error(msgspec.Struct):
     error_type: str
 
 
+class OllamaError(msgspec.Struct):
+    """What went wrong, as Ollama's clients read it."""
+
+    error: str
+
+
 class OpenAIErrorDetail(msgspec.Struct):
     message: str
     type: str
@@ -75,10 +81,17 @@ def _own(status: int, error_type: str, message: str, field: str | None) -> Error
     return Error(message, error_type)
 
 
+def _ollama(status: int, error_type: str, message: str, field: str | None) -> OllamaError:
+    return OllamaError(message)
+
+
 def dialect(path: str) -> tuple[Callable[[int, str, str, str | None], object], type]:
     """How errors under a path are written, and the type that describes them."""
-    openai = (path + "/").startswith("/v1/")
-    return (_openai, OpenAIError) if openai else (_own, Error)
+    if (path + "/").startswith("/v1/"):
+        return _openai, OpenAIError
+    if (path + "/").startswith("/api/"):
+        return _ollama, OllamaError
+    return _own, Error
 
 
 def response(error: Exception, request: Request) -> Response:

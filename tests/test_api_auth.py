@@ -120,13 +120,16 @@ def test_a_key_too_long_for_a_header_is_refused(service: Server, header: str, si
         ("GET", "/embeddings", 401),
         ("OPTIONS", "/embeddings", 401),
         ("GET", "/metrics", 401),
-        ("GET", "/", 401),
+        ("GET", "/", 200),
+        ("HEAD", "/", 200),
+        ("POST", "/", 401),
+        ("PUT", "/", 401),
         ("GET", "/no/such/route", 401),
         ("GET", "/health/", 401),
         ("GET", "/health/../embeddings", 401),
     ],
 )
-def test_only_health_is_open_without_a_key(
+def test_only_probes_are_open_without_a_key(
     service: Server, method: str, path: str, status: int
 ) -> None:
     assert ask(service, {}, method, path).status_code == status

@@ -83,8 +83,24 @@ def test_no_free_thread_is_worth_another_try() -> None:
     assert dict(response.headers)["Retry-After"] == "1"
 
 
+def test_ollamas_errors_are_a_message_alone() -> None:
+    for error, status in (
+        (HttpError(401, "authentication", "no API key"), 401),
+        (errors.ModelNotFound("no model 'x' here"), 404),
+        (errors.QueueFull("the queue is full", retry_after=3), 429),
+        (Busy("all 4 threads are busy"), 429),
+        (errors.DeadlineExceeded("waited for 60 s"), 504),
+        (NotFound(), 404),
+    ):
+        for path in ("/api/embed", "/api/nowhere", "/api"):
+            response, body = written(error, path)
+            assert response.status == status and body.keys() == {"error"}
+        assert written(error, "/apiary")[1].keys() == {"error", "error_type"}
+    assert body["error"] == "no such route; /docs lists those there are"
+
+
 def test_the_unexpected_leaks_nothing() -> None:
-    for path in ("/embeddings", "/v1/embeddings"):
+    for path in ("/embeddings", "/v1/embeddings", "/api/embed"):
         response, _ = written(KeyError("a secret"), path)
         assert response.status == 500
         assert b"internal" in response.body and b"secret" not in response.body

@@ -220,7 +220,7 @@ ROUTES = ["/embed", "/", "/similarity", "/tokenize"]
 def test_the_form_of_every_other_error(service: Server, path: str) -> None:
     good = {"inputs": PAIR if path == "/similarity" else "a"}
     assert NAME in refusal(service.post(path, good | {"model": "x"}), 404, "model_not_found")
-    assert "POST" in refusal(service.client.get(path), 405, "method_not_allowed")
+    assert "POST" in refusal(service.client.put(path), 405, "method_not_allowed")
     plain = service.post(path, content=b"{}", headers={"Content-Type": "text/plain"})
     assert "application/json" in refusal(plain, 415, "unsupported_media_type")
     assert "not valid JSON" in refusal(service.post(path, content=b"{"), 400, "validation")

@@ -26,6 +26,7 @@ ASK = {
     "tei": lambda text, **more: ("/embed", {"inputs": text, **more}),
     "root": lambda text, **more: ("/", {"inputs": text, **more}),
     "plain": lambda text, **more: ("/embed", {"text": text, **more}),
+    "ollama": lambda text, **more: ("/api/embed", {"input": text, "truncate": False, **more}),
 }
 READ = {
     "native": lambda answer: answer["embeddings"][0],
@@ -34,6 +35,7 @@ READ = {
     "tei": lambda answer: answer[0],
     "root": lambda answer: answer[0],
     "plain": lambda answer: answer,
+    "ollama": lambda answer: answer["embeddings"][0],
 }
 
 
@@ -62,7 +64,7 @@ def test_two_models_side_by_side(service: Server, sentence_transformer: Any) -> 
         sentence_transformer.max_seq_length = window
         expected = sentence_transformer.encode(text)
         short = sentence_transformer.encode("a cat")
-        for name in ("tei", "root"):
+        for name in ("tei", "root", "ollama"):
             cut = vector(service, name, text, model=model, truncate=True)
             assert cut @ expected >= 0.9999
         for name in ASK:

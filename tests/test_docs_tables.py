@@ -148,6 +148,7 @@ def test_api_has_every_route_and_field(service: Server) -> None:
         "OpenAI": r"/v1/",
         "Pictures": r"/embeddings/image",
         "Own routes": r"/embeddings",
+        "Ollama": r"/api/",
         "text-embeddings-inference": r"/(embed|similarity|tokenize|info)?$",
     }
     for path, methods in document["paths"].items():
