@@ -16,6 +16,8 @@ import numpy as np
 import settings as configuration
 from api import docs, health, images, logs, metrics, native, openai, tei
 from api.auth import KeyCheck
+from api.compression import Bodies, Compression
+from api.cors import Cors
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service
 from embeddings import Float32, TextEmbedder, VectorCache
@@ -28,6 +30,7 @@ from engine.protocol import Engine
 from engine.queue import Queue
 from limits import ImageLimits, TextLimits
 from server import tasks
+from server.limits import Limits
 from server.messages import Loop
 from settings import Settings
 from tokens import load_tokenizer
@@ -76,6 +79,7 @@ class Application:
         self.metrics = metrics.Metrics(self.models, self.queue)
         self.flask = self.make_flask()
         self.metrics.add_routes(self.flask.url_map)
+        bodies = Bodies(settings.max_body_size, Limits().held_bodies * settings.max_body_size)
         self._router = Router(
             self.flask,
             KeyCheck(settings.api_keys, OPEN_PATHS),
@@ -83,10 +87,13 @@ class Application:
             self.queue,
             self.metrics,
             logs.RequestLog(settings.log_format, settings.log_level, settings.api_keys),
+            bodies,
+            Compression(settings.compress_from, docs.PATHS),
+            Cors(settings.origins) if settings.origins else None,
         )
         self.respond, self.refuse = self._router.respond, self._router.refuse
         self.sent, self.dropped = self._router.sent, self._router.dropped
-        self.flask.check = self._router.check
+        self.flask.check, self.flask.decoded = self._router.check, bodies.decoded
         if loop:
             self.queue.attach(loop.call_soon)
             loop.when_readable(self.queue.fileno(), self.queue.collect)

@@ -11,6 +11,10 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 DEFAULT_API_KEY = "abc123"
+# An origin (RFC 6454) in ASCII; applications have schemes of their own, such as capacitor.
+_ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:]+\])(?::\d{1,5})?"
+)
 
 
 class SettingsError(Exception):
@@ -63,6 +67,13 @@ class Settings:
         by="all of them, IPv6 and IPv4; IPv4 alone where the system has no IPv6",
     )
     port: int = _option("PORT", 5001, "port to listen on", low=1, high=65535)
+    cors_origins: str = _option(
+        "CORS_ORIGINS",
+        "",
+        "web pages that may call the service from a browser: origins such as "
+        "`https://app.example.org`, comma-separated, or `*`",
+        by="none",
+    )
     models_dir: str = _option("MODELS_DIR", "models", "folder that holds the bundles")
     embedding_model: str = _option(
         "EMBEDDING_MODEL",
@@ -124,6 +135,13 @@ class Settings:
     max_body_size: int = _option(
         "MAX_BODY_SIZE", 33_554_432, "bytes, one request", low=1, high=1 << 30
     )
+    compress_from: int = _option(
+        "COMPRESS_FROM",
+        32_768,
+        "bytes from which a response is compressed for a client that accepts it; 0: never",
+        low=0,
+        high=1 << 30,
+    )
     max_request_tokens: int = _option(
         "MAX_REQUEST_TOKENS",
         65_536,
@@ -161,7 +179,7 @@ class Settings:
     request_threads: int = _option(
         "REQUEST_THREADS",
         64,
-        "pictures and bodies over 16 kB that one process works on at a time",
+        "pictures, compressed bodies and bodies over 16 kB that one process works on at a time",
         low=1,
         high=4096,
     )
@@ -190,6 +208,25 @@ class Settings:
     @property
     def api_keys(self) -> tuple[str, ...]:
         return tuple(key.strip() for key in self.api_key.split(","))
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """CORS_ORIGINS as browsers write them. Raises: SettingsError."""
+        sent = self.cors_origins.strip().lower()
+        origins = tuple(origin.strip() for origin in sent.split(",")) if sent else ()
+        if origins == ("*",):
+            return origins
+        for origin in origins:
+            # Browsers leave the scheme's own port out.
+            own_port = re.fullmatch(r"http://.*:80|https://.*:443", origin)
+            if own_port or not _ORIGIN.fullmatch(origin):
+                raise SettingsError(
+                    f"CORS_ORIGINS={self.cors_origins!r}, where {origin!r} is wrong; it takes "
+                    "*, or origins as browsers send them: scheme, host and port, without a path "
+                    "or a slash at the end, such as https://app.example.org or "
+                    "http://localhost:3000; comma-separated"
+                )
+        return origins
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -244,7 +281,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         raise SettingsError(
             f"{key_name} is the default, which everybody knows; on Cloud Run set one of your own"
         )
-    settings.aliases  # raises SettingsError if malformed
+    settings.aliases, settings.origins  # raise SettingsError if malformed
     if settings.max_request_tokens > settings.max_queue_tokens:
         raise SettingsError(
             f"MAX_REQUEST_TOKENS={settings.max_request_tokens} is more than "
