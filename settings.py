@@ -2,6 +2,8 @@
 start.
 """
 
+import difflib
+import errno
 import os
 import pathlib
 import re
@@ -15,6 +17,7 @@ DEFAULT_API_KEY = "abc123"
 _ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:]+\])(?::\d{1,5})?"
 )
+_OTHERS_NAMES = {"MODEL_DIR", "CCACHE_SIZE"}  # close to ours, and used by other programs
 
 
 class SettingsError(Exception):
@@ -293,6 +296,20 @@ def load(environ: Mapping[str, str]) -> Settings:
     return Settings(**values)
 
 
+def near_misses(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables whose names are close to a setting's, each with that setting's: misspelt ones, most
+    likely. Names of fewer than 8 letters are like too many others.
+    """
+    names = [option.metadata["name"] for option in fields(Settings)]
+    long = [name for name in names if len(name) >= 8]
+    found = {}
+    for name in sorted(set(environ) - {*names, *_OTHERS_NAMES}):
+        enough = 0.82 if name.upper().startswith("MAX_") else 0.87
+        if len(name) >= 8 and (close := difflib.get_close_matches(name.upper(), long, 1, enough)):
+            found[name] = close[0]
+    return found
+
+
 def listen_address(settings: Settings) -> str:
     """HOST and PORT as gunicorn's `bind`. By default the IPv6 address that takes IPv4 too, where
     the system has both.
@@ -315,6 +332,22 @@ def listen_address(settings: Settings) -> str:
         f"HOST={settings.host!r}: cannot listen there ({reason}); it takes an address of this "
         "machine, such as 0.0.0.0, 127.0.0.1 or ::"
     )
+
+
+def taken(address: tuple[str, int]) -> str | None:
+    """Why gunicorn could not listen on an address, in a line; None where it can."""
+    host, port = address
+    (family, _, _, _, resolved), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(resolved)
+            probe.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"PORT={port} is taken by another process; stop that, or set another PORT"
+            return f"PORT={port}: cannot listen on {host} ({error.strerror}); set another PORT"
+    return None
 
 
 def log_format(environ: Mapping[str, str]) -> str:
