@@ -92,8 +92,8 @@ class Settings:
     precision: str = _option(
         "PRECISION",
         "auto",
-        "auto (bf16 where that is faster, else fp32), fp32, bf16, int8 or, on a GPU, fp16; with "
-        "mixed CPUs name one",
+        "auto (bf16 where the CPU has it and it is faster, else fp32), fp32, int8 or, where every "
+        "CPU has it, bf16; on a GPU also fp16",
         choices=("auto", "fp32", "bf16", "int8", "fp16"),
     )
     device: str = _option(

@@ -110,7 +110,7 @@ def decode(
             piece, full = decoder.unconsumed_tail, len(part) == _PIECE
         if decoder.eof and (at := at - len(decoder.unused_data)) < len(sent):
             members += 1
-            if wbits != _GZIP or sent[at : at + 2] != b"\x1f\x8b" or members > _MAX_MEMBERS:
+            if wbits != _GZIP or bytes(sent[at : at + 2]) != b"\x1f\x8b" or members > _MAX_MEMBERS:
                 raise _broken(coding, f"goes on for {len(sent) - at} bytes behind its end")
             decoder = zlib.decompressobj(wbits)
     if not decoder.eof:

@@ -79,6 +79,6 @@ def test_make_says_which_python_it_needs(tmp_path: pathlib.Path) -> None:
     assert done.returncode != 0 and not (tmp_path / "venv").exists()
     said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert said == [
-        "This is Python 3.9. The service needs 3.11 to 3.14: make run PYTHON=python3.12, or another "
-        "that you have."
+        "This is Python 3.9. The service needs 3.11 to 3.14: make run PYTHON=python3.12, or "
+        "another that you have."
     ]
