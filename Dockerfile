@@ -23,7 +23,7 @@ COPY requirements.txt requirements-torch.txt ./
 ARG MODEL_PACKAGES
 # torch first and alone: it has no hashes, and only it comes from TORCH_INDEX. Its CPU build needs
 # nothing that requirements.txt does not have.
-# hadolint ignore=SC2086
+# hadolint ignore=SC2086,DL3013,DL4006
 RUN torch="$(grep '^torch==' requirements-torch.txt)" \
     && pip install --no-cache-dir --no-deps \
         ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "${torch}" \
@@ -57,7 +57,9 @@ ARG ENGINE
 # As TORCH_INDEX, for the torch that serves: CPU here, or CUDA.
 ARG TORCH_SERVE_INDEX=https://download.pytorch.org/whl/cpu
 ARG MODEL_PACKAGES
-COPY requirements-serve.txt requirements-torch.txt ./
+# Anything: with the packages for traces (docs/operate.md).
+ARG OTEL
+COPY requirements-serve.txt requirements-torch.txt requirements-otel.txt ./
 # Removed for openvino: its plugins and readers for other devices and formats (80 MB), and what
 # `tokenizers` would download with (22 MB). Removed for torch: C++ headers, and Triton (700 MB). That
 # needs a C compiler when it runs, and this image has none; with Triton there, torch would use it for
@@ -86,6 +88,7 @@ RUN python -m venv --without-pip venv \
             && rm -rf venv/lib/python3.*/site-packages/torch/include ;; \
         *) echo "ENGINE=${ENGINE}; it takes openvino or torch" >&2; exit 1 ;; \
     esac \
+    && if [ -n "${OTEL}" ]; then ${install} -r requirements-otel.txt; fi \
     && find venv -type d -name tests -prune -exec rm -rf {} + \
     && python -m compileall -q --invalidation-mode unchecked-hash -x 'py31[2-9]' venv
 

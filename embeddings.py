@@ -5,12 +5,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from chunks import Chunk, Chunker, Side
+from engine import spans
 from engine.bundle import Bundle, Manifest
 from engine.errors import InvalidInput
 from engine.protocol import Engine
@@ -125,7 +127,8 @@ class TextEmbedder:
         """
         manifest = self.manifest
         dimensions = checked_dimensions(dimensions, manifest)
-        chunks = self.chunk(texts, prompt_name=prompt_name, truncate=truncate)
+        split = partial(self.chunk, texts, prompt_name=prompt_name, truncate=truncate)
+        chunks = spans.timed(spans.TOKENISE, split, len(texts))
         computed = self._compute([c.token_ids for pieces in chunks for c in pieces], deadline, gone)
         unit = manifest.normalized if normalize is None else normalize
         chunk_vectors = shorten_and_scale(computed, dimensions, unit, manifest.layer_norm)

@@ -16,7 +16,7 @@ import sys
 from gunicorn.arbiter import Arbiter
 
 import settings as configuration
-from api import logs, metrics
+from api import logs, metrics, traces
 from engine.bundle import discover
 from engine.errors import BundleError, ModelNotFound
 from engine.models import Models
@@ -44,6 +44,8 @@ if DEFAULT_API_KEY in settings.api_keys:
     log.warning("VECTOR_EMBEDDER_API_KEY is the default, which everybody knows. Set your own.")
 for name, meant in configuration.near_misses(os.environ).items():
     log.warning("%s is not a setting; did you mean %s?", name, meant)
+if without := traces.missing(os.environ):
+    log.warning("%s", without)
 if os.environ.get("TOKENIZER_MODEL"):
     log.warning("TOKENIZER_MODEL is ignored: the bundle holds the model's own tokenizer.")
 

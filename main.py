@@ -14,7 +14,7 @@ from wsgiref.types import StartResponse
 import numpy as np
 
 import settings as configuration
-from api import docs, health, images, logs, metrics, native, openai, tei
+from api import docs, health, images, logs, metrics, native, openai, tei, traces
 from api.auth import KeyCheck
 from api.compression import Bodies, Compression
 from api.cors import Cors
@@ -79,6 +79,7 @@ class Application:
         self.metrics = metrics.Metrics(self.models, self.queue)
         self.flask = self.make_flask()
         self.metrics.add_routes(self.flask.url_map)
+        self.traces = traces.make(self._environ)
         bodies = Bodies(settings.max_body_size, Limits().held_bodies * settings.max_body_size)
         self._router = Router(
             self.flask,
@@ -90,6 +91,7 @@ class Application:
             bodies,
             Compression(settings.compress_from, docs.PATHS),
             Cors(settings.origins) if settings.origins else None,
+            self.traces,
         )
         self.respond, self.refuse = self._router.respond, self._router.refuse
         self.sent, self.dropped = self._router.sent, self._router.dropped
@@ -186,6 +188,8 @@ class Application:
         """Compute what waits, and end the threads."""
         self._leaving.set()
         self.queue.close()
+        if self.traces:
+            self.traces.close()
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         """The service as a WSGI application, for other servers than our own."""

@@ -31,6 +31,8 @@ from api.endpoint import to_flask
 from api.headers import add_headers
 from api.logs import RequestLog, request_id
 from api.metrics import Metrics
+from api.traces import Traces
+from engine import spans
 from engine.errors import CallerGone
 from engine.queue import Queue
 from server.messages import OWN, HttpError, Request, Response, current
@@ -60,10 +62,12 @@ class Router:
         bodies: Bodies,
         compression: Compression,
         cors: Cors | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """`max_body`: bytes, as sent."""
         self._app, self._key = app, key
         self._bodies, self._compression, self._cors = bodies, compression, cors
+        self._traces = traces
         self._max_body, self._queue = max_body, queue
         self._metrics, self._log = metrics, requests
         self._table: dict[tuple[str, str], View] | None = None
@@ -79,6 +83,7 @@ class Router:
         except Exception as error:
             response = errors.response(error, request)
         current.set(_NO_REQUEST)  # else an idle task keeps the last body
+        spans.recording.set(None)
         return add_headers(response, request, self._cors)
 
     def refuse(self, request: Request, error: HttpError) -> Response:
@@ -90,6 +95,8 @@ class Router:
         """Count and log a response that has been handed to its connection."""
         if request.client == OWN:
             return
+        if self._traces:
+            self._traces.end(request, response)
         path, size = request.path, len(response.body)
         if error:
             self._metrics.refused(path, response.status, error.reason)
@@ -109,6 +116,8 @@ class Router:
     def _begin(self, request: Request) -> None:
         current.set(request)
         request.id = request_id(request)
+        if self._traces:
+            self._traces.begin(request)
         if request.client != OWN:
             self._metrics.begin()
 

@@ -180,7 +180,7 @@ def test_serving_imports_no_torch_transformers_or_sentence_transformers(
     # openvino_telemetry would tell Google Analytics of every start.
     assert "openvino_telemetry" not in modules
     heavy = {"torch", "transformers", "sentence_transformers", "nncf", "scipy", "sklearn", "pandas"}
-    assert not (heavy | {"torchvision"}) & set(modules)
+    assert not (heavy | {"torchvision", "opentelemetry", "google", "requests"}) & set(modules)
     # Half of the start, where it is not needed.
     assert ("openvino" in modules) == (pictures or cpu.fastest("fp32") is None)
     assert ("PIL" in modules) == pictures
