@@ -11,7 +11,8 @@ WHAT is one of
   padding    the share of padding in what the engine computes
   fairness   a client's single queries while another sends large batches one after another
   start      from the start of the process to ready, memory, first request, exit
-  recommend  CPU, memory, concurrency, workers and precision for Cloud Run (also: --recommend)
+  recommend  CPU, memory, concurrency, workers and precision for Cloud Run, and what a million
+             texts cost there (also: --recommend)
 
 All but `texts` start a service of their own, or take --url. The model is the default one of
 MODELS_DIR, and the service's own variables apply; the key is read from VECTOR_EMBEDDER_API_KEY.
