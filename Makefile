@@ -1,5 +1,6 @@
 # make run [MODEL=…]   environment, bundle, server          make test      environment, lint, types, all tests
 # make bake MODEL=…    a bundle in models/                  make format    format the code
+# make lock            requirements*.txt anew, from requirements/
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= all-MiniLM-L6-v2
@@ -11,9 +12,10 @@ MODELS_DIR ?= models
 # Others reach the service only where this says so; then it asks for a key of their own.
 HOST ?= 127.0.0.1
 bin = $(VENV)/bin
+torch = $(shell grep '^torch==' requirements-torch.txt)
 sources = *.py api bake engine loadtest server tests
 
-.PHONY: run bake test lint format clean
+.PHONY: run bake test lint format lock clean
 
 run: $(MODELS_DIR)/$(NAME)/manifest.json engine/encoder/encoder.so api/cl100k_base.bin
 	HOST="$(HOST)" MODELS_DIR="$(MODELS_DIR)" EMBEDDING_MODEL="$(NAME)" exec $(bin)/gunicorn main:app
@@ -59,21 +61,42 @@ lint: $(VENV)/.test $(VENV)/.validators
 format: $(VENV)/.test
 	$(bin)/black --quiet $(sources)
 
-$(VENV)/.run: requirements.txt requirements-serve.txt
+python_check = import sys; v = sys.version_info[:2]; \
+  sys.exit(not (3, 11) <= v <= (3, 14) and "This is Python %d.%d. The service needs 3.11 to 3.14: \
+  make run PYTHON=python3.12, or another that you have." % v)
+
+$(VENV)/.run: requirements.txt requirements-torch.txt
+	@$(PYTHON) -c '$(python_check)'
 	$(PYTHON) -m venv $(VENV)
 # torch first and alone, so that pip asks TORCH_INDEX for one package. Where it cannot be reached, pip
 # warns and takes its own index, whose build of torch brings gigabytes of CUDA libraries.
-	$(bin)/pip install --quiet --no-deps --retries 2 $(TORCH_INDEX:%=--extra-index-url %) \
-	  $(shell grep '^torch==' requirements.txt)
-	@test -z '$(TORCH_INDEX)' || $(bin)/pip freeze | grep -q '^torch==.*+cpu' || echo \
+	$(bin)/pip install --quiet --no-deps --retries 2 $(TORCH_INDEX:%=--extra-index-url %) $(torch)
+	@$(bin)/pip freeze | grep -q '^torch==.*+cpu' || { \
+	  test -z '$(TORCH_INDEX)' || echo \
 	  'torch is not the CPU build: $(TORCH_INDEX) was not reached or has none for this machine.' \
-	  "It was taken from pip's own index and may bring CUDA."
+	  "It was taken from pip's own index and may bring CUDA."; \
+	  $(bin)/pip install --quiet $(torch); }
 	$(bin)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements-dev.txt requirements-plot.txt $(VENV)/.run
+$(VENV)/.test: requirements-dev.txt $(VENV)/.run
 	$(bin)/pip install --quiet -r requirements-dev.txt
 	touch $@
+
+# Everything pinned with hashes, for Python 3.11 to 3.14 and every platform. Pins stay as they are
+# unless requirements/ or UPGRADE (--upgrade, or --upgrade-package NAME) says otherwise. torch and
+# what its CUDA build brings are left out: its CPU builds are not on the index that the hashes are of.
+lock:
+	$(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/pip install --quiet uv==0.13.8
+	for pair in serve:-serve run: dev:-dev plot:-plot otel:-otel lint:-lint; do \
+	  file=requirements$${pair#*:}.txt; \
+	  $(VENV)/lock/bin/uv pip compile --quiet --universal --python-version 3.11 $(UPGRADE) \
+	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
+	    --custom-compile-command 'make lock' requirements/$${pair%%:*}.in -o $$file || exit 1; \
+	  awk '/^[a-z]/ {cuda = /^(torch=|triton=|cuda-|nvidia-)/} !cuda' $$file > $$file.new; \
+	  mv $$file.new $$file; \
+	done
 
 engine/encoder/encoder.so: $(wildcard engine/encoder/*.[ch]) engine/encoder/build.py engine/encoder/cpu.py | $(VENV)/.run
 	$(bin)/python -m engine.encoder.build

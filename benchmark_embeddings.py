@@ -11,7 +11,8 @@ WHAT is one of
   padding    the share of padding in what the engine computes
   fairness   a client's single queries while another sends large batches one after another
   start      from the start of the process to ready, memory, first request, exit
-  recommend  CPU, memory, concurrency, workers and precision for Cloud Run (also: --recommend)
+  recommend  CPU, memory, concurrency, workers and precision for Cloud Run, and what a million
+             texts cost there (also: --recommend)
 
 All but `texts` start a service of their own, or take --url. The model is the default one of
 MODELS_DIR, and the service's own variables apply; the key is read from VECTOR_EMBEDDER_API_KEY.
@@ -31,7 +32,8 @@ from engine.bundle import Manifest
 from engine.errors import EmbedderError
 from loadtest import in_process, measures, recommend, report
 from loadtest.loads import DIALECTS, IMAGES, LOADS, Target, usual
-from loadtest.recommend import Advice
+from loadtest.machine import Usage, machine, watched
+from loadtest.recommend import Advice, Prices
 from loadtest.reference import Reference
 from loadtest.report import Row
 from loadtest.service import available, serve
@@ -63,6 +65,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--loads", nargs="+", default=[], metavar="LOAD", help="only these, as query or query-c16")
     add("--connections", type=_positive, nargs="+", help="at a time: 1 16; recommend: 1 to 64")
     add("--p99", type=float, default=500.0, help="ms, the limit for recommend (default 500)")
+    for field, price in Prices()._asdict().items():
+        flag = f"--{field.replace('_', '-')}"
+        add(flag, type=float, default=price, metavar="USD", help="price, for recommend's cost")
     add("--seconds", type=float, default=2.0, help="of a round (default 2; slow loads take more)")
     add("--rounds", type=_positive, help="default 3; start: 10; recommend: 1")
     add("--json", action="store_true", help="print JSON")
@@ -99,20 +104,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 and one line when something needed is not there."""
     options = parse(arguments)
     try:
-        conditions, rows, advice = measure(options)
+        with watched() as usage:
+            conditions, rows, advice = measure(options)
         if not rows:
             raise ValueError("none of these loads is measured here")
         if options.plot:
-            report.plot(rows, options.plot)
+            report.plot(rows, options.plot, f"{options.what}: {conditions}")
     except (OSError, ValueError, EmbedderError, SettingsError) as error:
         sys.exit(f"cannot measure: {error}")
     if options.json:
         more = {"recommended": advice._asdict()} if advice else {}
-        print(report.as_json(options.what, conditions, rows, **more))
+        print(report.as_json(options.what, conditions, rows, machine=str(usage), **more))
         return
-    print(f"{options.what}: {conditions}\n\n{report.table(rows)}")
+    print(f"{options.what}: {conditions}\n{_said(usage, options)}\n\n{report.table(rows)}")
     if advice:
         print("\n" + recommend.text(advice, len(available())))
+
+
+def _said(usage: Usage, options: argparse.Namespace) -> str:
+    """How busy the machine was, and what that means for the figures."""
+    if options.url:
+        return f"machine: {usage}; a service measured on this machine is one of these processes"
+    verdict = "not quiet: measure again when it is" if usage.busy else "quiet"
+    return f"machine: {usage}: {verdict}"
 
 
 def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]:
@@ -121,7 +135,8 @@ def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]
     loads = usual(options.loads, options.connections)
     if options.url and what != "ceiling":
         with _target(options) as target:
-            return f"client on {report.machine()}", _measure_service(options, target, loads), None
+            conditions = f"{measures.model(target)}, client on {machine()}"
+            return conditions, _measure_service(options, target, loads), None
     settings = in_process.settings()
     bundle = in_process.default_bundle(settings)
     advice = None
@@ -135,7 +150,8 @@ def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]
         load = options.loads[0] if options.loads else RECOMMEND_LOAD
         points = recommend.measure(bundle, load, options.connections, seconds, rounds)
         rows = [point._asdict() for point in points]
-        advice = recommend.recommend(points, recommend.parity(bundle), options.p99)
+        prices = Prices(options.vcpu_second, options.gib_second, options.million_requests)
+        advice = recommend.recommend(points, recommend.parity(bundle), options.p99, prices)
     elif what == "ceiling":
         ceilings = in_process.ceilings(settings, bundle, {name for name, _ in loads})
         with _target(options) as target:
@@ -143,7 +159,7 @@ def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]
     else:
         with _target(options) as target:
             rows = _measure_service(options, target, loads)
-    return f"{bundle.manifest.name}, {report.machine()}", rows, advice
+    return f"{bundle.manifest.name}, {machine()}", rows, advice
 
 
 def _measure_service(

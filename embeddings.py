@@ -5,6 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from chunks import Chunk, Chunker, Side
+from engine import spans
 from engine.bundle import Bundle, Manifest
 from engine.errors import InvalidInput
 from engine.protocol import Engine
@@ -140,7 +142,10 @@ class TextEmbedder:
         """
         manifest = self.manifest
         dimensions = checked_dimensions(dimensions, manifest)
-        chunks = self.chunk(texts, prompt_name=prompt_name, truncate=truncate, limits=limits)
+        split = partial(
+            self.chunk, texts, prompt_name=prompt_name, truncate=truncate, limits=limits
+        )
+        chunks = spans.timed(spans.TOKENISE, split, len(texts))
         inputs = [chunk.token_ids for pieces in chunks for chunk in pieces]
         computed = self._compute(inputs, deadline, gone, tenant)
         unit = manifest.normalized if normalize is None else normalize

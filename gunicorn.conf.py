@@ -16,7 +16,7 @@ import sys
 from gunicorn.arbiter import Arbiter
 
 import settings as configuration
-from api import logs, metrics
+from api import logs, metrics, traces
 from engine.bundle import discover
 from engine.errors import BundleError, ModelNotFound, WrongAlias
 from engine.models import Models
@@ -54,6 +54,10 @@ metrics.name_keys(name for name, _ in settings.keys)
 log = logging.getLogger("start")
 if DEFAULT_API_KEY in settings.api_keys:
     log.warning("VECTOR_EMBEDDER_API_KEY is the default, which everybody knows. Set your own.")
+for name, meant in configuration.near_misses(os.environ).items():
+    log.warning("%s is not a setting; did you mean %s?", name, meant)
+if without := traces.missing(os.environ):
+    log.warning("%s", without)
 if os.environ.get("TOKENIZER_MODEL"):
     log.warning("TOKENIZER_MODEL is ignored: the bundle holds the model's own tokenizer.")
 
@@ -93,6 +97,12 @@ def on_starting(server: Arbiter) -> None:
     except SettingsError as error:
         log.critical("cannot start: %s", error)
         sys.exit(1)
+    # Unless the sockets are there already: from the master before a SIGUSR2, or from systemd.
+    if not {"GUNICORN_FD", "LISTEN_FDS"} & {*os.environ} and not cfg.reuse_port:
+        for each in cfg.address:
+            if isinstance(each, tuple) and (why := configuration.taken(each)):
+                log.critical("cannot start: %s", why)
+                sys.exit(1)
     metrics.share(cfg.workers)
     Worker.spread = Spread(cfg.workers)
     Worker.limits = Limits(

@@ -27,6 +27,7 @@ from PIL import (  # noqa: F401
 
 from avif_frames import frame_sizes
 from embeddings import Float32, checked_dimensions, shorten_and_scale
+from engine import spans
 from engine.bundle import Bundle, Preprocessing
 from engine.errors import DeadlineExceeded, EmbedderError, InvalidInput
 from engine.protocol import Engine
@@ -122,7 +123,11 @@ class ImageEmbedder:
         dimensions = checked_dimensions(dimensions, self.manifest)
         cost = self.preprocessing.tokens
         self.limits.check(images, cost)
-        pixels = [self._prepare(data, index, deadline) for index, data in enumerate(images)]
+        pixels = spans.timed(
+            spans.DECODE,
+            lambda: [self._prepare(data, index, deadline) for index, data in enumerate(images)],
+            len(images),
+        )
         costs = [cost] * len(pixels)
         vectors = self._queue.submit(self._engine, pixels, costs, deadline, gone, tenant)
         unit = self.manifest.normalized if normalize is None else normalize

@@ -15,8 +15,10 @@ from wsgiref.types import StartResponse
 import numpy as np
 
 import settings as configuration
-from api import cl100k, docs, health, images, logs, metrics, native, ollama, openai, tei
+from api import cl100k, docs, health, images, logs, metrics, native, ollama, openai, tei, traces
 from api.auth import KeyCheck
+from api.compression import Bodies, Compression
+from api.cors import Cors
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service, note_truncated
 from embeddings import Float32, TextEmbedder, Truncation, VectorCache
@@ -30,6 +32,7 @@ from engine.queue import Queue
 from engine.quota import Quota, QuotaLimits
 from limits import ImageLimits, TextLimits
 from server import tasks
+from server.limits import Limits
 from server.messages import Loop
 from settings import Settings
 from tokens import load_tokenizer
@@ -83,6 +86,8 @@ class Application:
         self.metrics.add_routes(self.flask.url_map)
         metrics.name_keys(name for name, _ in settings.keys)
         self.metrics.add_keys()
+        self.traces = traces.make(self._environ)
+        bodies = Bodies(settings.max_body_size, Limits().held_bodies * settings.max_body_size)
         paths = [rule.rule for rule in self.flask.url_map.iter_rules()]
         pictures = any("image" in b.manifest.modalities for b in self.models.bundles.values())
         self._router = Router(
@@ -92,12 +97,16 @@ class Application:
             self.queue,
             self.metrics,
             logs.RequestLog(settings.log_format, settings.log_level, settings.secrets, paths),
+            bodies,
+            Compression(settings.compress_from, docs.PATHS),
             quotas,
             BYTES_PER_TOKEN_OF_PICTURES if pictures else BYTES_PER_TOKEN,
+            Cors(settings.origins) if settings.origins else None,
+            self.traces,
         )
         self.respond, self.refuse = self._router.respond, self._router.refuse
         self.sent, self.dropped = self._router.sent, self._router.dropped
-        self.flask.check = self._router.check
+        self.flask.check, self.flask.decoded = self._router.check, bodies.decoded
         if loop:
             self.queue.attach(loop.call_soon)
             loop.when_readable(self.queue.fileno(), self.queue.collect)
@@ -201,6 +210,8 @@ class Application:
         """Compute what waits, and end the threads."""
         self._leaving.set()
         self.queue.close()
+        if self.traces:
+            self.traces.close()
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         """The service as a WSGI application, for other servers than our own."""

@@ -2,6 +2,8 @@
 start.
 """
 
+import difflib
+import errno
 import ipaddress
 import os
 import pathlib
@@ -16,6 +18,11 @@ CL100K_TABLE = pathlib.Path(__file__).parent / "api" / "cl100k_base.bin"  # api/
 SHORT_KEY = 8  # characters; a key of fewer can be guessed
 KEY_NAME = r"[A-Za-z0-9_-]{1,32}"
 KEY_LIMITS = ("requests_per_second", "tokens_per_minute", "concurrent_tokens")
+# An origin (RFC 6454) in ASCII; applications have schemes of their own, such as capacitor.
+_ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:]+\])(?::\d{1,5})?"
+)
+_OTHERS_NAMES = {"MODEL_DIR", "CCACHE_SIZE"}  # close to ours, and used by other programs
 
 
 class SettingsError(Exception):
@@ -89,6 +96,13 @@ class Settings:
         by="all of them, IPv6 and IPv4; IPv4 alone where the system has no IPv6",
     )
     port: int = _option("PORT", 5001, "port to listen on", low=1, high=65535)
+    cors_origins: str = _option(
+        "CORS_ORIGINS",
+        "",
+        "web pages that may call the service from a browser: origins such as "
+        "`https://app.example.org`, comma-separated, or `*`",
+        by="none",
+    )
     models_dir: str = _option("MODELS_DIR", "models", "folder that holds the bundles")
     embedding_model: str = _option(
         "EMBEDDING_MODEL",
@@ -105,8 +119,8 @@ class Settings:
     precision: str = _option(
         "PRECISION",
         "auto",
-        "auto (bf16 where that is faster, else fp32), fp32, bf16, int8 or, on a GPU, fp16; with "
-        "mixed CPUs name one",
+        "auto (bf16 where the CPU has it and it is faster, else fp32), fp32, int8 or, where every "
+        "CPU has it, bf16; on a GPU also fp16",
         choices=("auto", "fp32", "bf16", "int8", "fp16"),
     )
     device: str = _option(
@@ -162,6 +176,15 @@ class Settings:
     max_body_size: int = _option(
         "MAX_BODY_SIZE", 33_554_432, "bytes, one request", low=1, high=1 << 30
     )
+    # A connection sends some 14 kB before it waits for its client; up to about twice that, fewer
+    # bytes save no time.
+    compress_from: int = _option(
+        "COMPRESS_FROM",
+        32_768,
+        "bytes from which a response is compressed for a client that accepts it; 0: never",
+        low=0,
+        high=1 << 30,
+    )
     max_request_tokens: int = _option(
         "MAX_REQUEST_TOKENS",
         300_000,
@@ -215,7 +238,7 @@ class Settings:
     request_threads: int = _option(
         "REQUEST_THREADS",
         64,
-        "pictures and bodies over 16 kB that one process works on at a time",
+        "pictures, compressed bodies and bodies over 16 kB that one process works on at a time",
         low=1,
         high=4096,
     )
@@ -295,6 +318,25 @@ class Settings:
         return given if others is None else {name: given.get(name, others) for name in names}
 
     @property
+    def origins(self) -> tuple[str, ...]:
+        """CORS_ORIGINS as browsers write them. Raises: SettingsError."""
+        sent = self.cors_origins.strip().lower()
+        origins = tuple(origin.strip() for origin in sent.split(",")) if sent else ()
+        if origins == ("*",):
+            return origins
+        for origin in origins:
+            # Browsers leave the scheme's own port out.
+            own_port = re.fullmatch(r"http://.*:80|https://.*:443", origin)
+            if own_port or not _ORIGIN.fullmatch(origin):
+                raise SettingsError(
+                    f"CORS_ORIGINS={self.cors_origins!r}, where {origin!r} is wrong; it takes "
+                    "*, or origins as browsers send them: scheme, host and port, without a path "
+                    "or a slash at the end, such as https://app.example.org or "
+                    "http://localhost:3000; comma-separated"
+                )
+        return origins
+
+    @property
     def aliases(self) -> dict[str, str]:
         """Raises: SettingsError."""
         aliases: dict[str, str] = {}
@@ -345,7 +387,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         )
     if len(set(settings.api_keys)) < len(settings.keys):
         raise SettingsError(f"{key_name}: one key has two names; each may have one")
-    settings.aliases, settings.limits_of_keys  # raise SettingsError if malformed
+    settings.aliases, settings.limits_of_keys, settings.origins  # raise SettingsError if malformed
     if settings.openai_token_ids == "cl100k_base" and not CL100K_TABLE.exists():
         raise SettingsError(
             "OPENAI_TOKEN_IDS='cl100k_base', but the table of that encoding is not here; make it "
@@ -392,6 +434,20 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def near_misses(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables whose names are close to a setting's, each with that setting's: misspelt ones, most
+    likely. Names of fewer than 8 letters are like too many others.
+    """
+    names = [option.metadata["name"] for option in fields(Settings)]
+    long = [name for name in names if len(name) >= 8]
+    found = {}
+    for name in sorted(set(environ) - {*names, *_OTHERS_NAMES}):
+        enough = 0.82 if name.upper().startswith("MAX_") else 0.87
+        if len(name) >= 8 and (close := difflib.get_close_matches(name.upper(), long, 1, enough)):
+            found[name] = close[0]
+    return found
+
+
 def listen_address(settings: Settings) -> str:
     """HOST and PORT as gunicorn's `bind`. By default the IPv6 address that takes IPv4 too, where
     the system has both.
@@ -414,6 +470,22 @@ def listen_address(settings: Settings) -> str:
         f"HOST={settings.host!r}: cannot listen there ({reason}); it takes an address of this "
         "machine, such as 0.0.0.0, 127.0.0.1 or ::"
     )
+
+
+def taken(address: tuple[str, int]) -> str | None:
+    """Why gunicorn could not listen on an address, in a line; None where it can."""
+    host, port = address
+    (family, _, _, _, resolved), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(resolved)
+            probe.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"PORT={port} is taken by another process; stop that, or set another PORT"
+            return f"PORT={port}: cannot listen on {host} ({error.strerror}); set another PORT"
+    return None
 
 
 def log_format(environ: Mapping[str, str]) -> str:

@@ -4,18 +4,21 @@ Server, Date, Connection and Content-Length.)
 
 import math
 
+from api.cors import Cors
 from engine.quota import Quota
 from server.messages import Request, Response
 
 IGNORED = "X-Ignored-Fields"  # names the fields of the request that had no effect
 
 
-def add_headers(response: Response, request: Request) -> Response:
-    """Returns: the response, with the headers that every one has and those that the request's view
-    noted.
+def add_headers(response: Response, request: Request, cors: Cors | None) -> Response:
+    """Returns: the response, with the headers that every one has, those that the request's view
+    noted, and with `cors` those that let web pages read it.
     """
     response.headers.append(("X-Request-Id", request.id))
     response.headers.extend(request.notes.items())
+    if cors:
+        response.headers.extend(cors.headers(request, response.headers))
     return response
 
 

@@ -1,5 +1,6 @@
 """How the application handles every request: the table of routes, the API key (`api/auth.py`), the
-limits, errors, headers of every response (`api/headers.py`), the access log and the metrics.
+limits, compression (`api/compression.py`), errors, headers of every response (`api/headers.py`),
+cross-origin requests (`api/cors.py`), the access log and the metrics.
 
 Every route is registered with Flask. The table holds the views that need none of Flask's dispatch,
 and calls them directly; everything else passes through Flask. When somebody adds code of their own
@@ -12,6 +13,8 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 from wsgiref.types import StartResponse
@@ -22,10 +25,14 @@ from werkzeug.exceptions import HTTPException
 
 from api import errors, health
 from api.auth import KeyCheck
+from api.compression import Bodies, Compression
+from api.cors import Cors
 from api.endpoint import to_flask
 from api.headers import IGNORED, add_headers, quota_headers
 from api.logs import RequestLog, request_id
 from api.metrics import Metrics
+from api.traces import Traces
+from engine import spans
 from engine.errors import CallerGone
 from engine.queue import Queue
 from engine.quota import Quota
@@ -35,7 +42,7 @@ from server.tasks import in_thread
 log = logging.getLogger(__name__)
 
 # Bodies up to this size are handled in the event loop's own thread: a full one takes 3 ms (Zen 5).
-# Larger ones, and pictures, get a thread.
+# Larger ones, compressed ones and pictures get a thread.
 MAX_INLINE_BODY = 16_384
 
 View = Callable[[Request], Response]
@@ -53,16 +60,22 @@ class Router:
         queue: Queue,
         metrics: Metrics,
         requests: RequestLog,
+        bodies: Bodies,
+        compression: Compression,
         quotas: Mapping[str | None, Quota],
         bytes_per_token: int,
+        cors: Cors | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """Args:
-        max_body: bytes.
+        max_body: bytes, as sent.
         quotas: of keys that have limits, by name.
         bytes_per_token: of a body, at most.
         """
         self._app, self._key = app, key
         self._quotas, self._bytes_per_token = quotas, bytes_per_token
+        self._bodies, self._compression, self._cors = bodies, compression, cors
+        self._traces = traces
         self._max_body, self._queue = max_body, queue
         self._metrics, self._log = metrics, requests
         self._table: dict[tuple[str, str], View] | None = None
@@ -73,23 +86,27 @@ class Router:
         """Answer a request. Raises nothing."""
         self._begin(request)
         try:
-            response = self._dispatch(request)
+            asked = self._cors.preflight(request) if self._cors else None
+            response = asked or self._compression.apply(self._dispatch(request), request)
         except Exception as error:
             response = errors.response(error, request)
         if quota := self._quotas.get(request.caller):
             request.notes.update(quota_headers(quota))
         current.set(_NO_REQUEST)  # else an idle task keeps the last body
-        return add_headers(response, request)
+        spans.recording.set(None)
+        return add_headers(response, request, self._cors)
 
     def refuse(self, request: Request, error: HttpError) -> Response:
         """Write an error of the server's own; the request may be incomplete."""
         request.id = request.id or request_id(request)
-        return add_headers(errors.response(error, request), request)
+        return add_headers(errors.response(error, request), request, self._cors)
 
     def sent(self, request: Request, response: Response, error: HttpError | None) -> None:
         """Count and log a response that has been handed to its connection."""
         if request.client == OWN:
             return
+        if self._traces:
+            self._traces.end(request, response)
         path, size = request.path, len(response.body)
         if error:
             self._metrics.refused(path, response.status, error.reason)
@@ -112,6 +129,8 @@ class Router:
     def _begin(self, request: Request) -> None:
         current.set(request)
         request.id = request_id(request)
+        if self._traces:
+            self._traces.begin(request)
         if request.client != OWN:
             self._metrics.begin()
 
@@ -124,16 +143,23 @@ class Router:
         finally:
             current.set(_NO_REQUEST)  # else an idle thread keeps the last body
 
+    def _decoded(self, view: View, request: Request) -> Response:
+        with self._bodies.decoded(request):
+            return view(request)
+
     def _dispatch(self, request: Request) -> Response:
         if self._table is None:
             self._table = {} if has_hooks(self._app) else direct_views(self._app)
         # The server sends no body after HEAD.
         method = "GET" if request.method == "HEAD" else request.method
         view = self._table.get((method, request.path))
+        encoded = request.length > 0 and "content-encoding" in request.headers
         if view:
             self.check(request)
+            if encoded:
+                view = partial(self._decoded, view)
         view = view or self._through_flask
-        if MAX_INLINE_BODY < request.length <= self._max_body:
+        if (encoded or MAX_INLINE_BODY < request.length) and request.length <= self._max_body:
             return in_thread(lambda: self._in_thread(view, request), request.caller)
         return view(request)
 
@@ -188,14 +214,17 @@ class Router:
 
 
 class CheckedFlask(flask.Flask):
-    """Flask that calls `check` before the view of every request; `before_request` functions run
-    before that."""
+    """Flask that calls `check` before the view of every request, and lets the view run within
+    `decoded`; `before_request` functions run before that."""
 
     check: Callable[[Request], None]
+    decoded: Callable[[Request], AbstractContextManager[None]]
 
     def dispatch_request(self) -> Any:
-        self.check(current.get())
-        return super().dispatch_request()
+        request = current.get()
+        self.check(request)
+        with self.decoded(request):
+            return super().dispatch_request()
 
 
 def register_errors(app: flask.Flask) -> None:

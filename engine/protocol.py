@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from engine.bundle import Backend, Parity, Precision
 from engine.errors import EmbedderError
+from engine.spans import Recording
 from engine.tenants import Tenant
 
 Float32 = npt.NDArray[np.float32]
@@ -109,6 +110,7 @@ class Job:
     served: int = 0  # tokens that a batch has taken
     running: int = 0  # inputs in batches that have not ended
     error: EmbedderError | None = None
+    trace: Recording | None = None  # of its request
 
     @property
     def tag(self) -> float:

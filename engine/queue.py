@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from engine import spans
 from engine.admission import Admission
 from engine.errors import (
     CallerGone,
@@ -166,6 +167,7 @@ class Queue:
             self._event(),
             self._now(),
             gone,
+            trace=spans.recording.get(),
         )
         with self._lock:
             self._enqueue(job, tokens)
@@ -176,6 +178,8 @@ class Queue:
             self._in_system -= 1
         if whose.quota:
             whose.quota.release(tokens)
+        if job.trace is not None:
+            spans.waited(job.trace, job.submitted)
         if job.error:
             raise job.error
         return job.vectors
@@ -304,6 +308,7 @@ class Queue:
         """Give a batch's vectors, shape (len(batch.entries), dimensions), to its requests; with
         None as `seconds`, it failed.
         """
+        spans.computed(batch, seconds or 0.0)
         overflowed: list[bool] = [False] * len(batch.entries)
         if seconds is not None:
             for number, (job, row, _) in enumerate(batch.entries):

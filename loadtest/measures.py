@@ -1,6 +1,8 @@
 """What is measured of a service over HTTP, a function each. All return rows of loadtest.report."""
 
+import contextlib
 import itertools
+import json
 import re
 import statistics
 import sys
@@ -11,7 +13,7 @@ from loadtest.client import Client, Result, drive, get
 from loadtest.in_process import Ceiling
 from loadtest.loads import IMAGES, LOADS, STREAM, Load, Target, image_requests, key, requests
 from loadtest.report import Row, compare
-from loadtest.rounds import Side, alternate, combine, ratio
+from loadtest.rounds import Side, alternate, combine, doubt, ratio
 from loadtest.service import serve
 
 STEADY = 3.0  # seconds after the first request; a service reaches its full speed well before
@@ -24,6 +26,15 @@ def takes_images(target: Target) -> bool:
     """
     _, body = get(target.url, "/health/ready")
     return target.dialect != "tei" and b'"supports_images":true' in body
+
+
+def model(target: Target) -> str:
+    """What the service says that its default model is, as ours does; else its address."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        said = json.loads(get(target.url, "/health/ready")[1]).get("model")
+        if said:
+            return str(said)
+    return target.url
 
 
 def http(
@@ -75,6 +86,7 @@ def ceiling(
                 "p99": whole.p99,
                 "failed": whole.failed,
                 "cpu": whole.cpu,
+                "note": doubt(served, best),
             }
         )
     return rows
@@ -141,6 +153,7 @@ def fairness(target: Target, seconds: float, rounds: int, stream: Load = STREAM)
             "stream_beside": combine(beside).rate,
             "kept": ratio(beside, alone),
             "failed": sum(result.failed for result in (*alone, *beside, *queried)),
+            "note": doubt(beside, alone),
         }
     ]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from engine.bundle import Bundle
 from loadtest.in_process import precisions
-from loadtest.loads import Target
+from loadtest.loads import LOADS, Target
 from loadtest.measures import one
 from loadtest.rounds import alternate, combine
 from loadtest.service import available, serve
@@ -20,6 +20,18 @@ NEAR = 0.9  # of the best rate a core; with more cores at this price responses c
 HEADROOM = 1.5  # factor on the memory that was measured, for large requests and fragmentation
 MEMORY = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # MiB
 LEAST_MEMORY = ((8, 4096), (6, 4096), (4, 2048), (1, 512))  # cores, MiB: Cloud Run's own minimum
+MOST_MEMORY = ((1, 4096), (2, 8192), (4, 16384), (6, 24576), (8, 32768))  # cores, MiB: its maximum
+CORES = (1, 2, 4, 6, 8)  # that Cloud Run offers
+
+
+class Prices(NamedTuple):
+    """US dollars. Cloud Run's for tier 1 with request-based billing, as a copy of
+    https://cloud.google.com/run/pricing had them that was read on 2026-11-27.
+    """
+
+    vcpu_second: float = 0.000_024
+    gib_second: float = 0.000_002_5
+    million_requests: float = 0.40
 
 
 class Point(NamedTuple):
@@ -48,6 +60,7 @@ class Advice(NamedTuple):
     kept: bool  # whether p99 is within the limit
     reasons: list[str]
     command: str  # that deploys it, without names and key
+    cost: float  # US dollars for a million texts
 
 
 def choose(parity: Mapping[str, float], rates: Mapping[str, float]) -> str:
@@ -63,7 +76,25 @@ def choose(parity: Mapping[str, float], rates: Mapping[str, float]) -> str:
     return max(exact, key=rates.__getitem__)
 
 
-def recommend(points: Sequence[Point], parity: Mapping[str, float], limit: float) -> Advice:
+def starts_anywhere(precision: str) -> str:
+    """The PRECISION to deploy with for a precision that was measured. One that some CPU does not
+    have would stop the instance there; `auto` takes it where it can, and fp32 elsewhere.
+    """
+    return precision if precision in ("fp32", "int8") else "auto"
+
+
+def cost(point: Point, memory: int, cores: int, prices: Prices) -> float:
+    """US dollars for a million texts from an instance that is always busy."""
+    second = cores * prices.vcpu_second + memory / 1024 * prices.gib_second
+    return 1e6 / point.rate * second + prices.million_requests / LOADS[point.load].texts
+
+
+def recommend(
+    points: Sequence[Point],
+    parity: Mapping[str, float],
+    limit: float,
+    prices: Prices = Prices(),
+) -> Advice:
     """Choose the precision, the connections of each setting, the workers for each number of cores,
     and then the cores.
 
@@ -71,16 +102,13 @@ def recommend(points: Sequence[Point], parity: Mapping[str, float], limit: float
         points: by setting at a rising number of connections.
         parity: smallest cosine to sentence-transformers at bake, by precision.
         limit: ms that p99 should not exceed.
+        prices: of the platform.
 
     Raises: ValueError when requests failed at every setting.
     """
     rates = _highest_rates(points)
     precision = choose(parity, rates)
-    figures = (f"{name} {parity.get(name, 0.0):.5f}, {rate:.1f}/s" for name, rate in rates.items())
-    reasons = [
-        f"PRECISION={precision}: the fastest of those whose smallest cosine to "
-        f"sentence-transformers at bake is {PARITY} or more ({', '.join(figures)})"
-    ]
+    reasons = _precision_reasons(precision, parity, rates)
     good = [point for point in points if point.precision == precision and not point.failed]
     if not good:
         raise ValueError("no setting answered every request")
@@ -103,17 +131,54 @@ def recommend(points: Sequence[Point], parity: Mapping[str, float], limit: float
         "to a size that Cloud Run offers"
     )
     memory = _memory(chosen)
-    shape = chosen.cores, memory, chosen.connections, chosen.workers, precision
+    cores = _least_cores(chosen, memory)
+    if cores > chosen.cores:
+        reasons.append(f"{cores} CPU: Cloud Run gives {memory} MiB to no fewer")
+    dollars = cost(chosen, memory, cores, prices)
+    reasons.append(
+        f"cost: {dollars:.2f} US dollars for a million texts of this load while the instance is "
+        f"busy, more where it is not: 1,000,000 / {chosen.rate:.1f} s x ({cores} vCPU x "
+        f"{prices.vcpu_second:.7f} + {memory / 1024:g} GiB x {prices.gib_second:.7f}), and "
+        f"{prices.million_requests:.2f} for a million requests, of {LOADS[chosen.load].texts} "
+        "texts each. Unless given, prices are Cloud Run's of tier 1 for request-based billing, "
+        "read on 2026-11-27"
+    )
+    shape = cores, memory, chosen.connections, chosen.workers, precision
     measured = chosen.rate, chosen.p99, kept
-    return Advice(*shape, *measured, reasons, _command(chosen, memory))
+    command = _command(chosen, cores, memory)
+    return Advice(*shape, *measured, reasons, command, dollars)
 
 
-def _command(chosen: Point, memory: int) -> str:
-    variables = f"PRECISION={chosen.precision},WEB_CONCURRENCY={chosen.workers}"
+def _precision_reasons(
+    precision: str, parity: Mapping[str, float], rates: Mapping[str, float]
+) -> list[str]:
+    figures = (f"{name} {parity.get(name, 0.0):.5f}, {rate:.1f}/s" for name, rate in rates.items())
+    reasons = [
+        f"{precision}: the fastest of those whose smallest cosine to sentence-transformers at bake "
+        f"is {PARITY} or more ({', '.join(figures)})"
+    ]
+    if starts_anywhere(precision) == "auto":
+        reasons.append(
+            f"PRECISION=auto: {precision} where the CPU has it, else fp32; PRECISION={precision} "
+            "would stop the instance on a CPU without it"
+        )
+    return reasons
+
+
+def _least_cores(chosen: Point, memory: int) -> int:
+    """The cores that were measured, or as many as Cloud Run wants with so much memory."""
+    most = MOST_MEMORY[-1][0]
+    enough = (cores for cores, mib in MOST_MEMORY if cores >= chosen.cores and mib >= memory)
+    return next(enough, max(most, chosen.cores))
+
+
+def _command(chosen: Point, cores: int, memory: int) -> str:
+    precision = starts_anywhere(chosen.precision)
+    variables = f"PRECISION={precision},WEB_CONCURRENCY={chosen.workers}"
     if chosen.connections > 64:
         variables += f",REQUEST_THREADS={chosen.connections}"
     return (
-        f"gcloud run deploy … --cpu {chosen.cores} --memory {memory}Mi "
+        f"gcloud run deploy … --cpu {cores} --memory {memory}Mi "
         f"--concurrency {chosen.connections} --set-env-vars {variables}"
     )
 
@@ -171,12 +236,13 @@ def _memory(point: Point) -> int:
 def measure(
     bundle: Bundle, load: str, connections: Sequence[int], seconds: float, rounds: int
 ) -> list[Point]:
-    """Every precision on all cores; the one that will be chosen also on fewer cores, and with a
-    worker for each core.
+    """Every precision on all cores, or as many as Cloud Run offers; the one that will be chosen
+    also on fewer cores, and with a worker for each core.
 
     Raises: OSError when a service does not start.
     """
-    cpus = available()
+    sizes = [cores for cores in CORES if cores <= len(available())]
+    cpus = available()[: sizes[-1]]
     points = []
 
     def setting(cores: int, workers: int, precision: str) -> None:
@@ -193,8 +259,8 @@ def measure(
     for precision in precisions(bundle):
         setting(len(cpus), 1, precision)
     chosen = choose(parity(bundle), _highest_rates(points))
-    for power in range((len(cpus) - 1).bit_length()):
-        setting(1 << power, 1, chosen)
+    for cores in sizes[:-1]:
+        setting(cores, 1, chosen)
     if len(cpus) > 1:
         setting(len(cpus), len(cpus), chosen)
     return points

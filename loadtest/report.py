@@ -1,12 +1,12 @@
 """The results as rows, and the rows as a Markdown table, as JSON and as a plot."""
 
+import datetime
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from loadtest.rounds import Side, alternate, combine, ratio
-from settings import available_cores
+from loadtest.rounds import Side, alternate, combine, doubt, ratio
 
 Row = dict[str, Any]  # all rows of a measurement have the same keys, in the order of its columns
 
@@ -65,17 +65,10 @@ def compare(
                 "failed": whole.failed + sum(other.failed for other in others),
                 "ratio": ratio(results, others),
                 "cpu": whole.cpu or None,
+                "note": doubt(results, others),
             }
         )
     return rows
-
-
-def machine() -> str:
-    """The processor and how many cores of it may be used."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown processor'}, {available_cores()} cores"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -107,30 +100,39 @@ def as_json(what: str, conditions: str, rows: Sequence[Row], **more: Any) -> str
     return json.dumps(whole, indent=1)
 
 
-def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Throughput and p99 against concurrency, a line for each load and setting of the service, by
-    matplotlib (requirements-plot.txt); a PNG.
+def plot(rows: Sequence[Row], path: pathlib.Path, title: str) -> None:
+    """Throughput and p99 against concurrency by matplotlib (requirements-plot.txt): a row of panels
+    for each load, a line for each service or setting of it. A PNG.
+
+    Args:
+        title: what was measured, the model and the machine; the date is added.
 
     Raises: ImportError without matplotlib; OSError when the file cannot be written.
     """
     from matplotlib.figure import Figure  # 0.5 s, and absent where nobody plots
 
-    lines: dict[str, list[Row]] = {}
+    loads: dict[str, dict[str, list[Row]]] = {}
     for row in sorted(rows, key=lambda row: int(row["connections"])):
-        parts = [row.get("side") or row.get("precision"), row["load"]]
+        name = str(row.get("side") or row.get("precision"))
         if row.get("cores"):
-            parts.append(f"cores {row['cores']}, workers {row['workers']}")
-        lines.setdefault(", ".join(map(str, parts)), []).append(row)
-    figure = Figure(figsize=(11, 4 + 0.25 * len(lines)), layout="constrained")
-    panels = figure.subplots(1, 2)
-    ticks = sorted({row["connections"] for row in rows})
-    for panel, key in zip(panels, ("rate", "p99")):
-        for name, points in lines.items():
-            xs, ys = [point["connections"] for point in points], [point[key] for point in points]
-            panel.plot(xs, ys, marker="o", label=name)
-        panel.set(title=HEADS[key], xlabel="connections", xscale="log", ylim=(0, None))
-        panel.set_xticks(ticks, map(str, ticks))
-        panel.minorticks_off()
-        panel.grid(axis="y")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left")
+            name += f", cores {row['cores']}, workers {row['workers']}"
+        loads.setdefault(row["load"], {}).setdefault(name, []).append(row)
+    names = list(dict.fromkeys(name for lines in loads.values() for name in lines))
+    figure = Figure(figsize=(11, 1.5 + 3 * len(loads) + 0.2 * len(names)), layout="constrained")
+    figure.suptitle(f"{title}, {datetime.date.today():%Y-%m-%d}")
+    panels = figure.subplots(len(loads), 2, squeeze=False)
+    drawn = {}
+    for (load, lines), pair in zip(loads.items(), panels):
+        ticks = sorted({row["connections"] for points in lines.values() for row in points})
+        for panel, key, what in zip(pair, ("rate", "p99"), ("per second", "p99, ms")):
+            for name, points in lines.items():
+                xs, ys = [each["connections"] for each in points], [each[key] for each in points]
+                colour = f"C{names.index(name)}"
+                (drawn[name],) = panel.plot(xs, ys, marker="o", color=colour)
+            panel.set(title=f"{load}: {what}", xscale="log", ylim=(0, None))
+            panel.set_xlabel("requests at a time")
+            panel.set_xticks(ticks, map(str, ticks))
+            panel.minorticks_off()
+            panel.grid(axis="y")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower left")
     figure.savefig(path, format="png")

@@ -13,6 +13,8 @@ from typing import TypeVar
 from loadtest.client import Result
 
 WARM_UP = 1.0  # seconds of the round that does not count
+# Largest ratio of a measurement to its smallest, over the rounds, for it to be believed.
+BELIEVED = 1.25
 Side = Callable[[int, float], Result]  # the round's number, seconds
 T = TypeVar("T")
 
@@ -73,10 +75,29 @@ def combine(results: Sequence[Result]) -> Result:
     )
 
 
+def ratios(results: Sequence[Result], others: Sequence[Result]) -> list[float]:
+    """The ratio of the rates in each round."""
+    return [one.rate / other.rate for one, other in zip(results, others) if other.rate]
+
+
 def ratio(results: Sequence[Result], others: Sequence[Result]) -> float | None:
-    """The median of the rates' ratios, round by round; None where a request failed on either side,
-    or there is no other side.
+    """The median of the rates' ratios, round by round; None where there is no other side, or
+    `doubt` says why it is not to be believed.
     """
-    failed = any(result.failed for result in (*results, *others))
-    ratios = [one.rate / other.rate for one, other in zip(results, others) if other.rate]
-    return statistics.median(ratios) if ratios and not failed else None
+    found = ratios(results, others)
+    return statistics.median(found) if found and not doubt(results, others) else None
+
+
+def doubt(results: Sequence[Result], others: Sequence[Result]) -> str | None:
+    """Why the ratio of these rounds means nothing; None where it does, or where there is none."""
+    if not others:
+        return None
+    if any(result.failed for result in (*results, *others)):
+        return "no ratio: requests failed"
+    found = ratios(results, others)
+    if found and max(found) > BELIEVED * min(found):
+        return (
+            f"no ratio: {min(found):.2f} to {max(found):.2f} in {len(found)} rounds; use a quieter "
+            "machine, or longer rounds (--seconds)"
+        )
+    return None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 OWN = "warm-up"  # the `client` of the worker's own requests, which are not counted or logged
@@ -50,6 +50,7 @@ class Request:
     refused: str | None = None  # what the metrics count where the status does not tell
     # Headers for its response that the application's views set while they work on it.
     notes: dict[str, str] = field(default_factory=dict)
+    trace: Any = None  # of api/traces.py
     # Whether the client has closed the connection, so that nobody waits for a response.
     gone: Callable[[], bool] = lambda: False
 

@@ -9,11 +9,13 @@ Calls that take long (pictures, large bodies) run in a bounded pool of threads: 
 
 import asyncio
 import collections
+import contextvars
 import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
@@ -214,7 +216,8 @@ def in_thread(call: Callable[[], T], whose: str | None = None) -> T:
         return call()
     task.tasks.take_thread(task, whose)
     done = Event(task)
-    future = task.tasks.submit(call, done)
+    # With the task's context variables: they say what it works on.
+    future = task.tasks.submit(partial(contextvars.copy_context().run, call), done)
     try:
         done.wait(float("inf"))
         return future.result()  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import promql_parser
 import pytest
+import yaml
 from conftest import NAME, WIDE
 from prometheus_client.parser import text_string_to_metric_families
 from servers import KEY, ROOT, Server, letters, serve
@@ -367,6 +368,39 @@ def test_the_dashboard_asks_only_for_what_there_is(own: Server) -> None:
     families = {re.sub("_(bucket|sum|count)$", "", name) for name in used}
     ours = {re.sub("_(bucket|sum|count)$", "", name) for name in exposed}
     assert ours - families == set()  # and every metric is on it
+
+
+def test_alerts_and_the_autoscaler_ask_only_for_what_there_is(own: Server) -> None:
+    own.embed("a text")
+    exposed: dict[str, set[str]] = {"up": set()}
+    for name, labels in scrape(own):
+        exposed.setdefault(name, set()).update(label for label, _ in labels)
+    (group,) = yaml.safe_load((ROOT / "deploy" / "prometheus-alerts.yaml").read_text())["groups"]
+    queries = [rule["expr"] for rule in group["rules"]]
+    scaler, configured = yaml.safe_load_all(
+        (ROOT / "deploy" / "kubernetes-queue-autoscaler.yaml").read_text()
+    )
+    (rule,) = yaml.safe_load(configured["data"]["config.yaml"])["rules"]
+    assert rule["name"]["as"] == scaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    adapted = rule["metricsQuery"].replace("<<.GroupBy>>", "pod")
+    queries += [rule["seriesQuery"], adapted.replace("<<.LabelMatchers>>", 'pod="a"')]
+    for query in queries:
+        named = [
+            node
+            for node in nodes(promql_parser.parse(query))
+            if isinstance(node, promql_parser.VectorSelector)
+        ]
+        assert named, query
+        for node in named:
+            asked = {matcher.name for matcher in node.matchers.matchers}
+            assert node.name in exposed, query
+            assert asked <= exposed[node.name] | {"job", "instance", "namespace", "pod"}, query
+    assert len({rule["alert"] for rule in group["rules"]}) == len(group["rules"])
+    for rule in group["rules"]:
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert set(rule["annotations"]) == {"summary", "action"}
+        for heading in re.findall(r'docs/(\w+\.md), "(.+?)"', rule["annotations"]["action"]):
+            assert f"\n## {heading[1]}\n" in (ROOT / "docs" / heading[0]).read_text()
 
 
 def test_the_page_has_every_metric_and_its_labels(own: Server) -> None:

@@ -206,6 +206,14 @@ def test_kubernetes_manifests_name_each_other(kind: str) -> None:
     assert f"--from-literal={reference['key']}=" in PAGE
 
 
+def test_either_autoscaler_scales_the_deployment() -> None:
+    by_cpu = KUBERNETES[""]["HorizontalPodAutoscaler"]
+    by_queue = manifests("kubernetes-queue-autoscaler.yaml")[0]
+    assert by_queue["metadata"] == by_cpu["metadata"]  # so one replaces the other
+    for field in ("scaleTargetRef", "minReplicas", "maxReplicas"):
+        assert by_queue["spec"][field] == by_cpu["spec"][field]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_baseten_asks_routes_that_there_are(kind: str, service: Server) -> None:
     server = BASETEN[kind]["docker_server"]

@@ -180,7 +180,7 @@ def test_serving_imports_no_torch_transformers_or_sentence_transformers(
     # openvino_telemetry would tell Google Analytics of every start.
     assert "openvino_telemetry" not in modules
     heavy = {"torch", "transformers", "sentence_transformers", "nncf", "scipy", "sklearn", "pandas"}
-    assert not (heavy | {"torchvision"}) & set(modules)
+    assert not (heavy | {"torchvision", "opentelemetry", "google", "requests"}) & set(modules)
     # Half of the start, where it is not needed.
     assert ("openvino" in modules) == (pictures or cpu.fastest("fp32") is None)
     assert ("PIL" in modules) == pictures
@@ -256,6 +256,22 @@ def test_the_default_key_is_for_this_machine(
     assert "Traceback" not in log
 
 
+def test_a_taken_port_ends_the_start_with_one_line(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    log = tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        process = launch(models_dir, log, port, LOG_LEVEL="warning")
+        try:
+            assert process.wait(30) == 1
+        finally:
+            process.kill()
+    (line,) = log.read_text().splitlines()
+    said = f"cannot start: PORT={port} is taken by another process; stop that, or set another PORT"
+    assert line.endswith(said)
+
+
 def copy(models_dir: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     shutil.copytree(models_dir / NAME, folder / "models" / NAME)
     return folder / "models"
@@ -302,13 +318,16 @@ def test_a_bundle_without_the_precision_that_is_asked_for(
     assert code == 3 and f"PRECISION=int8, but bundle {NAME} was baked without it" in log
 
 
-def test_a_warning_for_the_default_key_and_for_a_tokenizer_at_run_time(
+def test_a_warning_for_the_default_key_and_for_what_is_no_setting(
     models_dir: pathlib.Path,
 ) -> None:
     default = {"VECTOR_EMBEDDER_API_KEY": "abc123", "ALLOW_DEFAULT_KEY": "1"}
-    with serve(models_dir, TOKENIZER_MODEL="x", **default) as server:
+    wrong = {"TOKENIZER_MODEL": "x", "MAX_TEXT_PER_BATCH": "9"}
+    with serve(models_dir, **wrong, **default) as server:
         assert "WARNING start: VECTOR_EMBEDDER_API_KEY is the default" in server.log
         assert "WARNING start: TOKENIZER_MODEL is ignored" in server.log
+        said = "MAX_TEXT_PER_BATCH is not a setting; did you mean MAX_TEXTS_PER_BATCH?\n"
+        assert f"WARNING start: {said}" in server.log
         answer = server.post("/embeddings", {"text": "x"}, headers={"X-API-Key": "abc123"})
         assert answer.status_code == 200
 

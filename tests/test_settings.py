@@ -7,7 +7,14 @@ from dataclasses import fields
 import pytest
 from servers import ROOT
 
-from settings import Settings, SettingsError, available_cores, load, refuse_open_door
+from settings import (
+    Settings,
+    SettingsError,
+    available_cores,
+    load,
+    near_misses,
+    refuse_open_door,
+)
 
 KEY = "VECTOR_EMBEDDER_API_KEY"
 
@@ -64,6 +71,35 @@ def test_a_wrong_value_is_named_with_what_it_got_and_takes(
     with pytest.raises(SettingsError) as info:
         load({name: value})
     assert str(info.value) == f"{name}={value!r}; it takes {takes}"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("MAX_TEXT_PER_BATCH", "MAX_TEXTS_PER_BATCH"),
+        ("MAX_BATCH_TEXTS", "MAX_BATCH_TOKENS"),
+        ("max_body_size", "MAX_BODY_SIZE"),
+        ("VECTOR_EMBEDDER_KEY", "VECTOR_EMBEDDER_API_KEY"),
+        ("EMBEDDINGS_MODEL", "EMBEDDING_MODEL"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("CORS_ORIGIN", "CORS_ORIGINS"),
+        ("WEB_CONCURENCY", "WEB_CONCURRENCY"),
+    ],
+)
+def test_a_misspelt_name_is_told_from_others(name: str, meant: str) -> None:
+    assert near_misses({name: "1", "PORT": "1", meant: "1"}) == {name: meant}
+
+
+def test_names_of_other_programs_are_not_ours_misspelt() -> None:
+    others = (
+        "HOSTNAME SPORT PORTS HOSTS HOME PATH API_KEY MODEL_DIR MODEL_NAME CCACHE_SIZE "
+        "HISTSIZE OMP_NUM_THREADS MAX_CONCURRENT_REQUESTS MAX_INPUT_LENGTH "
+        "TOKENIZERS_PARALLELISM LC_NUMERIC GUNICORN_CMD_ARGS K_SERVICE GOOGLE_CLOUD_PROJECT "
+        "TOKENIZER_MODEL LS_COLORS BATCH_SIZE VECTOR_EMBEDDER_SERVICE_HOST "
+        "VECTOR_EMBEDDER_PORT VECTOR_EMBEDDER_PORT_5001_TCP_ADDR REQUESTS_CA_BUNDLE "
+        "CUDA_VISIBLE_DEVICES LOGNAME WEB_BROWSER MAX_JOBS SERVICE_PORT"
+    )
+    assert near_misses(dict.fromkeys(others.split(), "1")) == {}
 
 
 @pytest.mark.parametrize("keys", ["", " ", ",", "a,,b", "a b", "schlüssel", "a\x07"])

@@ -77,13 +77,14 @@ def send() -> Iterator[Send]:
 
 
 def test_restarts_under_load_lose_nothing(
-    models_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    models_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(common, "mixed", common.queries)  # short, so that any machine can stop
     command = drain.drain(restarts=2, connections=12, seconds=0.5, MODELS_DIR=str(models_dir))
     report = uvloop.run(command)
     assert report.good, str(report)
     assert set(report.outcomes.counts()) <= {200, 429, 503, REFUSED, CLOSED}
+    assert "restart 2 of 2: " in capsys.readouterr().err
 
 
 def test_a_killed_worker_takes_only_its_own_requests(models_dir: pathlib.Path) -> None:
@@ -117,6 +118,22 @@ def test_one_keys_queries_are_answered_beside_anothers_batches(models_dir: pathl
     report = uvloop.run(command)
     assert set(report.queries.counts()) == set(report.beside.counts()) == {200}, str(report)
     assert report.queries.counts()[200] == 2 and report.alone.counts()[200]
+
+
+@pytest.mark.parametrize(("held", "says"), [([4, 4], "passed"), ([8, 0], "FAILED")])
+def test_a_command_explains_its_figures_and_ends_with_a_verdict(
+    held: list[int], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def command(*, seconds: float = 1.0) -> balance.Report:
+        return balance.Report(held, [4, 4], 100.0, [seconds, 2.0])
+
+    monkeypatch.setattr("sys.argv", ["balance", "--seconds", "3"])
+    with pytest.raises(SystemExit) as end:
+        common.run("What it does.", command)
+    figures, _, explained = capsys.readouterr().out.partition("\n\n")
+    assert "CPU seconds of each worker: [3.0, 2.0]" in figures
+    assert explained.startswith("An equal share is 4.0 connections.")
+    assert explained.endswith(f"\n{says}\n") and end.value.code == (says == "FAILED")
 
 
 # Stopped

@@ -28,6 +28,15 @@ class Report(NamedTuple):
         slack = max(2, share / 8)
         return all(abs(held - share) <= slack for held in (*self.opened, *self.later))
 
+    @property
+    def explained(self) -> str:
+        share = sum(self.opened) / len(self.opened)
+        return (
+            f"An equal share is {share:.1f} connections. Every worker must hold that, give or take "
+            f"{max(2, share / 8):g}, after they were opened and after a worker was killed. The CPU "
+            "seconds say whether they also got equal work."
+        )
+
     def __str__(self) -> str:
         seconds = [round(seconds, 1) for seconds in self.computed]
         return (
@@ -61,9 +70,11 @@ async def balance(
             connection.close()
         before = common.cpu_seconds(service.process.pid)
         async with clients(service.url, common.queries(service.url), outcomes, connections):
+            common.say(f"{connections} connections send queries for {seconds:g} s")
             await asyncio.sleep(seconds)
             rate = outcomes.counts()[200] / seconds
             after = common.cpu_seconds(service.process.pid)
+            common.say(f"a worker is killed; {seconds:g} s more")
             os.kill(service.workers()[0], signal.SIGKILL)
             await asyncio.sleep(seconds)
             later = await settled(service, connections)

@@ -38,6 +38,15 @@ class Report(Protocol):
     @property
     def good(self) -> bool: ...
 
+    @property
+    def explained(self) -> str:
+        """What its figures mean, and which of them must be how large."""
+
+
+def say(message: str) -> None:
+    """Tell on stderr how far the command is."""
+    print(message, file=sys.stderr, flush=True)
+
 
 def run(description: str | None, command: Callable[..., Coroutine[Any, Any, Report]]) -> None:
     """Call `command` with options from the command line, one for each parameter that has a default,
@@ -53,7 +62,7 @@ def run(description: str | None, command: Callable[..., Coroutine[Any, Any, Repo
         elif default is not inspect.Parameter.empty:
             parser.add_argument(flag, type=type(default), default=default)
     report = uvloop.run(command(**vars(parser.parse_args())))
-    print(report)
+    print(f"{report}\n\n{report.explained}\n{'passed' if report.good else 'FAILED'}")
     sys.exit(not report.good)
 
 

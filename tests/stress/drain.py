@@ -34,6 +34,16 @@ class Report(NamedTuple):
         in_time = all(code == 0 for code in self.exits) and max(self.stops) < GRACE
         return in_time and not self.outcomes.lost() and 200 in self.outcomes.counts()
 
+    @property
+    def explained(self) -> str:
+        return (
+            "Numbers before a colon are statuses: 200 is a good response, 429 and 503 say that the "
+            "service had no time for a request, and the client may send it again. 'connection "
+            "refused' and 'closed before it arrived' are requests that no service had. lost are "
+            "those that arrived and had no response: there must be none. Exit codes must be 0, and "
+            f"every stop take less than {GRACE:.0f} s."
+        )
+
     def __str__(self) -> str:
         return (
             f"{self.outcomes}\n"
@@ -70,6 +80,7 @@ async def drain(
             clients(url, requests, outcomes, third, think=THINK),
         ):
             for restart in range(restarts):
+                common.say(f"restart {restart + 1} of {restarts}: {len(outcomes)} requests so far")
                 service = Service(pathlib.Path(folder) / f"log{restart}", environ, port=port)
                 try:
                     await asyncio.to_thread(service.wait_ready)

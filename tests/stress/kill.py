@@ -36,6 +36,14 @@ class Report(NamedTuple):
         expected = set(self.outcomes.counts()) <= known and self.failed <= sum(self.held)
         return expected and max(self.gaps) < BACK
 
+    @property
+    def explained(self) -> str:
+        return (
+            "A killed worker takes the requests with it that it had, at most one on each of its "
+            f"connections: 'failed' must not be more than those. Good responses (200) must be back "
+            f"within {BACK:.0f} s after each kill; with several workers, the others go on."
+        )
+
     def __str__(self) -> str:
         gaps = ", ".join(f"{gap:.2f}" for gap in self.gaps)
         return (
@@ -54,7 +62,8 @@ async def kill(
     with serve(variables) as service:
         await common.all_serving(service, workers)
         async with clients(service.url, common.queries(service.url), outcomes, connections):
-            for _ in range(kills):
+            for number in range(kills):
+                common.say(f"kill {number + 1} of {kills}, in {seconds:g} s")
                 await asyncio.sleep(seconds)
                 by_worker = common.connections(service)
                 worker = max(by_worker, key=by_worker.__getitem__)

@@ -57,6 +57,16 @@ class Report(NamedTuple):
             and self.after.a_second > RECOVERED / 2 * self.capacity.a_second
         )
 
+    @property
+    def explained(self) -> str:
+        return (
+            "The service must answer what it can (200) and refuse the rest at once (429, with "
+            f"Retry-After), and nothing else. p99 must be under {BOUND:.0f} s: the work that may "
+            f"wait, and some. /health must answer within {BACK:.0f} s each time. Good responses "
+            "should be about as many as before the load, memory should stay as it is, and "
+            f"{RECOVERED:.0%} of the speed, by CPU time, be back {BACK:.0f} s after it."
+        )
+
     def __str__(self) -> str:
         counts, latency = self.outcomes.counts(), self.outcomes.latency
         during = counts[200] / (len(self.outcomes) / self.offered)
@@ -186,20 +196,24 @@ async def overload(
     outcomes, health, unsent = Outcomes(), list[float](), 0
     with serve({"WEB_CONCURRENCY": str(workers), **environ}) as service:
         url, requests = service.url, common.mixed(service.url)
+        common.say("what the service can serve: some seconds")
         await full_speed(service, requests, min(1.0, seconds))
         capacity = await full_speed(service, requests, min(8.0, seconds))
         memory = [service.memory()[1]]
         probes = asyncio.create_task(probe(url, health))
-        for _ in range(2):
+        for half in ("first", "second"):
+            sent = times * capacity.a_second
+            common.say(f"{half} half of the load: {sent:.0f} requests/s for {seconds / 2:g} s")
             unsent += await open_loop(
                 url,
                 requests,
                 outcomes,
-                rate=times * capacity.a_second,
+                rate=sent,
                 seconds=seconds / 2,
                 connections=1500,
             )
             memory.append(service.memory()[1])
+        common.say(f"{at_once} connections at once, then the speed again")
         offered = len(outcomes) / seconds
         together = await send_at_once(url, requests, at_once)
         await asyncio.sleep(BACK)
