@@ -56,7 +56,10 @@ def check(folder: str) -> None:
         sys.exit(f"cannot check {folder}: {error}")
     print(table(rows))
     if not right:
-        sys.exit(f"bundle {folder}: not every precision holds on this machine")
+        sys.exit(
+            f"bundle {folder}: not every precision holds on this machine; serve one that does "
+            "(PRECISION), or bake the model again here"
+        )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""The stages of a bake, which `stages` runs in this order: `source` (find and load the model),
-`samples` and `pictures` (what its vectors are compared over), `traced` or `untraced` (make a bundle
-for OpenVINO or for torch), `parity` (compare the vectors). `traced` uses `export` (trace and save),
-`rewrite` (make the text graph faster) and `encoder` (whether our own engine runs the model).
+"""The stages of a bake, which `stages` runs in this order: `source` (find and load the model, with
+`kinds`: what kind it is), `samples` and `pictures` (what its vectors are compared over), `traced`
+or `untraced` (make a bundle for OpenVINO or for torch), `parity` (compare the vectors). `windows`
+keeps long windows within memory, and says how much time is left. `traced` uses `export` (trace and
+save), `rewrite` (make the text graph faster) and `encoder` (whether our own engine runs the model).
 `check` compares the vectors of a bundle that is there.
 """
 
@@ -53,24 +54,26 @@ class CannotTrace(BakeError):
 
 
 @contextlib.contextmanager
-def refusing(what: str, kind: type[BakeError] = BakeError) -> Iterator[None]:
-    """Turn any exception but a BakeError into a `kind` that begins with `what`."""
+def refusing(then: str, kind: type[BakeError] = BakeError) -> Iterator[None]:
+    """Turn any exception but a BakeError into a `kind`: its cause, and `then`: what fails by
+    it, and what to do.
+    """
     try:
         yield
     except BakeError:
         raise
     except Exception as error:
-        raise kind(f"{what}: {one_line(error)}") from error
+        raise kind(f"{one_line(error)}: {then}") from error
 
 
-def one_line(error: Exception, characters: int = 400) -> str:
+def one_line(error: Exception, characters: int = 300) -> str:
     """What an exception says, on one line. Of OpenVINO's, only the cause, which stands last."""
     if isinstance(error, KeyError):
         return f"there is no {error}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if any(_CHECK.search(line) for line in lines):
         lines = lines[-1:]
-    said = " ".join(" ".join(lines).split())[:characters]
+    said = " ".join(" ".join(lines).split())[:characters].rstrip(".:")
     return said.replace("`trust_remote_code=True`", "--trust-remote-code")
 
 

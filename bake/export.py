@@ -15,7 +15,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from bake import CannotTrace, one_line, refusing, stage
 from bake.rewrite import fold_scales, shrink_masks, unpadded
-from bake.samples import PROBE_TEXT
 from engine.bundle import Modality, Precision, Preprocessing, graph_file
 from engine.errors import EngineFailed
 from engine.pipeline import Pipeline
@@ -39,11 +38,11 @@ def trace_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
     length], to float32 [batch, dimensions]. It is rewritten to cost less (bake/rewrite.py).
 
     Args:
-        tokenizer, texts: as `rewrite.unpadded` takes them.
+        tokenizer, texts: as `rewrite.unpadded` takes them; the first two texts are traced.
 
     Raises: CannotTrace.
     """
-    encodings = tokenizer.encode_batch([PROBE_TEXT, "a b"])
+    encodings = tokenizer.encode_batch(texts[:2])
     example = {
         "input_ids": torch.tensor([each.ids for each in encodings]),
         "attention_mask": torch.tensor([each.attention_mask for each in encodings]),
@@ -99,7 +98,7 @@ def running() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EngineFailed) as error:
-        raise CannotTrace(f"OpenVINO cannot run its graph: {one_line(error)}") from error
+        raise CannotTrace(f"{one_line(error)}: OpenVINO cannot run its graph") from error
 
 
 def export(

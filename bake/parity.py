@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from bake import BakeError, Options, refusing, windows
 from bake.samples import Sample
+from chunks import Chunker
 from engine import certificate
 from engine.bundle import SAMPLE, Backend, Bundle, Parity, Precision
 from engine.certificate import BelowFloor, Compared
@@ -20,7 +21,7 @@ from engine.pipeline import pools_at_the_end
 from image_embeddings import ImageEmbedder
 from limits import ImageLimits
 from settings import load
-from tokens import load_tokenizer
+from tokens import TextTokenizer, load_tokenizer
 
 Float32 = npt.NDArray[np.float32]
 
@@ -72,18 +73,32 @@ def _refusing(model: Any, what: str = "") -> contextlib.AbstractContextManager[N
 
 
 def write_sample(bundle: Bundle, samples: Sequence[Sample]) -> None:
-    """Write SAMPLE, with the default prompt's tokens in it."""
-    tokenizer, _, _ = load_tokenizer(bundle)
-    manifest, (texts, *pictures) = bundle.manifest, samples
-    prompt = manifest.prompts.get(manifest.default_prompt or "") or ""
-    ids = [tokenizer.encode(prompt + text).ids for text in texts.inputs]
+    """Write SAMPLE, with the default prompt's tokens in it.
+
+    Raises: BakeError when serving could not make the model's own tokens.
+    """
+    texts, *pictures = samples
+    ids = _served_ids(bundle, texts.inputs)
     np.savez(
         bundle.file(SAMPLE),
-        ids=np.concatenate(ids).astype(np.int64),
+        ids=np.concatenate(ids),
         lengths=np.array([len(each) for each in ids], np.int64),
         vectors=texts.expected,
         **{"pictures": each.expected for each in pictures},  # type: ignore[arg-type]
     )
+
+
+def _served_ids(bundle: Bundle, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+    """Each text's token ids, shape (tokens,), as serving makes them. Raises: as `write_sample`."""
+    manifest, (tokenizer, _, _) = bundle.manifest, load_tokenizer(bundle)
+    prompt = manifest.prompts.get(manifest.default_prompt or "") or ""
+    with refusing("serving cannot cut texts with it; bake a model with another tokenizer"):
+        chunker, made = Chunker(TextTokenizer(tokenizer), manifest.max_tokens), []
+        for text in texts:
+            made.append(np.concatenate([chunk.token_ids for chunk in chunker.split(text, prompt)]))
+            if made[-1].tolist() != tokenizer.encode(prompt + text).ids:
+                raise ValueError(f"its tokenizer gives other ids for parts of {text[:40]!r}")
+    return made
 
 
 def thread_counts() -> list[int]:
@@ -92,8 +107,8 @@ def thread_counts() -> list[int]:
 
 
 @contextmanager
-def serving(threads: int) -> Iterator[Queue]:
-    """A queue with the default settings of the service."""
+def serving(threads: int, done: Callable[[int], None] = lambda tokens: None) -> Iterator[Queue]:
+    """A queue with the default settings of the service. `done` is told the tokens of each batch."""
     defaults = load({})
     queue = Queue(
         max_batch_size=defaults.max_batch_size,
@@ -101,6 +116,7 @@ def serving(threads: int) -> Iterator[Queue]:
         max_queue_tokens=1 << 40,
         threads=threads,
     )
+    queue.observe = lambda batch, *_: done(batch.tokens)
     queue.start()
     try:
         yield queue
@@ -120,10 +136,12 @@ def measure_texts(
     Raises: BelowFloor, BundleError.
     """
     counts, texts, found = counts or thread_counts(), certificate.read_sample(bundle), []
+    brief = {threads: threads != max(counts) for threads in counts}
+    done = windows.Progress(sum(certificate.work(texts, brief=each) for each in brief.values())).add
     for threads in counts:
-        with serving(threads) as queue:
-            brief = threads != max(counts)
-            found.append(certificate.measure(bundle, make(threads), queue, texts, brief=brief))
+        with serving(threads, done) as queue:
+            given = bundle, make(threads), queue, texts
+            found.append(certificate.measure(*given, brief=brief[threads], done=done))
     return certificate.merged(found)
 
 
@@ -132,7 +150,9 @@ def measure_pictures(bundle: Bundle, make: Callable[[int], Any], pictures: Sampl
     threads = max(thread_counts())
     engine, count = make(threads), len(pictures.inputs)
     company, single = (Compared(bundle, pictures.expected) for _ in range(2))
-    with serving(threads) as queue:
+    lone = range(0, count, -(-count // ALONE))
+    progress = windows.Progress((count + len(lone)) * engine.preprocessing.tokens)
+    with serving(threads, progress.add) as queue:
         embedder = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
 
         def embed(numbers: Sequence[int]) -> Float32:
@@ -142,7 +162,7 @@ def measure_pictures(bundle: Bundle, make: Callable[[int], Any], pictures: Sampl
             return np.stack([each.vector for each in found])
 
         company.add(range(count), embed(range(count)))
-        for number in range(0, count, -(-count // ALONE)):
+        for number in lone:
             single.add([number], embed([number]))
     return certificate.certify(bundle, engine, company, single, threads)
 

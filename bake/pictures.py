@@ -28,7 +28,7 @@ def read_processor(model: Any) -> Preprocessing:
     Raises: BakeError for a processor that does something this service cannot.
     """
     kind = type(getattr(model[0].processor, "image_processor", model[0].processor)).__name__
-    with refusing(f"its image processor ({kind}) is not understood: {FIXED}"):
+    with refusing(f"its image processor ({kind}) is {FIXED}"):
         options = _options(model)
         if "max_num_patches" in options:
             raise BakeError(f"its pictures keep their own shapes (NaFlex): {FIXED}")
@@ -96,7 +96,7 @@ def check_processor(model: Any, preprocessing: Preprocessing, pictures: Sequence
     Raises: BakeError when they differ.
     """
     for data, picture in zip(pictures, opened(model, pictures)):
-        with refusing("its own processor fails on a picture; correct preprocessor_config.json"):
+        with refusing("its own processor fails on a picture; mend preprocessor_config.json"):
             own = np.asarray(model.preprocess([picture])["pixel_values"], np.float32)
         pixels = preprocess(open_picture(data, ImageLimits()), preprocessing)
         ours = preprocessing.normalize(pixels[np.newaxis])

@@ -54,7 +54,7 @@ class Sample:
 def sample_texts(tokenizer: Any, prompt: str, window: int, count: int) -> list[str]:
     """Texts of all lengths, counted with prompt and special tokens: from one token of their own to
     `window` tokens, evenly spread; with a window over SHORT_WINDOW only up to EVEN_TOKENS, and
-    above that one for every doubling.
+    above that `window`, a quarter of it, a quarter of that …
 
     Raises: BakeError when the prompt leaves no room.
     """
@@ -65,12 +65,11 @@ def sample_texts(tokenizer: Any, prompt: str, window: int, count: int) -> list[s
             f"its default prompt leaves no room in a window of {window} tokens; give a larger "
             "--max-tokens, or another --default-prompt"
         )
-    lengths = []
-    even = window if window <= SHORT_WINDOW else EVEN_TOKENS
+    even, lengths = window if window <= SHORT_WINDOW else EVEN_TOKENS, []
     while window > even:
         lengths.append(window)
-        window //= 2
-    lengths += np.linspace(least, max(least, window), count - len(lengths)).round().tolist()
+        window //= 4
+    lengths += np.linspace(least, max(least, even), count - len(lengths)).round().tolist()
     texts = []
     for number, length in enumerate(lengths):
         text, tokens, phrase = "", least - 1, number

@@ -60,7 +60,10 @@ def as_published(options: Options, revision: str | None) -> Any:
 def _load(options: Options, revision: str | None, **model_kwargs: Any) -> tuple[Any, list[str]]:
     """As `load`, but for the window."""
     name = location(options.model, options.revision)
-    with refusing("sentence-transformers cannot load it"):
+    with refusing(
+        "sentence-transformers cannot load it; MODEL is a name on the Hugging Face hub, or a "
+        "folder as SentenceTransformer.save writes it"
+    ):
         plain = kinds.check(name, revision, options.pooling)
         try:
             model = SentenceTransformer(
@@ -178,7 +181,10 @@ def tokenizer(model: Any, replacement: str | None) -> tokenizers.Tokenizer:
             "add one to it (tokenizer.add_special_tokens), save it, and bake that folder"
         )
     if replacement:
-        with refusing(f"--tokenizer {replacement} cannot be loaded"):
+        with refusing(
+            f"--tokenizer {replacement} cannot be loaded; leave it out, or name a folder as "
+            "save_pretrained writes it"
+        ):
             chosen = transformers.AutoTokenizer.from_pretrained(replacement)
     fast = getattr(chosen, "backend_tokenizer", None) or _tokenizer_of_bytes(chosen)
     if fast is None:

@@ -83,13 +83,13 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
 
         if options.engine != "torch":
             try:
-                with refusing("OpenVINO and nncf are not there; --engine torch bakes without"):
+                with refusing("OpenVINO and nncf cannot be used; --engine torch bakes without"):
                     from bake import traced
                 given = options, model, tokenizer, samples, preprocessing, note
                 return traced.complete(begun(), *given)
             except (CannotTrace, BelowFloor) as error:
                 if options.engine == "openvino":
-                    raise
+                    raise BakeError(f"{error}; --engine torch runs it as it is") from None
                 if "int8" in (options.precisions or []):
                     raise BakeError(f"{error} (torch could run it, but not at int8)") from None
                 note(f"{error}. {INSTEAD}")

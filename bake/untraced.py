@@ -159,7 +159,10 @@ def certify(
 def certificates(bundle: Bundle, precision: Precision, samples: Sequence[Sample]) -> list[Parity]:
     """One for each sample, on the CPU. Raises: BelowFloor; BakeError when it cannot be loaded."""
     assert bundle.manifest.torch
-    with refusing("it cannot be loaded from what sentence-transformers saved of it"):
+    with refusing(
+        "it cannot be loaded from what SentenceTransformer.save writes of it; mend the code of its "
+        "modules (save, load), or bake another"
+    ):
         model = Model(bundle, [torch.device("cpu")], precision, bundle.manifest.torch.packed)
     makers: list[Callable[[int], Engine]] = [lambda _: TorchTextEngine(model)]
     makers.append(lambda _: TorchImageEngine(model))

@@ -4,7 +4,7 @@ as serving computes them. The bake measures it, and so does serving what the bak
 
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,34 @@ def _read(bundle: Bundle, names: Sequence[str]) -> list[npt.NDArray[Any]]:
         raise BundleError(f"bundle {bundle.path}: {SAMPLE} cannot be read ({error})") from None
 
 
+def _plan(texts: Texts, brief: bool) -> tuple[list[list[int]], list[int]]:
+    """The numbers of the texts that are computed in company, a list for each request, and alone."""
+    order = sorted(range(len(texts.ids)), key=lambda number: len(texts.ids[number]))
+    short = [number for number in order if len(texts.ids[number]) <= LONG]
+    requests = [short[::4] if brief else order]
+    mixed = short[::3]
+    step = -(-len(mixed) // MIXED)
+    requests += [mixed[first::step] for first in range(step if not brief else 0)]
+    requests += [short[first : first + 2] for first in range(0, min(PAIRED, len(short)), 2)]
+    alone = short[:SHORTEST] + short[SHORTEST :: max(1, len(short[SHORTEST:]) // ALONE)]
+    return requests, alone
+
+
+def work(texts: Texts, *, brief: bool = False) -> int:
+    """The number of tokens that `measure` has the engine compute."""
+    requests, alone = _plan(texts, brief)
+    numbers = [number for request in [*requests, alone, alone] for number in request]
+    return sum(len(texts.ids[number]) for number in numbers)
+
+
 def measure(
-    bundle: Bundle, engine: Engine, queue: Queue, texts: Texts, *, brief: bool = False
+    bundle: Bundle,
+    engine: Engine,
+    queue: Queue,
+    texts: Texts,
+    *,
+    brief: bool = False,
+    done: Callable[[int], None] = lambda tokens: None,
 ) -> Parity:
     """Compare an engine's vectors of texts with the expected ones: in company, in the batches that
     the queue makes, and alone.
@@ -66,17 +92,12 @@ def measure(
         engine: not widened yet; it is afterwards, unless `brief`.
         queue: started, with the settings of the service.
         brief: measure less, for an engine that was measured with other numbers of threads.
+        done: told the tokens of each text that was computed alone; of the others, `Queue.observe`
+            is told.
 
     Raises: BelowFloor for the engine's precision; what `Queue.submit` raises.
     """
-    order = sorted(range(len(texts.ids)), key=lambda number: len(texts.ids[number]))
-    short = [number for number in order if len(texts.ids[number]) <= LONG]
-    requests = [order[::4] if brief else order]
-    mixed = short[::3]
-    step = -(-len(mixed) // MIXED)
-    requests += [mixed[first::step] for first in range(step if not brief else 0)]
-    requests += [short[first : first + 2] for first in range(0, min(PAIRED, len(short)), 2)]
-    alone = short[:SHORTEST] + short[SHORTEST :: max(1, len(short[SHORTEST:]) // ALONE)]
+    requests, alone = _plan(texts, brief)
     company = Compared(bundle, texts.expected)
     for numbers in requests:
         ids = [texts.ids[number] for number in numbers]
@@ -88,6 +109,7 @@ def measure(
             engine.widen()
         for number in alone:
             single.add([number], engine.run([texts.ids[number]], alone=wide))
+            done(len(texts.ids[number]))
     return certify(bundle, engine, company, single, queue.threads)
 
 

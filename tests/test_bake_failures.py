@@ -1,6 +1,7 @@
 """A bake that fails, is stopped or is killed, at whatever stage, leaves nothing behind."""
 
 import concurrent.futures
+import json
 import pathlib
 import shutil
 import signal
@@ -11,9 +12,11 @@ import time
 import pytest
 from baking import FAR, Baked, content
 from servers import ROOT
+from test_bake_kinds_served import static
 
 import bake_model
 from engine import bundle as bundles
+from engine.openvino_backend import available_precisions
 
 STAGES = [
     "bake.source.load",
@@ -105,6 +108,127 @@ KILLS = {
     "kill-later": ("compressing weights to int8", signal.SIGKILL),
     "kill-last": ("checking vectors at fp32", signal.SIGKILL),
 }
+
+
+# What ends where the process kills itself: a function, at which of its calls; or a stage.
+ENDS = [
+    ("bake.source.load", 1),
+    ("bake.stages.sample_texts", 1),
+    ("bake.stages.reference", 1),
+    ("tracing to OpenVINO", 1),
+    ("bake.export.ov.save_model", 1),
+    ("compressing weights to int8", 1),
+    ("bake.export.ov.save_model", 2),
+    ("bake.traced.write_sample", 1),
+    ("bake.traced.encoder.describe", 1),
+    *((f"checking vectors at {precision}", 1) for precision in available_precisions()),
+    ("engine.bundle.fingerprint", 3),
+    ("engine.bundle.msgspec.json.format", 1),
+    ("pathlib.Path.write_bytes", 1),
+    ("os.rename", 1),
+    ("os.rename", 2),
+]
+TORCH_ENDS = [
+    ("saving the model", 1),
+    ("bake.untraced.gather_code", 1),
+    ("checking vectors at fp32", 1),
+]
+KILLING = """
+import contextlib, importlib, json, os, pathlib, signal, sys
+
+import bake_model
+from bake import export, stage, traced, untraced
+from engine import bundle as bundles
+from engine.errors import BundleError
+
+models, ends, options = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+# Whoever would clear up is killed too, as when a container is.
+bundles._watched = lambda *paths: contextlib.nullcontext()
+
+
+def dying(call, at):
+    calls = 0
+
+    def counted(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **named)
+
+    return counted
+
+
+def stop_at(name, at):
+    if " " in name:
+        end = dying(stage, at)
+        for module in (export, traced, untraced):
+            module.stage = lambda what: (end if what == name else stage)(what)
+        return
+    parts, rest = name.split("."), []
+    while True:
+        with contextlib.suppress(ImportError):
+            found = importlib.import_module(".".join(parts))
+            break
+        rest.insert(0, parts.pop())
+    for part in rest[:-1]:
+        found = getattr(found, part)
+    setattr(found, rest[-1], dying(getattr(found, rest[-1]), at))
+
+
+def bake(*end):
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        if end:
+            stop_at(*end)
+        bake_model.main(["--output", str(models), "--name", "x", *options])
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        (bundle,) = bundles.discover(models)
+        bundle.verify()
+        served = bundle.manifest.created
+    except BundleError:
+        served = None
+    print(json.dumps([code, served, sorted(path.name for path in models.iterdir())]))
+
+
+bake()
+for end in ends:
+    bake(*end)
+bake()
+"""
+
+
+@pytest.mark.usefixtures("torch_child")
+@pytest.mark.parametrize("engine", ["openvino", "torch"])
+def test_a_kill_at_any_stage_serves_no_half_made_bundle(
+    engine: str, tmp_path: pathlib.Path
+) -> None:
+    """The earlier bundle is served, and the next bake of the name leaves no trace of those that
+    were killed.
+    """
+    folder = static(tmp_path / "model")
+    ends = ENDS if engine == "openvino" else TORCH_ENDS
+    command = [sys.executable, "-c", KILLING, str(tmp_path / "models"), json.dumps(ends)]
+    command += [str(folder), "--max-tokens", "64", "--engine", engine]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *killed, last = [
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")
+    ]
+    assert [first[0], last[0]] == [0, 0] and first[1] and last[1] and first[1] != last[1]
+    assert first[2] == last[2] == ["x"]
+    assert len(killed) == len(ends)
+    left = 0
+    for (code, served, names), end in zip(killed, ends):
+        assert code == -signal.SIGKILL, end
+        between = end == ("os.rename", 2)  # the next bake moves it back
+        assert served == (None if between else first[1]), end
+        assert all(name.startswith(".x.") for name in names if name != "x"), end
+        left += len(names) > 1
+    assert left > len(ends) / 2
 
 
 @pytest.mark.usefixtures("torch_child")

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from transformers.image_utils import SizeDict
 
-from bake import BakeError
+from bake import BakeError, windows
 from bake.pictures import check_processor, read_processor
 from bake.samples import sample_pictures
 from engine.bundle import PARITY_FLOOR, Bundle, read
@@ -65,10 +65,23 @@ def test_the_legacy_clip_module(clip_models_dir: pathlib.Path, tiny_clip_folder:
     assert preprocessing.resampling == "bicubic" and preprocessing.tokens == 17
 
 
-def test_clip_in_the_transformer_module(tmp_path: pathlib.Path) -> None:
+def test_clip_in_the_transformer_module(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[windows.Progress] = []
+
+    class Progress(windows.Progress):
+        def __init__(self, total: float) -> None:
+            super().__init__(total)
+            begun.append(self)
+
+    monkeypatch.setattr(windows, "Progress", Progress)
     folder = tiny_clip.save(tmp_path / "clip", trained=False, legacy=False, patch_size=8)
     certified(bundle := bake(folder, tmp_path, *EVERY))
     assert bundle.preprocessing().tokens == 65  # both towers are of one size here
+    # Vectors are embedded once, and compared for each precision; each of texts and of pictures.
+    assert len(begun) == 2 + 2 * len(available_precisions())
+    assert all(progress._done == progress._total for progress in begun)
 
 
 def test_siglip(tmp_path: pathlib.Path) -> None:

@@ -243,9 +243,12 @@ class Recorder:
 def test_shapes_that_serving_makes_are_measured(baked: Any) -> None:
     texts = certificate.read_sample(baked.bundle)
     engine = Recorder(texts)
-    with serving(2) as queue:
-        parity = certificate.measure(baked.bundle, engine, queue, texts)  # type: ignore[arg-type]
+    told: list[int] = []  # for the time left
+    given: Any = baked.bundle, engine
+    with serving(2, told.append) as queue:
+        parity = certificate.measure(*given, queue, texts, done=told.append)
     assert parity.minimum == pytest.approx(1) and parity.threads == [2]
+    assert sum(told) == certificate.work(texts) > certificate.work(texts, brief=True)
     shortest = min(len(ids) for ids in texts.ids)
     for wide in (False, True):
         alone = {lengths[0] for lengths, flag, now in engine.seen if flag == now == wide}

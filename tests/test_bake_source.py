@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_code
 import tiny_models as tiny
 import transformers
 from baking import FAR, PROMPTS, Baked, bake, cosines, embed, refusal, serving
 from sentence_transformers import SentenceTransformer
+from tokenizers import processors
 
 from bake.samples import PROBE_TEXT
 from bake.source import location
@@ -39,20 +41,29 @@ def test_a_folder_of_a_packaged_model_s_name_is_a_folder(
 def test_what_is_no_model_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "model").mkdir()
     line = refusal(tmp_path / "model", tmp_path / "models")
-    assert ": sentence-transformers cannot load it: " in line
+    assert ": sentence-transformers cannot load it; MODEL is a name on the Hugging Face hub" in line
 
 
 def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path: pathlib.Path) -> None:
-    folder = tiny.save(tmp_path / "model", heads=[tiny.Broken()])
+    folder = tiny.save(tmp_path / "model", heads=[tiny_code.Broken()])
     line = refusal(folder, tmp_path / "models")
     assert ": it brings Python code of its own, which only --trust-remote-code runs: " in line
-    assert "tiny_models.Broken" in line
+    assert "tiny_code.Broken" in line
 
 
 def chatting() -> tiny.Made:
     tokenizer, model = tiny.bert()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer, model
+
+
+def repeating() -> tiny.Made:
+    """Its template has the text twice: serving puts special tokens around a chunk, and no text."""
+    tokenizer = tiny.byte_level(pad_token="[PAD]")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tiny.bert(tokenizer)
 
 
 def slow_tokenizer() -> tiny.Made:
@@ -66,6 +77,11 @@ def slow_tokenizer() -> tiny.Made:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (
+            {"make": repeating},
+            "the tokenizer's special tokens are not a prefix and a suffix: serving cannot cut texts with "
+            "it; bake",
+        ),
         ({"make": chatting}, "it renders texts through its tokenizer's chat template: not "),
         (
             {"make": slow_tokenizer},
@@ -74,7 +90,7 @@ def slow_tokenizer() -> tiny.Made:
             "with --tokenizer",
         ),
     ],
-    ids=["chat-template", "slow-tokenizer"],
+    ids=["text-twice", "chat-template", "slow-tokenizer"],
 )
 def test_what_serving_could_not_do_is_refused(
     options: dict[str, Any], says: str, tmp_path: pathlib.Path
@@ -99,6 +115,19 @@ def test_tokenizers_of_bytes(make: Callable[[], tiny.Made], tmp_path: pathlib.Pa
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
     with serving(bundle) as (embedder, _):
         assert cosines(embed(embedder, texts), expected).min() >= 0.9999
+
+
+def test_a_window_shorter_than_the_probe(tmp_path: pathlib.Path) -> None:
+    """There are no positions for more."""
+
+    def make() -> tiny.Made:
+        tokenizer = transformers.ByT5Tokenizer()
+        config = transformers.BertConfig(**tiny.sizes(tokenizer, 32))
+        return tokenizer, transformers.BertModel(config)
+
+    folder = tiny.save(tmp_path / "model", make)
+    bundle = bake(folder, tmp_path / "models")
+    assert bundle.manifest.max_tokens == 32 and not bundle.manifest.torch
 
 
 def test_prompts_are_kept_and_the_default_one_is_used(bert: pathlib.Path, baked: Baked) -> None:
@@ -210,4 +239,4 @@ def test_another_tokenizer_must_give_the_models_own_ids(
         ": the tokenizer gives other ids than the model's own, first for '.+': leave out", line
     )
     line = refusal(bare, tmp_path / "models", "--tokenizer", str(tmp_path / "absent"))
-    assert f": --tokenizer {tmp_path / 'absent'} cannot be loaded: " in line
+    assert f": --tokenizer {tmp_path / 'absent'} cannot be loaded; leave it out, or name" in line
