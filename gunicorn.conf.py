@@ -23,7 +23,8 @@ from engine.models import Models
 from server.limits import Limits
 from server.spread import Spread
 from server.worker import Worker, drain_gently
-from settings import DEFAULT_API_KEY, Settings, SettingsError
+from keys import DEFAULT_KEY
+from settings import Settings, SettingsError
 
 gc.freeze()  # collections in workers need not look through what they share with the master
 gc.enable()
@@ -52,7 +53,7 @@ except WRONG as error:
 logs.configure(settings.log_format, settings.log_level, settings.secrets)
 metrics.name_keys(name for name, _ in settings.keys)
 log = logging.getLogger("start")
-if DEFAULT_API_KEY in settings.api_keys:
+if DEFAULT_KEY in settings.api_keys:
     log.warning("VECTOR_EMBEDDER_API_KEY is the default, which everybody knows. Set your own.")
 for name, meant in configuration.near_misses(os.environ).items():
     log.warning("%s is not a setting; did you mean %s?", name, meant)

@@ -4,20 +4,17 @@ start.
 
 import difflib
 import errno
-import ipaddress
 import os
 import pathlib
 import re
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-DEFAULT_API_KEY = "abc123"
+from keys import DEFAULT_KEY, SHORT_KEY, ApiKey, parse_keys, parse_limits, why_unsafe
+
 CL100K_TABLE = pathlib.Path(__file__).parent / "api" / "cl100k_base.bin"  # api/cl100k.py makes it
-SHORT_KEY = 8  # characters; a key of fewer can be guessed
-KEY_NAME = r"[A-Za-z0-9_-]{1,32}"
-KEY_LIMITS = ("requests_per_second", "tokens_per_minute", "concurrent_tokens")
 # An origin (RFC 6454) in ASCII; applications have schemes of their own, such as capacitor.
 _ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:]+\])(?::\d{1,5})?"
@@ -27,13 +24,6 @@ _OTHERS_NAMES = {"MODEL_DIR", "CCACHE_SIZE"}  # close to ours, and used by other
 
 class SettingsError(Exception):
     """A variable holds what it cannot take; the message names it, what it got and what it takes."""
-
-
-class ApiKey(NamedTuple):
-    """A key and its name, which logs and metrics show: `#1` for the first key if it has none."""
-
-    name: str
-    key: str
 
 
 def _option(name: str, default: Any, help: str, **rules: Any) -> Any:
@@ -69,7 +59,7 @@ class Settings:
 
     api_key: str = _option(
         "VECTOR_EMBEDDER_API_KEY",
-        DEFAULT_API_KEY,
+        DEFAULT_KEY,
         "one or several keys, comma-separated, each as `key` or `name:key`; the default, and keys "
         "under 8 characters, are refused where others can reach them",
     )
@@ -266,12 +256,7 @@ class Settings:
 
     @property
     def keys(self) -> tuple[ApiKey, ...]:
-        entries = [entry.strip() for entry in self.api_key.split(",")]
-        named = {entry: re.fullmatch(f"({KEY_NAME}):(.*)", entry) for entry in entries}
-        return tuple(
-            ApiKey(*match.groups()) if match else ApiKey(f"#{entries.index(entry) + 1}", entry)
-            for entry, match in named.items()
-        )
+        return parse_keys(self.api_key)
 
     @property
     def api_keys(self) -> tuple[str, ...]:
@@ -285,37 +270,11 @@ class Settings:
 
     @property
     def limits_of_keys(self) -> dict[str, dict[str, float]]:
-        """The limits of each key that has some, by its name; those of KEY_LIMITS.
-
-        Raises: SettingsError.
-        """
-        names, given = {name for name, _ in self.keys}, dict[str, dict[str, float]]()
-        for entry in self.key_limits.split(",") if self.key_limits else ():
-            name, _, limits = (part.strip() for part in entry.partition(":"))
-            pairs = [tuple(map(str.strip, limit.split("="))) for limit in limits.split(";")]
-            twice = name in given
-            try:
-                given[name] = {limit: float(value) for limit, value in pairs}
-            except ValueError:
-                pairs = []
-            if (
-                not pairs
-                or twice
-                or len(given[name]) < len(pairs)
-                or not set(given[name]) <= set(KEY_LIMITS)
-                or not all(0 < value < 1e12 for value in given[name].values())
-            ):
-                raise SettingsError(
-                    f"KEY_LIMITS={self.key_limits!r}; it takes name:limit=number;limit=number for "
-                    f"several keys, comma-separated, with limits of {', '.join(KEY_LIMITS)}"
-                )
-        if unknown := sorted(set(given) - names - {"*"}):
-            raise SettingsError(
-                f"KEY_LIMITS names {', '.join(map(repr, unknown))}; the keys are named "
-                f"{', '.join(sorted(names))}; `*` is for all without limits of their own"
-            )
-        others = given.pop("*", None)
-        return given if others is None else {name: given.get(name, others) for name in names}
+        """The limits of each key that has some, by its name. Raises: SettingsError."""
+        try:
+            return parse_limits(self.key_limits, [name for name, _ in self.keys])
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
 
     @property
     def origins(self) -> tuple[str, ...]:
@@ -411,27 +370,13 @@ def refuse_open_door(settings: Settings, hosts: Iterable[str]) -> None:
 
     Raises: SettingsError.
     """
-    hosts = [host for host in hosts if not _is_loopback(host)]
-    if settings.allow_default_key or not hosts:
-        return
-    name = "VECTOR_EMBEDDER_API_KEY" + ("_FILE" if settings.api_key_file else "")
-    if DEFAULT_API_KEY in settings.api_keys:
-        what = "is the default, which everybody knows"
-    elif any(len(key) < SHORT_KEY for key in settings.api_keys):
-        what = f"has a key of under {SHORT_KEY} characters, which can be guessed"
-    else:
-        return
-    raise SettingsError(
-        f"{name} {what}, and others can reach {hosts[0]}; set one of your own (`openssl rand -hex "
-        "24` makes one), or HOST=127.0.0.1 to serve this machine alone, or ALLOW_DEFAULT_KEY=1"
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    why = None if settings.allow_default_key else why_unsafe(settings.api_keys, hosts)
+    if why:
+        name = "VECTOR_EMBEDDER_API_KEY" + ("_FILE" if settings.api_key_file else "")
+        raise SettingsError(
+            f"{name} {why}; set one of your own (`openssl rand -hex 24` makes one), or "
+            "HOST=127.0.0.1 to serve this machine alone, or ALLOW_DEFAULT_KEY=1"
+        )
 
 
 def near_misses(environ: Mapping[str, str]) -> dict[str, str]:

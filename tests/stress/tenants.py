@@ -41,6 +41,14 @@ class Report(NamedTuple):
         answered = set(self.queries.counts()) == {200}
         return answered and self.queries.latency(99) <= WITHIN and self.kept >= KEPT
 
+    @property
+    def explained(self) -> str:
+        return (
+            f"A is alone at first. Then B sends a query every {EVERY} s: none may be refused, 99 % "
+            f"must be answered within {WITHIN * 1e3:.0f} ms, and A must keep {KEPT:.0%} of its own "
+            "speed."
+        )
+
     def __str__(self) -> str:
         latency = [self.queries.latency(percent) * 1e3 for percent in (50, 99, 100)]
         return (
