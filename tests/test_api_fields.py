@@ -396,3 +396,10 @@ def test_which_param_is_wrong_is_told_to_openais_clients(service: Server) -> Non
     for query in ("dimensions=x", "dimensions=1&dimensions=1", "dimensions=9"):
         response = service.post(f"/v1/embeddings?{query}", {"input": "a", "dimensions": 8})
         assert response.json()["error"]["param"] == "dimensions", response.text
+
+
+def test_a_prompt_that_is_empty_is_listed_and_changes_nothing(service: Server) -> None:
+    model = service.client.get(f"/v1/models/{NAME}").json()
+    assert model["prompts"] == {"query": "", "document": ""} and model["default_prompt"] is None
+    for name in model["prompts"]:
+        assert same(service.embed("a", prompt_name=name), service.embed("a"))
