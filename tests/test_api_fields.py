@@ -105,6 +105,12 @@ def test_thousands_of_names_are_counted(service: Server) -> None:
     assert names == [*(f"f{at}" for at in range(16)), "(4984 more)"]
 
 
+def test_a_body_of_very_many_fields_is_not_searched(service: Server) -> None:
+    body = b'{"inputs": "a", %s}' % b",".join(b'"%d":1' % at for at in range(200_000))
+    response = service.post("/embed", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 200 and response.headers[HEADER] == "(unnamed)"
+
+
 @pytest.mark.parametrize("path", LENIENT)
 def test_what_is_known_there_and_has_no_effect_here_is_not_called_ignored(
     service: Server, path: str
