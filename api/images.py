@@ -156,7 +156,7 @@ def _decode(text: str, index: int) -> bytes:
 
 
 def _decode_base64(encoded: bytes, index: int) -> bytes:
-    encoded = encoded.translate(_PLAIN_BASE64, b" \t\r\n").rstrip(b"=")
+    encoded = encoded.translate(_PLAIN_BASE64, b" \t\r\n")
     try:
         return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except binascii.Error as error:

@@ -105,6 +105,12 @@ def test_thousands_of_names_are_counted(service: Server) -> None:
     assert names == [*(f"f{at}" for at in range(16)), "(4984 more)"]
 
 
+def test_a_body_of_very_many_fields_is_not_searched(service: Server) -> None:
+    body = b'{"inputs": "a", %s}' % b",".join(b'"%d":1' % at for at in range(200_000))
+    response = service.post("/embed", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 200 and response.headers[HEADER] == "(unnamed)"
+
+
 @pytest.mark.parametrize("path", LENIENT)
 def test_what_is_known_there_and_has_no_effect_here_is_not_called_ignored(
     service: Server, path: str
@@ -396,3 +402,10 @@ def test_which_param_is_wrong_is_told_to_openais_clients(service: Server) -> Non
     for query in ("dimensions=x", "dimensions=1&dimensions=1", "dimensions=9"):
         response = service.post(f"/v1/embeddings?{query}", {"input": "a", "dimensions": 8})
         assert response.json()["error"]["param"] == "dimensions", response.text
+
+
+def test_a_prompt_that_is_empty_is_listed_and_changes_nothing(service: Server) -> None:
+    model = service.client.get(f"/v1/models/{NAME}").json()
+    assert model["prompts"] == {"query": "", "document": ""} and model["default_prompt"] is None
+    for name in model["prompts"]:
+        assert same(service.embed("a", prompt_name=name), service.embed("a"))

@@ -9,7 +9,6 @@ import random
 import select
 import struct
 import time
-import urllib.parse
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -133,52 +132,6 @@ def test_a_batch_keeps_its_order_in_json_and_in_files(clip_service: Server) -> N
         assert np.diag(cosines(rows[:, 0], alone)).min() > 0.99999
 
 
-def in_other_letters(data: bytes) -> dict[str, str]:
-    """Ways to write a picture in JSON that clients use."""
-    plain, quote = text(data), urllib.parse.quote
-    safe = base64.urlsafe_b64encode(data).decode()
-    assert "-" in safe and "_" in safe and plain.endswith("=")
-    uri = f"data:image/png;base64,{plain}"
-    return {
-        "url-safe": safe,
-        "url-safe, no padding": safe.rstrip("="),
-        "no padding": plain.rstrip("="),
-        "percent-encoded base64": quote(plain, safe=""),
-        "percent-encoded base64 in a URI": f"data:image/png;base64,{quote(plain, safe='')}",
-        "percent-encoded bytes": f"data:image/png,{quote(data)}",
-        "lower-case escapes": "data:image/png," + "".join(f"%{byte:02x}" for byte in data),
-        "percent-encoded URI": quote(uri, safe=""),
-        "leading blank": f" {uri}",
-        "leading lines": f"\n\t\r\n {uri}",
-        "leading blank before base64": f"\n  {plain}",
-        "trailing line": f"{uri}\n",
-        "lines": uri.replace(",", ",\r\n") + "\r\n",
-        "wrapped": "data:image/png;base64,\n" + base64.encodebytes(data).decode(),
-        "indented": "\n    ".join(base64.encodebytes(data).decode().splitlines()),
-        "wrapped, url-safe, no padding": "\n".join([safe[:50], safe[50:].rstrip("="), ""]),
-        "capitals": uri.replace("data:image/png;base64", "DATA:IMAGE/PNG;BASE64"),
-        "parameters": uri.replace(";base64", ";name=a.png; base64"),
-        "no type": uri.replace("image/png", ""),
-    }
-
-
-def test_base64_and_data_uris_as_clients_write_them(clip_service: Server) -> None:
-    seeds = (shape("blue", "circle", seed) for seed in range(99))
-    data = next(
-        data
-        for data in seeds
-        if text(data).endswith("=") and "+" in text(data) and "/" in text(data)
-    )
-    ways, expected = in_other_letters(data), see(clip_service, data).tolist()
-    for way, image in ways.items():
-        response = clip_service.post("/embeddings/image", {"image": image})
-        assert response.status_code == 200, (way, response.text)
-        assert np.allclose(response.json()["embeddings"], [expected], atol=1e-5), way
-    images = list(ways.values())[:20]
-    batch = clip_service.post("/embeddings/image/batch", {"images": images}).json()["embeddings"]
-    assert np.allclose(batch, [[expected]] * len(images), atol=1e-5)
-
-
 def test_dimensions_in_json_query_and_field(clip_service: Server) -> None:
     data, path = shape("green"), "/embeddings/image"
     whole = see(clip_service, data)
@@ -293,99 +246,6 @@ def test_a_text_only_model_says_how_to_get_one_for_pictures(service: Server, pat
     assert service.embed("a text")
 
 
-# Pictures among texts
-
-
-def test_openais_route_takes_data_uris_for_pictures(clip_service: Server) -> None:
-    data = shape("blue", "circle")
-    uri, expected = f"data:image/png;base64,{text(data)}", see(clip_service, data).tolist()
-    wrapped = "data:image/png;base64,\n" + base64.encodebytes(data).decode()
-    ways = [uri, f"\n {uri}", wrapped, uri.replace("data:image", "Data:Image")]
-    ways += ["data:image/png," + urllib.parse.quote(data), uri.replace("png", "x;name=a b.png")]
-    for sent in ways:
-        for more in ({}, {"modality": None}, {"modality": "image"}):
-            response = clip_service.post("/v1/embeddings", {"input": [sent], **more})
-            assert response.status_code == 200, response.text
-            vector = response.json()["data"][0]["embedding"]
-            assert np.allclose(vector, expected, atol=1e-5)
-    response = clip_service.post("/v1/embeddings", {"input": ways})
-    vectors = [entry["embedding"] for entry in response.json()["data"]]
-    assert np.allclose(vectors, [expected] * len(ways), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        "data:image/png;base64, is how a picture's URI begins",
-        "data:image/png;base64,iVBORw0KGgo= and more",
-        "see data:image/png;base64,iVBORw0KGgo=",
-        "data:text/plain;base64,aGVsbG8=",
-        "data: image/png, and other kinds",
-        "data:image/png",
-    ],
-)
-def test_prose_about_data_uris_is_a_text(clip_service: Server, sent: str) -> None:
-    response = clip_service.post("/v1/embeddings", {"input": sent, "modality": "text"})
-    assert response.status_code == 200
-    expected = response.json()["data"][0]["embedding"]
-    answer = clip_service.post("/v1/embeddings", {"input": sent}).json()
-    assert np.allclose(answer["data"][0]["embedding"], expected, atol=1e-5)
-    assert np.allclose(clip_service.embed(sent), expected, atol=1e-5)
-
-
-def test_texts_and_pictures_do_not_mix(clip_service: Server) -> None:
-    uri = f"data:image/png;base64,{text(PNG)}"
-    for sent, index in ((["a", uri], 1), ([uri, uri, "a"], 2)):
-        response = clip_service.post("/v1/embeddings", {"input": sent})
-        assert response.status_code == 400
-        error = response.json()["error"]
-        assert error["param"] == "input" and error["message"].startswith(f"$.input[{index}]: ")
-        assert "texts and pictures are mixed" in error["message"]
-    as_text = clip_service.post("/v1/embeddings", {"input": ["a", uri], "modality": "text"})
-    assert as_text.status_code == 200
-    response = clip_service.post("/v1/embeddings", {"input": [uri, "data:image/png;base64,!"]})
-    assert response.json()["error"]["message"].startswith("$.input[1]: not valid base64")
-
-
-PICTURE_TEXT = f" data:image/jpeg;base64,{text(shape('red'))}"
-
-
-@pytest.mark.parametrize(
-    "path, body, place",
-    [
-        ("/embeddings", {"text": PICTURE_TEXT}, "$.text: "),
-        ("/embeddings/batch", {"texts": ["a", PICTURE_TEXT]}, "$.texts[1]: "),
-        ("/embed", {"text": PICTURE_TEXT}, "$.text: "),
-        ("/embed", {"inputs": PICTURE_TEXT}, "$.inputs: "),
-        ("/embed", {"inputs": ["a", "b", PICTURE_TEXT]}, "$.inputs[2]: "),
-        ("/", {"inputs": [PICTURE_TEXT]}, "$.inputs[0]: "),
-        (
-            "/similarity",
-            {"inputs": {"source_sentence": "a", "sentences": ["b", PICTURE_TEXT]}},
-            "$.inputs.sentences[1]: ",
-        ),
-        (
-            "/",
-            {"inputs": {"source_sentence": PICTURE_TEXT, "sentences": ["b"]}},
-            "$.inputs.source_sentence: ",
-        ),
-    ],
-)
-def test_other_routes_say_where_pictures_go(
-    clip_service: Server, service: Server, path: str, body: Any, place: str
-) -> None:
-    response = clip_service.post(path, body)
-    refusal(response, 400, "validation", place, "/embeddings/image", "/v1/embeddings")
-    refusal(service.post(path, body), 501, "not_supported", "takes texts only")
-
-
-def test_a_model_of_texts_takes_no_data_uri_for_a_text(service: Server) -> None:
-    response = service.post("/v1/embeddings", {"input": [PICTURE_TEXT]})
-    assert response.status_code == 501 and "takes texts only" in response.text
-    response = service.post("/v1/embeddings", {"input": PICTURE_TEXT, "modality": "text"})
-    assert response.status_code == 200
-
-
 # Bad input
 
 
@@ -487,8 +347,9 @@ def test_what_is_not_a_picture_is_refused_by_name(
         ({}, ["image"]),
         ({"image": None}, ["$.image", "null"]),
         ({"image": ["a"]}, ["$.image", "array"]),
-        ({"images": []}, ["unknown field", "images"]),
-        ({"image": "a", "text": "b"}, ["unknown field", "text"]),
+        ({"images": []}, ["unknown field", "`images` is what /embeddings/image/batch takes"]),
+        ({"image": "a", "text": "b"}, ["unknown field", "`text` is what /embeddings takes"]),
+        ({"input": "a"}, ["unknown field", "`input` is what /v1/embeddings takes"]),
         ({"image": "a", "prompt_name": "query"}, ["unknown field", "prompt_name"]),
     ],
     ids=ascii,
