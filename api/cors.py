@@ -58,7 +58,8 @@ class Cors:
         origin = self._allowed(request)
         made = [] if origin == "*" else [("Vary", "Origin")]
         if origin:
-            names = ", ".join(dict.fromkeys(name for name, _ in others if name != "Vary"))
+            read = [name for name, _ in others if not name.startswith(("Vary", "Access-Control"))]
+            names = ", ".join(dict.fromkeys(read))
             made.append(("Access-Control-Allow-Origin", origin))
             made.append(("Access-Control-Expose-Headers", names))
         return made
