@@ -200,7 +200,7 @@ def test_probes_are_answered_while_every_thread_is_busy(
             for _ in range(3):
                 answer = turned_away()
                 assert answer.status_code == 429
-                assert answer.headers["Retry-After"] == "1"
+                assert answer.headers["Retry-After"] in ("1", "2", "3")
                 assert answer.headers["Connection"] == "keep-alive"
                 assert "2 threads are busy" in answer.json()["error"]["message"]
             with server.http() as sock:  # the body, if it comes, must not look like a request
