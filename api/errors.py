@@ -7,6 +7,7 @@ import msgspec
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
 from engine import errors
+from engine.admission import spread
 from server.messages import HttpError, Request, Response
 from server.tasks import Busy
 
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 # The OpenAI SDK repeats every 5xx unless `x-should-retry: false` says that it is of no use.
 _NOT_WORTH_A_RETRY = (501, 504)
 _RETRY = {"Retry-After": "1"}
+BUSY_SECONDS = 2.0  # after which to try again for a thread, or a little sooner or later
 
 # domain error: (status, error_type, further headers)
 _ANSWERS: dict[type[errors.EmbedderError], tuple[int, str, dict[str, str]]] = {
@@ -122,7 +124,8 @@ def _describe(error: Exception) -> tuple[int, str, str, str | None, Mapping[str,
             return status, error_type, str(error), "input", headers  # it is a limit on inputs
         return status, error_type, str(error), error.field, headers
     if isinstance(error, Busy):
-        return 429, "overloaded", f"{error}; send this request again later", None, _RETRY
+        retry = {"Retry-After": str(spread(BUSY_SECONDS))}
+        return 429, "overloaded", f"{error}; send this request again later", None, retry
     if isinstance(error, NotFound):
         return 404, "not_found", "no such route; /docs lists those there are", None, {}
     if isinstance(error, MethodNotAllowed):

@@ -138,8 +138,11 @@ class Admission:
         )
 
     def _over(self, what: str, added: int, most: float, waiting: int) -> QueueFull:
+        limit = f"{int(most)} (MAX_QUEUE_TOKENS"
+        if most < self.max_queue_tokens:
+            limit += f"={self.max_queue_tokens}, of which a part is kept for others"
         return QueueFull(
-            f"{what} and this request adds {added}; the limit is {int(most)} (MAX_QUEUE_TOKENS)",
+            f"{what} and this request adds {added}; the limit is {limit})",
             spread(self._wait(waiting)),
         )
 

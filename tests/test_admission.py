@@ -62,7 +62,7 @@ def test_no_tenant_of_several_fills_the_queue_alone() -> None:
     assert admit(made, 0, full) is None
     assert admit(made, 1, full) == (
         "800 tokens of this key are waiting and this request adds 1; the limit is 800 "
-        "(MAX_QUEUE_TOKENS)"
+        "(MAX_QUEUE_TOKENS=900, of which a part is kept for others)"
     )
     assert admit(made, 100, other, full) is None
     assert "the limit is 900 " in str(admit(made, 101, other, full))

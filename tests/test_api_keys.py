@@ -18,9 +18,9 @@ from test_api_logs import entry
 from test_server import children
 
 KEYS = {
+    "slow": "slow-key-0123456789",  # the first, with which a worker warms up
     "app": "app-key-0123456789",
     "batch": "batch-key-0123456789",
-    "slow": "slow-key-0123456789",
     "few": "few-key-0123456789",
     "#5": "a-key-without-a-name",
 }

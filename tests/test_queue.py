@@ -583,7 +583,7 @@ def test_while_one_tenant_keeps_the_queue_full_anothers_queries_are_taken(bench:
             with pytest.raises(QueueFull) as info:
                 batch.result()
             refusals.append(str(info.value))
-    assert len(refusals) == 4 and "the limit is 17500 (MAX_QUEUE_TOKENS)" in refusals[0]
+    assert len(refusals) == 4 and "the limit is 17500 (MAX_QUEUE_TOKENS=20000" in refusals[0]
     assert b.queue.full("batches", 2000)
     queries = [b.submit((marker, 12), tenant="queries") for marker in range(100, 112)]
     assert b.queue.full("queries", 12) is None and b.queue.full("somebody", 12) is None

@@ -114,10 +114,10 @@ def test_connections_are_balanced_over_the_workers(models_dir: pathlib.Path) -> 
 
 
 def test_one_keys_queries_are_answered_beside_anothers_batches(models_dir: pathlib.Path) -> None:
-    command = tenants.tenants(seconds=1.0, batches=4, texts=8, MODELS_DIR=str(models_dir))
+    command = tenants.tenants(seconds=1.0, rounds=1, batches=4, texts=8, MODELS_DIR=str(models_dir))
     report = uvloop.run(command)
-    assert set(report.queries.counts()) == set(report.beside.counts()) == {200}, str(report)
-    assert report.queries.counts()[200] == 2 and report.alone.counts()[200]
+    assert set(report.queries.counts()) == set(report.batches.counts()) == {200}, str(report)
+    assert report.queries.counts()[200] == 2
 
 
 @pytest.mark.parametrize(("held", "says"), [([4, 4], "passed"), ([8, 0], "FAILED")])
@@ -217,7 +217,7 @@ def test_probes_are_answered_while_every_thread_is_busy(
             for _ in range(3):
                 answer = turned_away()
                 assert answer.status_code == 429
-                assert answer.headers["Retry-After"] == "1"
+                assert answer.headers["Retry-After"] in ("1", "2", "3")
                 assert answer.headers["Connection"] == "keep-alive"
                 assert "2 threads are busy" in answer.json()["error"]["message"]
             with server.http() as sock:  # the body, if it comes, must not look like a request
