@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from bake import CannotTrace, one_line, refusing, stage
 from bake.rewrite import fold_scales, shrink_masks, unpadded
-from engine.bundle import Modality, Precision, Preprocessing, graph_file
+from engine.bundle import Modality, Preprocessing, graph_file
 from engine.errors import EngineFailed
 from engine.pipeline import Pipeline
 
@@ -101,29 +101,28 @@ def running() -> Iterator[None]:
         raise CannotTrace(f"{one_line(error)}: OpenVINO cannot run its graph") from error
 
 
-def export(
-    modality: Modality,
-    trace: Callable[[], Any],
-    folder: pathlib.Path,
-    precisions: Sequence[Precision],
-) -> list[str]:
-    """Trace one tower and write its graphs into a bundle's folder. Weights are kept in fp16, which
-    has half the size at cosine 1.00000, or in int8 with one scale an output channel; activations
+def export(modality: Modality, trace: Callable[[], Any], folder: pathlib.Path) -> list[str]:
+    """Trace one tower and write its graph into a bundle's folder. Weights are kept in fp16, which
+    has half the size at cosine 1.00000.
+
+    Returns: the names of the files.
+    """
+    with stage(_TRACING[modality]):
+        return _save(trace(), folder / graph_file(modality, "fp32"))
+
+
+def compress(modality: Modality, folder: pathlib.Path) -> list[str]:
+    """Write the graph once more, with weights in int8 with one scale an output channel; activations
     are quantised at run time.
 
     Returns: the names of the files.
     """
-    traced = folder / graph_file(modality, "fp32")
-    with stage(_TRACING[modality]):
-        files = _save(trace(), traced)
-    if "int8" in precisions:
-        with stage(_COMPRESSING[modality]), open(os.devnull, "w") as nowhere:
-            nncf.set_log_level(logging.ERROR)
-            with contextlib.redirect_stdout(nowhere):
-                graph = ov.Core().read_model(traced)
-                small = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-            files += _save(small, folder / graph_file(modality, "int8"))
-    return files
+    with stage(_COMPRESSING[modality]), open(os.devnull, "w") as nowhere:
+        nncf.set_log_level(logging.ERROR)
+        with contextlib.redirect_stdout(nowhere):
+            graph = ov.Core().read_model(folder / graph_file(modality, "fp32"))
+            small = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+        return _save(small, folder / graph_file(modality, "int8"))
 
 
 def _save(graph: Any, path: pathlib.Path) -> list[str]:

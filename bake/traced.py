@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from bake import Options, encoder, stage
-from bake.export import export, running, trace_pictures, trace_texts
+from bake.export import compress, export, running, trace_pictures, trace_texts
 from bake.parity import enter, leave_out, measure, write_sample
 from bake.samples import Sample
 from engine.bundle import SAMPLE, Backend, Bundle, Manifest, Precision, Preprocessing, graph_file
@@ -31,6 +31,7 @@ def complete(
 
     Args:
         bundle: with its tokenizer, and PREPROCESSING where the model takes pictures.
+        model: loses its weights.
         note: told what the user should know.
 
     Returns: the manifest, complete.
@@ -38,14 +39,17 @@ def complete(
     """
     manifest = bundle.manifest
     trace = partial(trace_texts, model, tokenizer, samples[0].inputs)
-    files = export("text", trace, bundle.path, manifest.precisions)
+    files = export("text", trace, bundle.path)
     if preprocessing:
-        trace = partial(trace_pictures, model, preprocessing)
-        files += export("image", trace, bundle.path, manifest.precisions)
-    write_sample(bundle, samples)
-    bundle.record([*files, SAMPLE])
+        files += export("image", partial(trace_pictures, model, preprocessing), bundle.path)
     graph = bundle.file(graph_file("text", "fp32"))
     manifest.encoder = encoder.describe(model, tokenizer, graph)
+    model.to("meta")  # give its memory back: what follows needs as much
+    if "int8" in manifest.precisions:
+        for modality in manifest.modalities:
+            files += compress(modality, bundle.path)
+    write_sample(bundle, samples)
+    bundle.record([*files, SAMPLE])
     certify(bundle, options, samples, note)
     return manifest
 

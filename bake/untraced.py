@@ -149,7 +149,10 @@ def certify(
                     parities = certificates(bundle, precision, samples)
         except BelowFloor as error:
             if precision == "fp32":
-                raise BakeError(str(error)) from None
+                raise BakeError(
+                    f"{error}; torch computes what sentence-transformers does, so they depend on "
+                    "more than the text (on padding, on chance): bake another model"
+                ) from None
             leave_out(bundle, "torch", precision, error, options, note)
         else:
             enter(bundle, "torch", precision, parities)

@@ -181,6 +181,16 @@ def fnet() -> tiny.Made:
     return tokenizer, transformers.FNetModel(transformers.FNetConfig(**sizes))
 
 
+def reformer() -> tiny.Made:
+    """It pads texts longer than a chunk to a multiple of it: short ones give nothing away."""
+    tokenizer = tiny.trained(transformers.XLMRobertaTokenizer, tiny.ROBERTA_TOKENS)
+    sizes = tiny.sizes(tokenizer, attention_head_size=16, axial_pos_embds=False)
+    config = transformers.ReformerConfig(
+        **sizes, feed_forward_size=64, attn_layers=["local"] * 2, local_attn_chunk_length=16
+    )
+    return tokenizer, transformers.ReformerModel(config)
+
+
 def convolving(folder: pathlib.Path) -> pathlib.Path:
     bert = SentenceTransformer(str(tiny.save(folder.with_name("bert"))), device="cpu")[0]
     modules = [bert, CNN(tiny.WIDTH, 16, [1, 3, 5]), Pooling(48)]
@@ -194,8 +204,9 @@ def convolving(folder: pathlib.Path) -> pathlib.Path:
         convolving,
         lambda folder: tiny.save(folder, convbert),
         lambda folder: tiny.save(folder, fnet),
+        lambda folder: tiny.save(folder, reformer),
     ],
-    ids=["cnn", "convbert", "fnet"],
+    ids=["cnn", "convbert", "fnet", "reformer"],
 )
 def test_what_depends_on_padding_is_computed_alone(
     make: Callable[[pathlib.Path], pathlib.Path],

@@ -79,8 +79,8 @@ def slow_tokenizer() -> tiny.Made:
     [
         (
             {"make": repeating},
-            "the tokenizer's special tokens are not a prefix and a suffix: serving cannot cut texts with "
-            "it; bake",
+            "the tokenizer's special tokens are not a prefix and a suffix: serving cannot cut "
+            "texts with it; bake",
         ),
         ({"make": chatting}, "it renders texts through its tokenizer's chat template: not "),
         (

@@ -196,7 +196,9 @@ KINDS: dict[str, Kind] = {
         "GPTNeo", models.gpt2, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
     ),
     "GPT-J": causal("GPTJ", models.gpt2, **models.GPT, rotary_dim=16),
-    "CodeGen": causal("CodeGen", models.gpt2, **{**models.GPT, "n_head": 4}, rotary_dim=8),
+    "CodeGen": causal(
+        "CodeGen", models.gpt2, **{**models.GPT, "n_head": 4}, num_attention_heads=4, rotary_dim=8
+    ),
     "GPT-BigCode": causal("GPTBigCode", models.gpt2, **models.GPT),
     "GPT-NeoX, Pythia": causal("GPTNeoX", models.neox),
     "OPT": causal("OPT", models.opt, ffn_dim=128, word_embed_proj_dim=models.WIDTH, init_std=0.2),

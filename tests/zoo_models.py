@@ -146,14 +146,18 @@ def transformer(name: str, words: Callable[[], Any], /, **options: Any) -> Calla
         tokenizer = words()
         sizes = {**tiny.sizes(tokenizer, **SIZES), **options}
         config = getattr(transformers, f"{name}Config")(**sizes)
-        model = getattr(transformers, f"{name}Model")(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:  # OpenVINO leaves out biases of 0 and gains of 1
-                    parameter += 0.1 * torch.randn_like(parameter)
-        return tokenizer, model
+        return tokenizer, uneven(getattr(transformers, f"{name}Model")(config))
 
     return make
+
+
+def uneven(model: Any) -> Any:
+    """OpenVINO leaves out biases of 0 and gains of 1, which trained models do not have."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def saved(make: Callable[[], tiny.Made], **options: Any) -> Callable[[pathlib.Path], pathlib.Path]:
@@ -290,7 +294,7 @@ def large(folder: pathlib.Path, layers: int = 24) -> pathlib.Path:
         type_vocab_size=1,
         layer_norm_eps=1e-5,
     )
-    model = transformers.XLMRobertaModel(config, add_pooling_layer=False)
+    model = uneven(transformers.XLMRobertaModel(config, add_pooling_layer=False))
     return tiny.save(folder, lambda: (tokenizer, model), "cls", width=1024)
 
 
