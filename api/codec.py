@@ -46,6 +46,11 @@ def read_json(request: Request, schema: type[T]) -> T:
     shape, with the place and the field.
     """
     _require_json(request)
+    return read_body(request, schema)
+
+
+def read_body(request: Request, schema: type[T]) -> T:
+    """The same, whatever the content type."""
     ignored: list[str] = []
     try:
         body: T = _strict_decoder(schema).decode(request.body)

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import msgspec
 from flask import Blueprint, Response
 
-from api.codec import decode
+from api.codec import read_body
 from api.endpoint import endpoint
+from api.images import refuse_pictures
 from api.service import Embedders, Service
 from embeddings import TextEmbedder, TextEmbedding
 from engine.bundle import MANIFEST, Bundle, Manifest
@@ -258,7 +259,12 @@ def finder(models: Models[Embedders]) -> Callable[[str | None], str | None]:
         if not asked:
             return None
         bare = asked.removesuffix(LATEST)
-        return known.get(asked.casefold()) or known.get(bare.casefold()) or bare
+        for name in (asked, bare, bare + LATEST):
+            if models.knows(name):
+                return name
+            if name.casefold() in known:
+                return known[name.casefold()]
+        return bare
 
     return find
 
@@ -267,12 +273,13 @@ def _reader(schema: type) -> Callable[[Request], object]:
     """Reads JSON under whatever Content-Type: Ollama looks at none, and its documentation's curl
     commands send a form's.
     """
-    return lambda request: decode(request.body, schema)
+    return lambda request: read_body(request, schema)
 
 
 def _embed(
     service: Service, body: _Options, model: str | None, sent: str | list[str], field: str
 ) -> list[TextEmbedding]:
+    refuse_pictures(service, model, sent, field)
     _, embedded = service.embed_texts(
         sent,
         field,

@@ -226,6 +226,24 @@ def test_a_bad_request(service: Server, path: str, body: Any, says: str) -> None
     assert says in refusal(service.post(f"/api/{path}", body), 400)
 
 
+def test_unknown_fields_are_ignored_and_named(service: Server) -> None:
+    for path in ("embed", "embeddings", "show"):
+        body = {"input": "a", "prompt": "a", "drop_params": True, "keep_alive": "5m"}
+        del body["prompt" if path == "embed" else "input"]
+        body |= {} if path != "show" else {"model": NAME}
+        answer = service.post(f"/api/{path}", body)
+        assert answer.status_code == 200, answer.text
+        assert "drop_params" in answer.headers["X-Ignored-Fields"].split(", ")
+    clean = service.post("/api/embed", {"input": "a", "options": {"num_ctx": 1}})
+    assert "X-Ignored-Fields" not in clean.headers
+
+
+def test_a_picture_is_no_text(service: Server) -> None:
+    uri = "data:image/png;base64,iVBORw0KGgo="
+    for path, body in (("embed", {"input": ["a", uri]}), ("embeddings", {"prompt": uri})):
+        assert "takes texts only" in refusal(service.post(f"/api/{path}", body), 501)
+
+
 @pytest.mark.parametrize("path", ["embed", "embeddings", "show"])
 def test_the_form_of_every_other_error(service: Server, path: str) -> None:
     for name in ("nope", f"{NAME}:v2", f"{NAME}:latest:latest", ":latest"):
@@ -273,12 +291,14 @@ def test_limits(service: Server) -> None:
 
 
 def test_an_alias_may_have_a_tag(models_dir: pathlib.Path) -> None:
-    aliases = {"nomic-embed-text:v1.5": WIDE, "small": NAME}
+    aliases = {"nomic-embed-text:v1.5": WIDE, "small": NAME, "mine:latest": WIDE}
     models: Models[Any] = Models(discover(models_dir), aliases=aliases)
     find = finder(models)
     for asked, name in (
         ("nomic-embed-text:v1.5", WIDE),
         ("small:latest", NAME),
+        ("mine:latest", WIDE),
+        ("mine", WIDE),
         (f"{WIDE.upper()}:latest", WIDE),
     ):
         assert models.bundle(find(asked)).manifest.name == name
