@@ -38,19 +38,18 @@ def _strict_decoder(schema: type[msgspec.Struct]) -> Any:
     return msgspec.json.Decoder(strict(schema))
 
 
-def read_json(request: Request, schema: type[T]) -> T:
+def read_json(request: Request, schema: type[T], *, any_type: bool = False) -> T:
     """Decode and validate a JSON body and the options in the query. Unknown fields are refused, or
     ignored and named in the response, as `schema` says (see api/fields.py).
+
+    Args:
+        any_type: do not look at the content type.
 
     Raises: HttpError: 415 for another content type; 400 for anything that is not JSON of this
     shape, with the place and the field.
     """
-    _require_json(request)
-    return read_body(request, schema)
-
-
-def read_body(request: Request, schema: type[T]) -> T:
-    """The same, whatever the content type."""
+    if not any_type:
+        _require_json(request)
     ignored: list[str] = []
     try:
         body: T = _strict_decoder(schema).decode(request.body)

@@ -4,7 +4,6 @@ api/errors.py.
 https://github.com/ollama/ollama/blob/main/docs/api.md
 """
 
-import hashlib
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,13 +11,13 @@ from typing import Any, Literal
 import msgspec
 from flask import Blueprint, Response
 
-from api.codec import read_body
+from api.codec import encode_vector, read_json
 from api.endpoint import endpoint
 from api.images import refuse_pictures
 from api.service import Embedders, Service
 from embeddings import TextEmbedder, TextEmbedding
-from engine.bundle import MANIFEST, Bundle, Manifest
-from engine.models import Models
+from engine.bundle import Manifest
+from engine.models import Models, Target
 from server.messages import HttpError, Request, current
 
 # What /api/version tells: the API is this version's. Some clients want a smallest one.
@@ -175,7 +174,7 @@ def _add_embedding(routes: Blueprint, service: Service) -> None:
         embedded = _embed(service, body, name, body.input, "input") if body.input else []
         return {
             "model": body.model or embedder.manifest.name,
-            "embeddings": [embedding.vector for embedding in embedded],
+            "embeddings": [encode_vector(embedding.vector, None) for embedding in embedded],
             "total_duration": time.monotonic_ns() - started,
             "load_duration": loaded - started,
             "prompt_eval_count": sum(embedding.tokens for embedding in embedded),
@@ -190,7 +189,7 @@ def _add_embedding(routes: Blueprint, service: Service) -> None:
             service.embedder(name)
             return {"embedding": []}
         (embedding,) = _embed(service, body, name, body.prompt, "prompt")
-        return {"embedding": embedding.vector}
+        return {"embedding": encode_vector(embedding.vector, None)}
 
 
 def _add_models(routes: Blueprint, service: Service) -> None:
@@ -199,15 +198,15 @@ def _add_models(routes: Blueprint, service: Service) -> None:
     @routes.get("/api/tags")
     @endpoint(OllamaModels, further={503: None})
     def list_models() -> object:
-        """List the models that are served."""
+        """List the models that are served, and their aliases."""
         listed = [
             {
-                **_identify(bundle),
-                "modified_at": bundle.manifest.created,
-                "details": _details(service.embedder(name)),
+                **_identify(target),
+                "modified_at": target.bundle.manifest.created,
+                "details": _details(service.embedder(target.asked)),
                 "capabilities": ["embedding"],
             }
-            for name, bundle in models.bundles.items()
+            for target in (*map(models.resolve, models.bundles), *models.aliases)
         ]
         return {"models": listed}
 
@@ -235,14 +234,14 @@ def _add_models(routes: Blueprint, service: Service) -> None:
         """List the models that are loaded: all, once the service is ready."""
         loaded = [
             {
-                **_identify(bundle),
-                "details": _details(service.embedder(name)),
+                **_identify(target),
+                "details": _details(service.embedder(target.asked)),
                 "expires_at": NEVER,
                 "size_vram": 0,
-                "context_length": bundle.manifest.max_tokens,
+                "context_length": target.bundle.manifest.max_tokens,
             }
-            for name, bundle in models.bundles.items()
-            if models.loaded(name)
+            for target in map(models.resolve, models.bundles)
+            if models.loaded(target.asked)
         ]
         return {"models": loaded}
 
@@ -251,9 +250,9 @@ def finder(models: Models[Embedders]) -> Callable[[str | None], str | None]:
     """Finds the name by which the service knows the model that a request names: Ollama's may be in
     any case, and have the tag LATEST.
     """
-    manifests = [bundle.manifest for bundle in models.bundles.values()]
-    sources = {manifest.source.casefold(): manifest.name for manifest in manifests}
-    known = sources | {manifest.name.casefold(): manifest.name for manifest in manifests}
+    sources = [bundle.manifest.source for bundle in models.bundles.values()]
+    aliases = [target.asked for target in models.aliases]
+    known = {name.casefold(): name for name in (*sources, *models.bundles, *aliases)}
 
     def find(asked: str | None) -> str | None:
         if not asked:
@@ -262,18 +261,16 @@ def finder(models: Models[Embedders]) -> Callable[[str | None], str | None]:
         for name in (asked, bare, bare + LATEST):
             if models.knows(name):
                 return name
-            if name.casefold() in known:
-                return known[name.casefold()]
-        return bare
+        return known.get(asked.casefold()) or known.get(bare.casefold()) or bare
 
     return find
 
 
-def _reader(schema: type) -> Callable[[Request], object]:
+def _reader(schema: type[msgspec.Struct]) -> Callable[[Request], object]:
     """Reads JSON under whatever Content-Type: Ollama looks at none, and its documentation's curl
     commands send a form's.
     """
-    return lambda request: read_body(request, schema)
+    return lambda request: read_json(request, schema, any_type=True)
 
 
 def _embed(
@@ -291,13 +288,13 @@ def _embed(
     return embedded
 
 
-def _identify(bundle: Bundle) -> dict[str, object]:
-    listed = bundle.manifest.name + LATEST
+def _identify(target: Target) -> dict[str, object]:
+    listed = target.asked if ":" in target.asked else target.asked + LATEST
     return {
         "name": listed,
         "model": listed,
-        "size": sum(file.size for file in bundle.manifest.files.values()),
-        "digest": hashlib.sha256(bundle.file(MANIFEST).read_bytes()).hexdigest(),
+        "size": sum(file.size for file in target.bundle.manifest.files.values()),
+        "digest": target.fingerprint,
     }
 
 

@@ -1,6 +1,6 @@
 """What holds of a bundle on this machine: its sample through every engine that may serve it."""
 
-from bake import describe
+from bake import CannotTrace, describe
 from bake.parity import measure
 from bake.samples import Sample, sample_pictures
 from engine.bundle import PRECISIONS, Backend, Bundle, Parity, Precision
@@ -26,7 +26,7 @@ def check_here(bundle: Bundle) -> tuple[dict[str, str], bool]:
             try:
                 found = _measure(bundle, backend, precision, samples)
                 said = f"holds: {describe(found)}" if found else "this CPU cannot run it"
-            except BelowFloor as error:
+            except (BelowFloor, CannotTrace) as error:
                 said, right = f"does not hold: {error}", False
             rows[f"{precision}, {backend}"] = said
     return rows, right
@@ -37,14 +37,17 @@ def _measure(
 ) -> list[Parity]:
     """A certificate for each sample; none where this CPU cannot run the engine at `precision`.
 
-    Raises: BelowFloor; BakeError where its packages are not there.
+    Raises: BelowFloor; CannotTrace where the engine fails; BakeError where its packages are not
+        there.
     """
     if backend == "torch":
         from bake import untraced
 
         return untraced.certificates(bundle, precision, samples)
     from bake import traced
+    from bake.export import running
 
     if not traced.runs(backend, precision):
         return []
-    return measure(bundle, traced.makers(bundle, backend, precision), samples)
+    with running():
+        return measure(bundle, traced.makers(bundle, backend, precision), samples)

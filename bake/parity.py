@@ -14,7 +14,7 @@ from bake.samples import Sample
 from chunks import Chunker
 from engine import certificate
 from engine.bundle import SAMPLE, Backend, Bundle, Parity, Precision
-from engine.certificate import BelowFloor, Compared
+from engine.certificate import Compared
 from engine.protocol import Engine
 from engine.queue import Queue
 from engine.pipeline import pools_at_the_end
@@ -201,7 +201,7 @@ def leave_out(
     bundle: Bundle,
     backend: Backend,
     precision: Precision,
-    error: BelowFloor,
+    error: Exception,
     options: Options,
     note: Callable[[str], None],
 ) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bake import Options, encoder, stage
+from bake import CannotTrace, Options, encoder, stage
 from bake.export import compress, export, running, trace_pictures, trace_texts
 from bake.parity import enter, leave_out, measure, write_sample
 from bake.samples import Sample
@@ -58,11 +58,11 @@ def certify(
     bundle: Bundle, options: Options, samples: Sequence[Sample], note: Callable[[str], None]
 ) -> None:
     """Fill the manifest's parities: each engine at every precision that was asked for and that this
-    CPU runs. What is below its floor is left out.
+    CPU runs. What is below its floor, or fails, is left out.
 
-    Raises: CannotTrace when OpenVINO fails on the graphs; BelowFloor when its vectors are wrong at
-        fp32, which means the trace is; BakeError below the floor of a precision that was asked for
-        by name.
+    Raises: CannotTrace when OpenVINO fails on the graphs at fp32; BelowFloor when its vectors are
+        wrong there, which means the trace is; BakeError where a precision that was asked for by
+        name is left out.
     """
     manifest = bundle.manifest
     for precision in list(manifest.precisions):
@@ -73,7 +73,7 @@ def certify(
                 guard = running() if backend == "OpenVINO" else contextlib.nullcontext()
                 with stage(f"checking vectors at {precision}{_OWN.get(backend, '')}"), guard:
                     parities = measure(bundle, makers(bundle, backend, precision), samples)
-            except BelowFloor as error:
+            except (BelowFloor, CannotTrace) as error:
                 if backend == "OpenVINO" and precision == "fp32":
                     raise
                 leave_out(bundle, backend, precision, error, options, note)

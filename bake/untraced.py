@@ -11,11 +11,11 @@ import huggingface_hub.constants
 import msgspec
 import torch
 
-from bake import BakeError, Options, refusing, source, stage
+from bake import BakeError, Options, one_line, refusing, source, stage
 from bake.parity import enter, leave_out, measure, write_sample
 from bake.samples import Sample
 from engine.bundle import SAMPLE, TORCH_MODEL, Bundle, Manifest, Parity, Precision, Torch
-from engine.certificate import BelowFloor
+from engine.certificate import BelowFloor, read_sample
 from engine.packing import can_pack
 from engine.protocol import Engine
 from engine.torch_engine import TorchImageEngine, TorchTextEngine
@@ -130,8 +130,8 @@ def certify(
     bundle: Bundle, options: Options, samples: Sequence[Sample], note: Callable[[str], None]
 ) -> None:
     """Fill the manifest's parities, measured on the CPU. Where the model gives other vectors
-    without padding, or fails, it is served with it. A precision below its floor is left out,
-    unless it was asked for by name.
+    without padding, or fails, it is served with it. A precision below its floor, or at which its
+    code fails, is left out, unless it was asked for by name.
 
     Raises: BakeError.
     """
@@ -149,24 +149,41 @@ def certify(
                     parities = certificates(bundle, precision, samples)
         except BelowFloor as error:
             if precision == "fp32":
-                raise BakeError(
-                    f"{error}; torch computes what sentence-transformers does, so they depend on "
-                    "more than the text (on padding, on chance): bake another model"
-                ) from None
+                advice = error.advice if isinstance(error, CodeFails) else _DEPENDS
+                raise BakeError(f"{error}; {advice}") from None
             leave_out(bundle, "torch", precision, error, options, note)
         else:
             enter(bundle, "torch", precision, parities)
     manifest.precisions = [each for each in manifest.precisions if bundle.offers(each)]
 
 
+class CodeFails(BelowFloor):
+    """The model's code fails at a precision, such as one that its operations do not have."""
+
+    advice = "mend it, or bake another model"
+
+
+_DEPENDS = (
+    "torch computes what sentence-transformers does, so they depend on more than the text (on "
+    "padding, on chance): bake another model"
+)
+
+
 def certificates(bundle: Bundle, precision: Precision, samples: Sequence[Sample]) -> list[Parity]:
-    """One for each sample, on the CPU. Raises: BelowFloor; BakeError when it cannot be loaded."""
+    """One for each sample, on the CPU.
+
+    Raises: BelowFloor, CodeFails; BakeError when it cannot be loaded.
+    """
     assert bundle.manifest.torch
     with refusing(
         "it cannot be loaded from what SentenceTransformer.save writes of it; mend the code of its "
         "modules (save, load), or bake another"
     ):
         model = Model(bundle, [torch.device("cpu")], precision, bundle.manifest.torch.packed)
+    try:
+        TorchTextEngine(model).run([read_sample(bundle).ids[0]])
+    except Exception as error:  # of whatever kind: it is the model's code that runs
+        raise CodeFails(f"at {precision} its code fails: {one_line(error)}") from None
     makers: list[Callable[[int], Engine]] = [lambda _: TorchTextEngine(model)]
     makers.append(lambda _: TorchImageEngine(model))
     return measure(bundle, makers, samples, [torch.get_num_threads()])

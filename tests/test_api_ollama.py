@@ -1,6 +1,7 @@
 """Ollama's dialect, with its own client where that has a call."""
 
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,13 +132,27 @@ def test_a_text_longer_than_the_window(service: Server, sent: Any, cuts: bool) -
     [
         ("keep_alive", [0, -1, 1.5, "5m", "-1", None]),
         ("options", [{}, {"num_ctx": 8, "temperature": 0.5, "stop": ["a"]}, None]),
-        ("user", ["x", None]),  # unknown
     ],
 )
 def test_fields_without_effect(service: Server, field: str, values: list[Any]) -> None:
     plain = embed(service, input=LONG)["embeddings"]
     for value in values:
         assert embed(service, input=LONG, **{field: value})["embeddings"] == plain
+
+
+def test_unknown_fields_are_named(service: Server) -> None:
+    for path, body in (("embed", {"input": "a"}), ("embeddings", {"prompt": "a"}), ("show", {})):
+        response = service.post(f"/api/{path}", {**body, "user": "x", "stream": False, "raw": None})
+        assert response.status_code == 200, response.text
+        assert response.headers["X-Ignored-Fields"] == "user, stream"
+
+
+def test_which_model_and_how_many_texts_were_cut(service: Server, client: ollama.Client) -> None:
+    response = service.post("/api/embed", {"input": [LONG, "a", LONG]})
+    assert response.headers["X-Truncated"] == "2"
+    assert response.headers["X-Model"] == f"{NAME}@{client.list().models[0].digest}"
+    for sent in ({"input": [LONG], "truncate": False}, {"input": "a"}):
+        assert "X-Truncated" not in service.post("/api/embed", sent).headers
 
 
 @pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
@@ -160,7 +175,7 @@ def test_tags(client: ollama.Client) -> None:
         assert model.details and model.details.family == "bert" and model.modified_at
         assert model.details.quantization_level == "F32"
         assert model.size and model.size > 10_000_000
-        assert model.digest and len(model.digest) == 64
+        assert model.digest and re.fullmatch("[0-9a-f]{12}", model.digest)
         assert client.embed(model.model, "a").embeddings  # type: ignore[arg-type]  # not None
     assert models[0].digest != models[1].digest
 
@@ -291,12 +306,15 @@ def test_limits(service: Server) -> None:
 
 
 def test_an_alias_may_have_a_tag(models_dir: pathlib.Path) -> None:
-    aliases = {"nomic-embed-text:v1.5": WIDE, "small": NAME, "mine:latest": WIDE}
+    aliases = {"nomic-embed-text:v1.5": WIDE, "Small": NAME, "small": WIDE, "mine:latest": WIDE}
     models: Models[Any] = Models(discover(models_dir), aliases=aliases)
     find = finder(models)
     for asked, name in (
         ("nomic-embed-text:v1.5", WIDE),
-        ("small:latest", NAME),
+        ("NOMIC-embed-text:v1.5", WIDE),
+        ("Small:latest", NAME),
+        ("small", WIDE),
+        ("Small", NAME),
         ("mine:latest", WIDE),
         ("mine", WIDE),
         (f"{WIDE.upper()}:latest", WIDE),
@@ -305,3 +323,10 @@ def test_an_alias_may_have_a_tag(models_dir: pathlib.Path) -> None:
     for asked in ("nomic-embed-text", "nomic-embed-text:latest", "small:v1"):
         with pytest.raises(ModelNotFound):
             models.bundle(find(asked))
+
+
+def test_every_name_may_be_served(models_dir: pathlib.Path) -> None:
+    models: Models[Any] = Models(discover(models_dir), aliases={"*": WIDE})
+    find = finder(models)
+    assert models.bundle(find("nomic-embed-text:latest")).manifest.name == WIDE
+    assert models.bundle(find(f"{NAME.upper()}:latest")).manifest.name == NAME

@@ -10,7 +10,7 @@ from baking import Baked
 
 import bake_model
 from engine.bundle import SAMPLE, Bundle, fingerprint, read
-from engine.openvino_backend import available_precisions
+from engine.openvino_backend import OpenVINOTextEngine, available_precisions
 
 
 def check(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -74,6 +74,21 @@ def test_what_does_not_hold_ends_with_1(
     (said,) = rows(capsys).values()
     assert said.startswith("does not hold: at fp32 its vectors are not the model's own: ")
     assert "smallest cosine -1.00000 (OpenVINO, " in said
+
+
+def test_an_engine_that_fails_does_not_hold(
+    baked: Baked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(OpenVINOTextEngine, "run", fail)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="not every precision holds on this machine; serve one"):
+        bake_model.main(["--check", str(baked.bundle.path)])
+    assert rows(capsys) == {
+        "fp32, OpenVINO": "does not hold: no such operation: OpenVINO cannot run its graph"
+    }
 
 
 def test_what_the_bake_left_out_is_named(

@@ -174,13 +174,6 @@ def convbert() -> tiny.Made:
     return tokenizer, transformers.ConvBertModel(transformers.ConvBertConfig(**sizes))
 
 
-def fnet() -> tiny.Made:
-    """It mixes all positions, and knows no mask."""
-    tokenizer = tiny.trained(transformers.BertTokenizer, tiny.BERT_TOKENS)
-    sizes = tiny.sizes(tokenizer)
-    return tokenizer, transformers.FNetModel(transformers.FNetConfig(**sizes))
-
-
 def reformer() -> tiny.Made:
     """It pads texts longer than a chunk to a multiple of it: short ones give nothing away."""
     tokenizer = tiny.trained(transformers.XLMRobertaTokenizer, tiny.ROBERTA_TOKENS)
@@ -203,7 +196,7 @@ def convolving(folder: pathlib.Path) -> pathlib.Path:
     [
         convolving,
         lambda folder: tiny.save(folder, convbert),
-        lambda folder: tiny.save(folder, fnet),
+        lambda folder: tiny.save(folder, tiny.fnet),
         lambda folder: tiny.save(folder, reformer),
     ],
     ids=["cnn", "convbert", "fnet", "reformer"],

@@ -27,6 +27,7 @@ import bake_model
 from bake.samples import sample_pictures
 from embeddings import TextEmbedder
 from engine.bundle import PARITY_FLOOR, Bundle, read
+from engine.openvino_backend import OpenVINOTextEngine, available_precisions
 from engine.packing import can_pack
 from engine.queue import Queue
 from engine.torch_engine import TorchImageEngine, TorchTextEngine, open_model
@@ -313,6 +314,50 @@ def test_bf16_below_its_floor_is_left_out(
         assert "at least 1.1 needed: left out" in text
     line = refusal(bare, tmp_path / "models", *TORCH, "--precisions", "bf16")
     assert line.endswith("at least 1.1 needed (--precisions fp32 bakes it without)")
+
+
+def test_a_precision_at_which_its_code_fails_is_left_out(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no Fourier transform of bf16."""
+    folder = tiny.save(tmp_path / "model", tiny.fnet)
+    options = ["--output", str(tmp_path / "models"), "--max-tokens", str(tiny.WINDOW)]
+    bake_model.main([str(folder), *options])
+    manifest = read(tmp_path / "models" / "model").manifest
+    assert manifest.precisions == ["fp32"]
+    assert (
+        manifest.left_out["torch"]["bf16"] == "at bf16 its code fails: Unsupported dtype BFloat16"
+    )
+    said = capsys.readouterr()
+    assert "note: at bf16 its code fails: " in said.out and "Traceback" not in said.err
+    line = refusal(folder, tmp_path / "other", *options[2:], *TORCH, "--precisions", "bf16")
+    assert line.endswith("Unsupported dtype BFloat16 (--precisions fp32 bakes it without)")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_precision_at_which_openvino_fails_is_left_out(
+    precision: str,
+    bare: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if precision not in available_precisions():
+        pytest.skip(f"this CPU has no {precision}")
+    right = OpenVINOTextEngine.run
+
+    def run(engine: OpenVINOTextEngine, inputs: Any, **how: Any) -> Any:
+        if engine.precision == precision:
+            raise RuntimeError("no such operation")
+        return right(engine, inputs, **how)
+
+    monkeypatch.setattr(OpenVINOTextEngine, "run", run)
+    bake_model.main([str(bare), "--output", str(tmp_path)])
+    bundle = read(tmp_path / bare.name)
+    bundle.verify()
+    assert not bundle.manifest.torch and "fp32" in bundle.manifest.precisions
+    assert precision not in bundle.manifest.precisions
+    why = bundle.manifest.left_out["OpenVINO"][precision]
+    assert why == "no such operation: OpenVINO cannot run its graph"
 
 
 def test_the_summary_of_a_torch_bundle(

@@ -6,6 +6,7 @@ tests run every command in it. Further words exempt the block, because it needs
 
     ```sh needs-docker      a Docker daemon
     ```sh needs-account     an account or a cluster of the platform
+    ```python needs-package a client library that the tests do not install; js likewise
 
 and a test checks that it does. How each kind is run:
 
@@ -49,8 +50,9 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-TOPICS = "api models deploy gpu operate performance architecture troubleshooting upgrading"
-MARKS = {"needs-docker", "needs-account"}
+TOPICS = "api clients models deploy gpu operate performance architecture troubleshooting upgrading"
+MARKS = {"needs-docker", "needs-account", "needs-package"}
+CLIENTS = {"openai", "huggingface_hub", "ollama"}  # libraries that the tests install
 MODEL = "all-MiniLM-L6-v2"
 BIN = pathlib.Path(sys.executable).parent
 
@@ -88,7 +90,16 @@ COMMANDS: list[Any] = [
 
 
 def of_kind(kind: str) -> list[Any]:
-    return [pytest.param(block, id=block.id) for block in BLOCKS if block.kind == kind]
+    found = [block for block in BLOCKS if block.kind == kind and "needs-package" not in block.marks]
+    return [pytest.param(block, id=block.id) for block in found]
+
+
+def packages(block: Block) -> set[str]:
+    """What a program imports that neither its language brings nor the tests install."""
+    if block.kind == "js":
+        return set(re.findall(r'^import .* from "([^"]+)"', block.text, re.MULTILINE))
+    names = re.findall(r"^(?:from|import) (\w+)", block.text, re.MULTILINE)
+    return set(names) - sys.stdlib_module_names - CLIENTS
 
 
 def program(command: str) -> tuple[list[str], list[str]]:
@@ -143,6 +154,8 @@ def test_marks_are_true() -> None:
     for block in BLOCKS:
         text = block.text.replace("\\\n", " ")
         found = {mark for mark, shape in needs.items() if re.search(shape, text, re.MULTILINE)}
+        if block.kind in ("python", "js") and packages(block):
+            found = {"needs-package"}
         assert found == block.marks, block.id
 
 

@@ -196,6 +196,12 @@ def distilbert() -> Made:
     return tokenizer, transformers.DistilBertModel(config)
 
 
+def fnet() -> Made:
+    """It mixes all positions, and knows no mask."""
+    tokenizer = trained(transformers.BertTokenizer, BERT_TOKENS)
+    return tokenizer, transformers.FNetModel(transformers.FNetConfig(**sizes(tokenizer)))
+
+
 def modernbert() -> Made:
     tokenizer = byte_level(pad_token="[PAD]")
     marks = dict(bos_token_id=2, cls_token_id=2, eos_token_id=3, sep_token_id=3)

@@ -243,7 +243,6 @@ KINDS: dict[str, Kind] = {
         "Phi3", models.llama, original_max_position_embeddings=models.WINDOW, pad_token_id=0
     ),
     "OLMo 2": causal("Olmo2", models.neox),
-    "StableLM": causal("StableLm", models.neox),
     "StarCoder2": causal("Starcoder2", models.gpt2, **models.GROUPED),
     "Granite": causal("Granite", models.gpt2),
     "SmolLM3": causal("SmolLM3", models.gpt2, **models.GROUPED, no_rope_layer_interval=2),
