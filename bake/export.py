@@ -11,6 +11,9 @@ from typing import Any
 import nncf
 import openvino as ov  # type: ignore[import-untyped]
 import torch
+from openvino.frontend.pytorch.ts_decoder import (  # type: ignore[import-untyped]
+    TorchScriptPythonDecoder,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from bake import CannotTrace, one_line, refusing, stage
@@ -74,7 +77,12 @@ def _trace(pipeline: Pipeline, example: dict[str, Any], shape: Any, kind: Any, c
     with refusal, torch.no_grad(), _broadcast_masks(), warnings.catch_warnings():
         # The tracer warns of every Python branch; the certificate tells whether one matters.
         warnings.simplefilter("ignore")
-        return ov.convert_model(pipeline.eval(), example_input=example, input=inputs)
+        # The tracer's own check would trace again: a fifth of a small model's bake.
+        once = {"check_trace": False}
+        decoder = TorchScriptPythonDecoder(
+            pipeline.eval(), example_input=example, trace_kwargs=once
+        )
+        return ov.convert_model(decoder, example_input=example, input=inputs)
 
 
 @contextlib.contextmanager

@@ -104,8 +104,6 @@ def test_a_kill_between_the_renames_leaves_the_earlier_bundle(
 KILLS = {
     "term": ("tracing to OpenVINO", signal.SIGTERM),
     "int": ("checking vectors at fp32", signal.SIGINT),
-    "kill": ("tracing to OpenVINO", signal.SIGKILL),
-    "kill-later": ("compressing weights to int8", signal.SIGKILL),
     "kill-last": ("checking vectors at fp32", signal.SIGKILL),
 }
 
@@ -236,7 +234,7 @@ def test_a_stopped_bake_leaves_nothing_half_made(
     bare: pathlib.Path, baked: Baked, tmp_path: pathlib.Path
 ) -> None:
     """Real processes: some with an earlier bundle of the name, some without."""
-    for name in ("int", "kill", "kill-last"):
+    for name in ("int", "kill-last"):
         shutil.copytree(baked.bundle.path, tmp_path / name)
     before = content(tmp_path)
 
