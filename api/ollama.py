@@ -13,6 +13,7 @@ from flask import Blueprint, Response
 
 from api.codec import encode_vector, read_json
 from api.endpoint import endpoint
+from api.images import refuse_pictures
 from api.service import Embedders, Service
 from embeddings import TextEmbedder, TextEmbedding
 from engine.bundle import Manifest
@@ -275,6 +276,7 @@ def _reader(schema: type[msgspec.Struct]) -> Callable[[Request], object]:
 def _embed(
     service: Service, body: _Options, model: str | None, sent: str | list[str], field: str
 ) -> list[TextEmbedding]:
+    refuse_pictures(service, model, sent, field)
     _, embedded = service.embed_texts(
         sent,
         field,
