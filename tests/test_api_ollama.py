@@ -290,6 +290,17 @@ def test_what_is_not_served(service: Server, method: str, path: str) -> None:
         assert f"/api/{path} is not served" in refusal(response, 501)
 
 
+@pytest.mark.parametrize("path, field", [("embed", "input"), ("embeddings", "prompt")])
+def test_a_picture_among_texts(
+    service: Server, clip_service: Server, path: str, field: str
+) -> None:
+    """The vector of a data URI's characters is of no use."""
+    body = {field: "data:image/png;base64,AAAA"}
+    assert "takes texts only" in refusal(service.post(f"/api/{path}", body), 501)
+    message = refusal(clip_service.post(f"/api/{path}", body), 400)
+    assert message.startswith(f"$.{field}: ") and "/embeddings/image" in message
+
+
 def test_its_client_reads_errors(client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError, match="no model 'nope' here") as caught:
         client.embed("nope", "a")
