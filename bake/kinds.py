@@ -161,7 +161,7 @@ def merge_adapter(model: Any) -> bool:
     transformer = model.transformers_model
     if not getattr(transformer, "_hf_peft_config_loaded", False):
         return False
-    from peft.tuners.tuners_utils import BaseTunerLayer  # type: ignore[import-not-found]
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, BaseTunerLayer):
