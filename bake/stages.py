@@ -14,7 +14,7 @@ from bake import BakeError, CannotTrace, Options, pictures, refusing, source, st
 from bake.parity import in_company, reference
 from bake.samples import PROBE_TEXT, Sample, beginning, sample_pictures, sample_texts
 from engine import bundle as bundles
-from engine.bundle import PARITY_FLOOR, PRECISIONS, Bundle, Manifest, Probe
+from engine.bundle import PARITY_FLOOR, PRECISIONS, Bundle, Manifest, Preprocessing, Probe
 from engine.certificate import BelowFloor
 from image_embeddings import probe_picture
 
@@ -56,17 +56,8 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
     preprocessing = None
     if "image" in model.modalities:
         with stage("embedding pictures with sentence-transformers"):
-            preprocessing = pictures.read_processor(model)
-            files = [probe_picture(), *sample_pictures()]
-            pictures.check_processor(model, preprocessing, files)
-            expected = reference(model, pictures.opened(model, files), "pictures ")
-            samples.append(Sample("image", files, expected))
-            if expected.shape[1] != samples[0].expected.shape[1]:
-                raise BakeError(
-                    f"its texts have vectors of {samples[0].expected.shape[1]} numbers and its "
-                    f"pictures of {expected.shape[1]}: not supported; bake a model with one space "
-                    "for both"
-                )
+            preprocessing, sample = _pictures(model, samples[0].expected.shape[1])
+        samples.append(sample)
 
     def fill(folder: pathlib.Path) -> Manifest:
         tokenizer.save(str(folder / bundles.TOKENIZER))
@@ -97,6 +88,23 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
         return untraced.complete(begun(), options, model, samples, note, alone)
 
     return bundles.write(options.output, options.name, fill), notes
+
+
+def _pictures(model: Any, numbers: int) -> tuple[Preprocessing, Sample]:
+    """How the model takes pictures, and the sample of them. `numbers`: of a text's vector.
+
+    Raises: BakeError.
+    """
+    preprocessing = pictures.read_processor(model)
+    files = [probe_picture(), *sample_pictures()]
+    pictures.check_processor(model, preprocessing, files)
+    expected = reference(model, pictures.opened(model, files), "pictures ")
+    if expected.shape[1] != numbers:
+        raise BakeError(
+            f"its texts have vectors of {numbers} numbers and its pictures of {expected.shape[1]}: "
+            "not supported; bake a model with one space for both"
+        )
+    return preprocessing, Sample("image", files, expected)
 
 
 def _choose_torch(options: Options, together: float, note: Callable[[str], None]) -> None:

@@ -28,10 +28,11 @@ BAKED: zoo.Row = {
 REFUSED: zoo.Row = {"kind": "b|c", "bundle": False, "made": True, "clean": True, "line": "it is"}
 
 
-def test_the_documentation_has_kinds_that_there_are() -> None:
+def test_the_documentation_has_every_kind() -> None:
+    """But for the large ones, which take long to bake."""
     names = [cells[0] for cells in rows(section("docs/models.md", "Tested kinds of models"))]
-    assert {*names} <= {*KINDS, *LARGE, "kind", "refused kind"}
-    assert len({*names}) == len(names) >= 100
+    assert {*names} - {*LARGE} == {*KINDS, "kind", "refused kind"}
+    assert len({*names}) == len(names) >= 60
 
 
 def test_the_table() -> None:
