@@ -124,7 +124,6 @@ PICTURE_TEXT = f" data:image/jpeg;base64,{text(PNG)}"
         ("/embed", {"inputs": PICTURE_TEXT}, "$.inputs: "),
         ("/embed", {"inputs": ["a", "b", PICTURE_TEXT]}, "$.inputs[2]: "),
         ("/", {"inputs": [PICTURE_TEXT]}, "$.inputs[0]: "),
-        ("/api/embed", {"input": ["a", PICTURE_TEXT]}, "$.input[1]: "),
         (
             "/similarity",
             {"inputs": {"source_sentence": "a", "sentences": ["b", PICTURE_TEXT]}},
