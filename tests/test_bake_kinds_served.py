@@ -20,6 +20,9 @@ from sentence_transformers.sentence_transformer.modules import (
 )
 from test_bake_torch import TORCH, check
 
+# Coverage takes a sixth of its time; other tests cover the same lines.
+pytestmark = pytest.mark.no_cover
+
 WINDOW = ("--max-tokens", str(tiny.WINDOW))
 
 

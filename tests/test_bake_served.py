@@ -28,6 +28,9 @@ from engine.openvino_backend import OpenVINOTextEngine, available_precisions
 from settings import Settings
 from tokens import load_tokenizer
 
+# Coverage takes a sixth of its time; other tests cover the same lines.
+pytestmark = pytest.mark.no_cover
+
 HAS_AMX = any(family.name == "amx" for family in cpu.runnable())
 needs_our_engine = pytest.mark.skipif(
     not (library.LIBRARY.exists() and cpu.fastest("int8")), reason="our engine does not run here"

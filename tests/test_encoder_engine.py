@@ -34,6 +34,9 @@ from engine.protocol import InputRefused
 from settings import Settings
 from tokens import load_tokenizer
 
+# Coverage takes a sixth of its time; other tests cover the same lines.
+pytestmark = pytest.mark.no_cover
+
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
