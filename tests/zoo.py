@@ -105,7 +105,7 @@ def try_kind(name: str) -> Row:
             line = said.splitlines()[-1]
             left = [path.name for path in output.rglob("*")]
             clean = line.startswith("cannot bake ") and "Traceback" not in said and not left
-            line = line.removeprefix(f"cannot bake {model}: ")
+            line = line.removeprefix(f"cannot bake {model}: ").replace(str(model), "MODEL")
             return {"bundle": False, "made": True, "clean": clean, "line": line, **cost}
         bundle = output / "kind"
         cosine, said, _ = in_child(lambda: serve(bundle, expected))
