@@ -114,6 +114,17 @@ def measure(
     return certify(bundle, engine, company, single, queue.threads)
 
 
+def cosines(left: Float32, right: Float32) -> Float32:
+    """The cosine of each row of `left` to the same row of `right`. NaN is -1 here: `NaN < floor` is
+    false, so that it would pass for a right vector.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # they end in NaN, or in 0
+        lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        found = (left * right).sum(axis=1) / np.maximum(lengths, 1e-30)
+    finite: Float32 = np.nan_to_num(found, nan=-1.0, posinf=-1.0, neginf=-1.0)
+    return finite
+
+
 class Compared:
     """Vectors beside the expected ones."""
 
@@ -129,8 +140,7 @@ class Compared:
         """The engine's vectors of the inputs of these numbers."""
         expected = self._expected[list(numbers)]
         lengths = np.linalg.norm(actual, axis=1), np.linalg.norm(expected, axis=1)
-        cosines = (actual * expected).sum(axis=1) / np.maximum(lengths[0] * lengths[1], 1e-30)
-        self.cosines.append(np.nan_to_num(cosines, nan=-1.0, posinf=-1.0, neginf=-1.0))
+        self.cosines.append(cosines(actual, expected))
         if not self._normalized:
             self.apart = max(self.apart, float(np.abs(lengths[0] / lengths[1] - 1).max()))
 

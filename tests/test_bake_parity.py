@@ -4,15 +4,18 @@ import pathlib
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny_code
 import tiny_models as tiny
-from baking import Baked, cosines, embed, refusal, serving
+from baking import Baked, bake, cosines, embed, refusal, serving
 from conftest import NAME
 
 from bake.export import trace_pictures
 from bake.parity import thread_counts
 from bake.traced import runs
 from engine import bundle as bundles
+from engine import certificate
 from engine.bundle import PARITY_FLOOR, PRECISIONS
 from engine.errors import PrecisionUnavailable
 from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
@@ -48,6 +51,24 @@ def test_what_int8_spoils_is_refused_with_the_way_out(tmp_path: pathlib.Path) ->
         r"\(OpenVINO, .*\), at least 0.99 needed \(--precisions fp32 bakes it without\)$",
         line,
     ), line
+
+
+def test_a_cosine_that_is_no_number_is_the_smallest() -> None:
+    right, large = np.array([3.0, 4.0], np.float32), np.array([3e38, 3e38], np.float32)
+    vectors = right, np.array([np.nan, 1]), np.array([np.inf, 0]), large, 0 * right
+    found = certificate.cosines(np.array(vectors, np.float32), np.tile(right, (len(vectors), 1)))
+    assert found == pytest.approx([1, -1, -1, -1, 0])
+
+
+def test_a_text_that_has_no_vector_in_company_is_computed_alone(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.save(tmp_path / "model", heads=[tiny_code.Overflowing()])
+    options = ["--trust-remote-code", "--max-tokens", str(tiny.WINDOW)]
+    capsys.readouterr()
+    bundle = bake(folder, tmp_path / "models", *options)
+    assert "and alone, have a cosine of only -1.0000" in capsys.readouterr().err
+    assert bundle.manifest.torch and bundle.manifest.torch.alone
 
 
 def test_a_tower_that_gives_other_vectors_is_refused(

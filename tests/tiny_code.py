@@ -67,6 +67,15 @@ class Mistraced(_Odd):
         return features
 
 
+class Overflowing(_Odd):
+    """Gives NaN where a text has padding: its vectors depend on the texts beside it."""
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        padded = ~features["attention_mask"].bool().all(dim=1, keepdim=True)
+        features["sentence_embedding"].masked_fill_(padded, torch.nan)
+        return features
+
+
 class Branching(_Odd):
     """Treats long texts in another way, if there is one: a trace has seen none."""
 
