@@ -397,7 +397,11 @@ def _watched(draft: pathlib.Path, target: pathlib.Path, replaced: pathlib.Path) 
             watcher.communicate(b"done\n")
 
 
-_CLEAR = 'read -r done || { rm -rf "$1"; [ -e "$2" ] || [ ! -e "$3" ] || mv "$3" "$2"; }'
+_CLEAR = """
+read -r done && exit
+rm -rf "$1"
+if [ -e "$2" ]; then rm -rf "$3"; elif [ -e "$3" ]; then mv "$3" "$2"; fi
+"""
 
 
 def clear(models_dir: pathlib.Path, name: str) -> None:

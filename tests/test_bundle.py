@@ -1,12 +1,18 @@
 """engine/bundle.py: complete or absent, and damage is named."""
 
 import json
+import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import msgspec
 import pytest
+from servers import ROOT
 
 from engine import bundle as bundles
 from engine.bundle import Bundle, Manifest, Probe, Torch, discover, fingerprint, read, write
@@ -77,6 +83,37 @@ def test_what_a_killed_write_left_is_ignored_and_cleared(tmp_path: pathlib.Path)
         discover(tmp_path)
     make(tmp_path, "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(("renames", "kept"), [(0, b"old"), (1, b"old"), (2, b"new")])
+def test_a_kill_at_the_renames_leaves_one_bundle(
+    renames: int, kept: bytes, tmp_path: pathlib.Path
+) -> None:
+    """A process that ends itself before the first rename, between the two and after both."""
+    program = (
+        "import os, pathlib, signal, sys, test_bundle\n"
+        "left = int(sys.argv[2])\n"
+        "def rename(old, new, rename=os.rename):\n"
+        "    global left\n"
+        "    if left:\n"
+        "        rename(old, new)\n"
+        "    left -= 1\n"
+        "    if left <= 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.rename = rename\n"
+        "test_bundle.make(pathlib.Path(sys.argv[1]), 'a', b'new')\n"
+    )
+    make(tmp_path, "a", b"old")
+    command = [sys.executable, "-c", program, str(tmp_path), str(renames)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths})
+    assert ended.returncode == -signal.SIGKILL
+    for _ in range(100):
+        if [path.name for path in tmp_path.iterdir()] == ["a"]:
+            break
+        time.sleep(0.1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "text.bin").read_bytes() == kept
 
 
 def test_damage_is_named(tmp_path: pathlib.Path) -> None:
