@@ -5,7 +5,6 @@ from bake.parity import measure
 from bake.samples import Sample, sample_pictures
 from engine.bundle import PRECISIONS, Backend, Bundle, Parity, Precision
 from engine.certificate import BelowFloor, read_pictures, read_sample
-from image_embeddings import probe_picture
 
 
 def check_here(bundle: Bundle) -> tuple[dict[str, str], bool]:
@@ -16,8 +15,7 @@ def check_here(bundle: Bundle) -> tuple[dict[str, str], bool]:
     """
     samples, rows, right = [Sample("text", [], read_sample(bundle).expected)], {}, True
     if "image" in bundle.manifest.modalities:
-        pictures = [probe_picture(), *sample_pictures()]
-        samples.append(Sample("image", pictures, read_pictures(bundle)))
+        samples.append(Sample("image", sample_pictures(), read_pictures(bundle)))
     for precision in PRECISIONS:
         for backend, why in bundle.manifest.left_out.items():
             if precision in why:

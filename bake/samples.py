@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from bake import BakeError
 from engine.bundle import Modality
+from image_embeddings import probe_picture
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 # Lengths are spread evenly over a window of up to this many tokens; over a longer one only up to
@@ -95,8 +96,9 @@ def beginning(text: str, tokenizer: Any, prompt: str, length: int) -> str:
 
 
 def sample_pictures() -> list[bytes]:
-    """Pictures as files: photographs (noise with the spectrum of one), line art, flat colours,
-    transparent, grey, of few colours, of extreme shapes, in every format that keeps its pixels.
+    """Pictures as files: the probe picture, photographs (noise with the spectrum of one), line art,
+    flat colours, transparent, grey, of few colours, of extreme shapes, in every format that keeps
+    its pixels.
 
     JPEGs are small, so that they are decoded at full size; tests/test_image_embeddings.py measures
     what decoding at a smaller scale costs.
@@ -119,7 +121,7 @@ def sample_pictures() -> list[bytes]:
     ]
     jpegs = [_photo(random, *shape) for shape in ((120, 100), (90, 125), (120, 90), (99, 99))]
     jpegs[2] = jpegs[2].convert("CMYK")
-    return files + [_file(picture, "JPEG", quality=90) for picture in jpegs]
+    return [probe_picture(), *files, *(_file(each, "JPEG", quality=90) for each in jpegs)]
 
 
 def _photo(random: np.random.Generator, width: int, height: int) -> Image.Image:

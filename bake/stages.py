@@ -16,7 +16,6 @@ from bake.samples import PROBE_TEXT, Sample, beginning, sample_pictures, sample_
 from engine import bundle as bundles
 from engine.bundle import PARITY_FLOOR, PRECISIONS, Bundle, Manifest, Preprocessing, Probe
 from engine.certificate import BelowFloor
-from image_embeddings import probe_picture
 
 TEXTS, SHORT = 120, 8  # in the sample; of them, such as have one token of their own, two, three …
 PACKAGES = ("sentence-transformers", "transformers", "torch", "openvino", "tokenizers", "nncf")
@@ -96,7 +95,7 @@ def _pictures(model: Any, numbers: int) -> tuple[Preprocessing, Sample]:
     Raises: BakeError.
     """
     preprocessing = pictures.read_processor(model)
-    files = [probe_picture(), *sample_pictures()]
+    files = sample_pictures()
     pictures.check_processor(model, preprocessing, files)
     expected = reference(model, pictures.opened(model, files), "pictures ")
     if expected.shape[1] != numbers:

@@ -1,9 +1,15 @@
-"""bake/samples.py: the lengths of the texts."""
+"""bake/samples.py: the lengths of the texts, and which picture is the first."""
 
+import pathlib
+
+import numpy as np
 import pytest
 from baking import PROMPTS, Baked
 
-from bake.samples import beginning, sample_texts
+from bake.samples import beginning, sample_pictures, sample_texts
+from engine.bundle import read
+from engine.certificate import read_pictures
+from image_embeddings import probe_picture
 from tokens import load_tokenizer
 
 
@@ -29,3 +35,12 @@ def test_a_beginning_is_never_longer_nor_white_space(baked: Baked) -> None:
     assert beginning("What is deep learning?", tokenizer, "", 4) == "What is "
     assert beginning("   What", tokenizer, "", 2) == "a"
     assert beginning("What", tokenizer, "", 2) == "a"
+
+
+def test_the_probe_is_the_first_picture(clip_models_dir: pathlib.Path) -> None:
+    """Of the sample, whose vectors a bundle holds, and so the manifest's probe."""
+    assert sample_pictures()[0] == probe_picture()
+    bundle = read(clip_models_dir / "tiny-clip")
+    vectors = read_pictures(bundle)
+    assert len(vectors) == len(sample_pictures())
+    assert np.allclose(vectors[0], bundle.manifest.image_probe)
