@@ -228,9 +228,12 @@ class Model:
         return np.concatenate([self._run(each, compute, part=True) for each in halves])
 
     def measure(self) -> Parity:
-        """Compare the vectors of the bundle's sample with sentence-transformers' own, on each
-        device: in batches, some alone, and as many as each recorded call has room for. Where
-        lengths matter, a vector whose length is wrong counts as one of cosine -1.
+        """Compare the vectors of the bundle's sample of texts with sentence-transformers' own, on
+        each device: all in batches, some alone, and as many as each recorded call has room for.
+
+        Returns: the certificate, without numbers of threads. Where the model does not normalise and
+            the length of any vector is off by more than its precision allows, `minimum` is -1.
+        Raises: BundleError when the sample cannot be read; what the model's code raises.
         """
         sample = read_sample(self.bundle)
         lengths = [len(ids) for ids in sample.ids]
