@@ -140,8 +140,9 @@ def measure_texts(
     done = windows.Progress(sum(certificate.work(texts, brief=each) for each in brief.values())).add
     for threads in counts:
         with serving(threads, done) as queue:
-            given = bundle, make(threads), queue, texts
-            found.append(certificate.measure(*given, brief=brief[threads], done=done))
+            # No name for the engine: it would be kept beside the next one, with all its memory.
+            more: Any = {"brief": brief[threads], "done": done}
+            found.append(certificate.measure(bundle, make(threads), queue, texts, **more))
     return certificate.merged(found)
 
 

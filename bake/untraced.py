@@ -146,7 +146,9 @@ def certify(
                     if precision != "fp32" or not manifest.torch.packed:
                         raise
                     manifest.torch = msgspec.structs.replace(manifest.torch, packed=False)
-                    parities = certificates(bundle, precision, samples)
+                    parities = []
+                # Not above, where the exception keeps the model that failed, with all its memory.
+                parities = parities or certificates(bundle, precision, samples)
         except BelowFloor as error:
             if precision == "fp32":
                 advice = error.advice if isinstance(error, CodeFails) else _DEPENDS

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from baking import Baked, bake, cosines, embed, refusal, serving
 from conftest import NAME
 
 from bake.export import trace_pictures
-from bake.parity import thread_counts
-from bake.traced import runs
+from bake.parity import measure_texts, thread_counts
+from bake.traced import makers, runs
 from engine import bundle as bundles
 from engine import certificate
 from engine.bundle import PARITY_FLOOR, PRECISIONS
 from engine.errors import PrecisionUnavailable
 from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
+from engine.protocol import Engine
 
 
 @pytest.mark.parametrize("precision", available_precisions())
@@ -41,6 +43,20 @@ def test_the_certificate_states_what_this_cpu_ran(models_dir: pathlib.Path) -> N
     own = [each for each in PRECISIONS if runs("own engine", each)]
     assert list(manifest.parity.get("own engine", {})) == own and not manifest.left_out
     assert manifest.precisions == ["fp32", "bf16", "int8"]
+
+
+def test_one_engine_is_in_memory_at_a_time(baked: Baked) -> None:
+    """A large model's takes gigabytes."""
+    made: list[weakref.ref[Engine]] = []
+    (maker,) = makers(baked.bundle, "OpenVINO", "fp32")
+
+    def make(threads: int) -> Engine:
+        assert not any(engine() for engine in made)
+        engine = maker(threads)
+        made.append(weakref.ref(engine))
+        return engine
+
+    assert measure_texts(baked.bundle, make, [1, 2, 3]).threads == [1, 2, 3] and len(made) == 3
 
 
 def test_what_int8_spoils_is_refused_with_the_way_out(tmp_path: pathlib.Path) -> None:

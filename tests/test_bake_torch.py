@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from engine.openvino_backend import OpenVINOTextEngine, available_precisions
 from engine.packing import can_pack
 from engine.queue import Queue
 from engine.torch_engine import TorchImageEngine, TorchTextEngine, open_model
+from engine.torch_model import Model
 from image_embeddings import ImageEmbedder
 from limits import ImageLimits, TextLimits
 from tokens import load_tokenizer
@@ -213,11 +215,23 @@ def test_code_of_a_model_goes_into_the_bundle(tmp_path: pathlib.Path) -> None:
     assert len(minima) == len(makers) and min(minima) >= 0.9999
 
 
-def test_what_is_wrong_without_padding_is_served_with_it(tmp_path: pathlib.Path) -> None:
+def test_what_is_wrong_without_padding_is_served_with_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Model]] = []
+
+    def load(*arguments: Any) -> Model:
+        """One model is in memory at a time: a large one takes gigabytes."""
+        assert not any(model() for model in loaded)
+        model = Model(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("bake.untraced.Model", load)
     folder = tiny_code.own_model(tmp_path / "model")
     assert can_pack(SentenceTransformer(str(folder), device="cpu", trust_remote_code=True))
     bundle = bake(folder, tmp_path / "models", *TORCH, TRUST)
-    assert bundle.manifest.torch and not bundle.manifest.torch.packed
+    assert bundle.manifest.torch and not bundle.manifest.torch.packed and len(loaded) == 2
     check(bundle, own_vectors(folder))
 
 
