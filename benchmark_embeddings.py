@@ -32,11 +32,11 @@ from engine.bundle import Manifest
 from engine.errors import EmbedderError
 from loadtest import in_process, measures, recommend, report
 from loadtest.loads import DIALECTS, IMAGES, LOADS, Target, usual
-from loadtest.machine import Usage, machine, watched
+from loadtest.machine import Usage, machine, ticks
 from loadtest.recommend import Advice, Prices
 from loadtest.reference import Reference
 from loadtest.report import Row
-from loadtest.service import available, serve
+from loadtest.service import serve
 from settings import SettingsError
 
 WHATS = ("texts", "ceiling", "padding", "fairness", "start", "recommend")
@@ -104,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 and one line when something needed is not there."""
     options = parse(arguments)
     try:
-        with watched() as usage:
-            conditions, rows, advice = measure(options)
+        before = ticks()
+        conditions, rows, advice = measure(options)
+        usage = Usage(before, ticks())
         if not rows:
             raise ValueError("none of these loads is measured here")
         if options.plot:
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print(f"{options.what}: {conditions}\n{_said(usage, options)}\n\n{report.table(rows)}")
     if advice:
-        print("\n" + recommend.text(advice, len(available())))
+        print("\n" + recommend.text(advice))
 
 
 def _said(usage: Usage, options: argparse.Namespace) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from settings import available_cores
@@ -48,17 +47,11 @@ def ticks() -> Ticks:
 class Usage:
     """What others did with the machine's cores between two readings."""
 
-    def __init__(self, before: Ticks) -> None:
-        self._loads = before.load, before.load
-        self.others = self.stolen = 0.0  # cores
-        self._before = before
-
-    def end(self, after: Ticks) -> None:
-        """Take the second reading."""
-        before, seconds = self._before, max(after.at - self._before.at, 0.01)
+    def __init__(self, before: Ticks, after: Ticks) -> None:
+        """`after`: once all processes have ended that this one started, else they are others."""
+        seconds, own = max(after.at - before.at, 0.01), after.own - before.own
         self._loads = before.load, after.load
-        self.stolen = (after.stolen - before.stolen) / seconds
-        own = after.own - before.own
+        self.stolen = (after.stolen - before.stolen) / seconds  # cores
         self.others = max(0.0, after.busy - before.busy - own) / seconds
 
     @property
@@ -72,11 +65,3 @@ class Usage:
             f"{self.others:.2f} of {len(os.sched_getaffinity(0))} cores, the host "
             f"{self.stolen:.2f} (steal)"
         )
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[Usage]:
-    """The usage, right once the block has ended, with all processes that it started."""
-    usage = Usage(ticks())
-    yield usage
-    usage.end(ticks())

@@ -61,6 +61,7 @@ class Advice(NamedTuple):
     reasons: list[str]
     command: str  # that deploys it, without names and key
     cost: float  # US dollars for a million texts
+    measured_cores: int  # the most; fewer than the machine's where Cloud Run offers no more
 
 
 def choose(parity: Mapping[str, float], rates: Mapping[str, float]) -> str:
@@ -146,7 +147,8 @@ def recommend(
     shape = cores, memory, chosen.connections, chosen.workers, precision
     measured = chosen.rate, chosen.p99, kept
     command = _command(chosen, cores, memory)
-    return Advice(*shape, *measured, reasons, command, dollars)
+    most = max(point.cores for point in points)
+    return Advice(*shape, *measured, reasons, command, dollars, most)
 
 
 def _precision_reasons(
@@ -275,12 +277,12 @@ def parity(bundle: Bundle) -> dict[str, float]:
     return found
 
 
-def text(advice: Advice, cores: int) -> str:
+def text(advice: Advice) -> str:
     """The advice with its reasons and its limits, to paste."""
     lines = [advice.command, "", *(f"- {reason}" for reason in advice.reasons)]
     lines += [
-        f"- measured: all of the above, on this machine, up to its {cores} cores; with all of them "
-        "the service shares some hundredths of a core with the load client",
+        f"- measured: all of the above, on up to {advice.measured_cores} cores of this machine; "
+        "with all that it has the service shares some hundredths of a core with the load client",
         "- not measured, so not advised: more cores than that; another processor (Cloud Run does "
         "not promise which one it gives: measure what you deployed with --url); its network",
     ]

@@ -62,7 +62,7 @@ def compare(
                 "rate": whole.rate,
                 "p50": whole.p50,
                 "p99": whole.p99,
-                "failed": whole.failed + sum(other.failed for other in others),
+                "failed": whole.failed,
                 "ratio": ratio(results, others),
                 "cpu": whole.cpu or None,
                 "note": doubt(results, others),

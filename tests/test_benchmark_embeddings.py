@@ -241,15 +241,15 @@ def test_a_ratio_that_differs_from_round_to_round_is_not_stated() -> None:
 
 def test_what_others_do_with_the_machine_is_what_is_not_our_own() -> None:
     before = machine.Ticks(at=100.0, busy=50.0, stolen=5.0, own=10.0, load=1.0)
-    usage = machine.Usage(before)
-    usage.end(machine.Ticks(at=110.0, busy=64.0, stolen=6.0, own=19.0, load=2.5))
+    after = machine.Ticks(at=110.0, busy=64.0, stolen=6.0, own=19.0, load=2.5)
+    usage = machine.Usage(before, after)
     assert (usage.others, usage.stolen, usage.busy) == (0.5, 0.1, True)
     cores = len(os.sched_getaffinity(0))
     assert str(usage) == (
         f"load 1.0 before and 2.5 after; other processes took 0.50 of {cores} cores, the host 0.10 "
         "(steal)"
     )
-    usage.end(machine.Ticks(at=110.0, busy=59.1, stolen=5.0, own=19.2, load=1.0))
+    usage = machine.Usage(before, machine.Ticks(110.0, busy=59.1, stolen=5.0, own=19.2, load=1.0))
     assert (usage.others, usage.busy) == (0.0, False)
 
 
@@ -365,6 +365,14 @@ def test_failures_are_counted_and_void_the_ratio(
     here, there = measured(capsys, *urls, "--connections", "2", *QUICK)["rows"]
     assert here["failed"] > 0 and there["failed"] > 0
     assert here["rate"] == 0 and here["ratio"] is there["ratio"] is None
+
+
+def test_a_row_counts_its_own_failures_once() -> None:
+    right, failing = Result(1.0, (1.0,), 0), Result(1.0, (1.0,), 2)
+    sides = [("x", lambda *_: right), ("y", lambda *_: failing)]
+    rows = report.compare("query", 1, sides, True, 0.0, 3)
+    assert [row["failed"] for row in rows] == [0, 6]
+    assert all(row["note"] == "no ratio: requests failed" for row in rows)
 
 
 def test_a_service_says_whether_it_takes_pictures(service: Server, clip_service: Server) -> None:
@@ -576,8 +584,9 @@ def test_advice_by_the_stated_rules() -> None:
         "gcloud run deploy … --cpu 2 --memory 512Mi --concurrency 8 "
         "--set-env-vars PRECISION=auto,WEB_CONCURRENCY=1"
     )
-    text = recommend.text(advised, 2)
+    text = recommend.text(advised)
     assert "int8 0.99200, 400.0/s" in text and "1.07 times the texts of 1" in text
+    assert "measured: all of the above, on up to 2 cores of this machine" in text
     assert "not measured, so not advised: more cores than that" in text
 
 
