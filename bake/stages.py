@@ -38,24 +38,13 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
         print(line, file=sys.stderr)
         notes.append(line)
 
-    with stage(f"loading {options.model}"):
-        model, remarks = source.load(options)
-        tokenizer = source.tokenizer(model, options.tokenizer)
-        prompt, window = model.prompts.get(model.default_prompt_name) or "", model.max_seq_length
-        texts = _texts(tokenizer, prompt, window)
-        source.check_tokenizer(model, tokenizer, texts)
-    for remark in remarks:
-        note(remark)
+    model, tokenizer, texts = _load(options, note)
     shortened = source.default_dimensions(model)
-    with stage("embedding the sample with sentence-transformers"):
-        alone = (together := in_company(model, texts)) < PARITY_FLOOR["fp32"]
-        samples = [Sample("text", texts, reference(model, texts, alone=alone))]
-    if alone:
-        _choose_torch(options, together, note)
-    preprocessing = None
+    sample, alone = _embedded(options, model, texts, note)
+    samples, preprocessing = [sample], None
     if "image" in model.modalities:
         with stage("embedding pictures with sentence-transformers"):
-            preprocessing, sample = _pictures(model, samples[0].expected.shape[1])
+            preprocessing, sample = _pictures(model, sample.expected.shape[1])
         samples.append(sample)
 
     def fill(folder: pathlib.Path) -> Manifest:
@@ -87,6 +76,35 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
         return untraced.complete(begun(), options, model, samples, note, alone)
 
     return bundles.write(options.output, options.name, fill), notes
+
+
+def _load(options: Options, note: Callable[[str], None]) -> tuple[Any, Any, list[str]]:
+    """Returns: the model, its tokenizer, and the sample's texts. Raises: BakeError."""
+    with stage(f"loading {options.model}"):
+        model, remarks = source.load(options)
+        tokenizer = source.tokenizer(model, options.tokenizer)
+        prompt, window = model.prompts.get(model.default_prompt_name) or "", model.max_seq_length
+        texts = _texts(tokenizer, prompt, window)
+        source.check_tokenizer(model, tokenizer, texts)
+    for remark in remarks:
+        note(remark)
+    return model, tokenizer, texts
+
+
+def _embedded(
+    options: Options, model: Any, texts: Sequence[str], note: Callable[[str], None]
+) -> tuple[Sample, bool]:
+    """Returns: the sample of texts, and whether each has to be computed alone; `options` then say
+    torch.
+
+    Raises: BakeError.
+    """
+    with stage("embedding the sample with sentence-transformers"):
+        alone = (together := in_company(model, texts)) < PARITY_FLOOR["fp32"]
+        sample = Sample("text", texts, reference(model, texts, alone=alone))
+    if alone:
+        _choose_torch(options, together, note)
+    return sample, alone
 
 
 def _pictures(model: Any, numbers: int) -> tuple[Preprocessing, Sample]:
