@@ -11,6 +11,7 @@ import contextlib
 import pathlib
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -21,6 +22,7 @@ from engine.bundle import Parity, Precision
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
+ALIVE_EVERY = 5.0  # seconds
 _CHECK = re.compile(r"^Check '|^Exception from ")  # of OpenVINO's C++
 
 
@@ -79,15 +81,39 @@ def one_line(error: Exception, characters: int = 300) -> str:
 
 @contextlib.contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Print a stage's name to stderr, and how long it took when it ends."""
+    """Print a stage's name to stderr, and how long it took when it ends; on a terminal also how
+    long it has taken so far.
+    """
     print(f"{what} …", end="", file=sys.stderr, flush=True)
     started = time.perf_counter()
     try:
-        yield
+        with _alive(started) if sys.stderr.isatty() else contextlib.nullcontext():
+            yield
     except BaseException:
         print(" failed", file=sys.stderr, flush=True)
         raise
     print(f" {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _alive(started: float) -> Iterator[None]:
+    """Within it, print every ALIVE_EVERY seconds how many have passed: a large model is traced or
+    compressed for minutes.
+    """
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(ALIVE_EVERY):
+            passed = time.perf_counter() - started
+            print(f" {int(passed)} s …", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def describe(parities: Sequence[Parity]) -> str:

@@ -1,16 +1,21 @@
 """bake_model.py: what it says, what names it takes; a second bake replaces the first."""
 
+import contextlib
+import io
+import itertools
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import tiny_models as tiny
-from baking import OWN, Baked, bake, refusal
+from baking import FAR, OWN, Baked, bake, refusal
 from servers import ROOT
 
+from bake import stage
 from bake.parity import thread_counts
 from engine import bundle as bundles
 from engine.bundle import PARITY_FLOOR
@@ -45,6 +50,38 @@ def test_progress_goes_to_stderr_a_stage_a_line(bert: pathlib.Path, baked: Baked
         "checking vectors at fp32",
     ]
     assert all(re.fullmatch(r"\d+\.\d s", took) for _, took in done)
+
+
+class Screen(io.StringIO):
+    """stderr on a terminal, or not. Tells when something was written after a stage's name."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal, self.told = terminal, threading.Event()
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        if text and self.getvalue():
+            self.told.set()
+        return super().write(text)
+
+
+def test_a_long_stage_says_on_a_terminal_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bake.ALIVE_EVERY", 0.01)
+    threads = threading.active_count()
+    for terminal, then in itertools.product([True, False], [None, ValueError]):
+        screen = Screen(terminal)
+        monkeypatch.setattr(sys, "stderr", screen)
+        with contextlib.suppress(ValueError), stage("tracing"):
+            assert screen.told.wait(FAR if terminal else 0.1) == terminal
+            if then:
+                raise then
+        assert threading.active_count() == threads
+        so_far = r"( \d+ s …)+" if terminal else ""
+        end = " failed" if then else r" \d+\.\d s"
+        assert re.fullmatch(rf"tracing …{so_far}{end}\n", screen.getvalue())
 
 
 @pytest.mark.parametrize("name", ["a b", "../up", ".hidden", "ä"])
