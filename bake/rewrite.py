@@ -62,9 +62,8 @@ def shrink_masks(model: Any, window: int) -> bool:
     longest = np.ones((1, min(window, _LONGEST)), np.int64)
     half, short = longest.copy(), np.ones((2, min(16, window)), np.int64)
     half[:, longest.size // 2 :] = short[1, short.shape[1] // 2 :] = 0
-    for mask in (short, longest, half):  # one after the other: a batch would take twice the memory
-        if not all(_is_attention_mask(model, output, mask) for output in masks.values()):
-            return False
+    if not all(_is_attention_mask(model, each, [short, longest, half]) for each in masks.values()):
+        return False
     real = ops.convert(model.input("attention_mask"), np.float32)
     hidden = ops.subtract(real, ops.constant(np.float32(1)))
     penalty = ops.multiply(hidden, ops.constant(np.float32(_PENALTY)))
@@ -111,13 +110,19 @@ def _attentions(model: Any) -> list[Any]:
     return [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
 
 
-def _is_attention_mask(model: Any, output: Any, mask: Any) -> bool:
-    """Whether for this attention_mask, int64 [texts, length], `output` lets every real token attend
+def _is_attention_mask(model: Any, output: Any, masks: Sequence[Any]) -> bool:
+    """Whether for each attention_mask, int64 [texts, length], `output` lets every real token attend
     to the real tokens of its text, and to no other, and adds nothing to their scores.
     """
-    part = ov.Model([output], model.get_parameters())
+    part = ov.Core().compile_model(ov.Model([output], model.get_parameters()), "CPU", _EXACT)
+    # One after the other: a batch of them would take twice the memory.
+    return all(_attends(part, mask) for mask in masks)
+
+
+def _attends(part: Any, mask: Any) -> bool:
+    """Whether the compiled `part` of a model makes of `mask` what `_is_attention_mask` asks for."""
     inputs = {"attention_mask": mask, "input_ids": np.full_like(mask, 5)}
-    computed = ov.Core().compile_model(part, "CPU", _EXACT)(inputs)[0]
+    computed = part(inputs)[0]
     if computed.ndim != 4 or computed.shape[1] != 1:
         return False
     visible = computed if computed.dtype == bool else computed == 0
