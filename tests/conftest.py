@@ -83,6 +83,7 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
     bundles = cache(
         config,
         "bundles",
+        ROOT / "tests" / "bakes.py",
         ROOT / "bake_model.py",
         ROOT / "embeddings.py",
         ROOT / "tokens.py",
@@ -110,9 +111,11 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
 
     def bake() -> None:
         with locked(bundles / "texts.lock"):
+            of = "sentence-transformers/"
             wanted = [  # the bundle baked first is the default
-                [packaged(), "--name", name, "--source", f"sentence-transformers/{name}", *options]
-                for name, options in ((NAME, []), (WIDE, ["--max-tokens", "512"]))
+                [how, packaged(), "--name", name, "--source", of + name, *more]
+                # WIDE's certificates over 120 texts would take 60 s of a core.
+                for how, name, *more in (["bake", NAME], ["bake few", WIDE, "--max-tokens", "512"])
                 if not (folders.texts / name).exists()
             ]
             if wanted:
@@ -122,10 +125,11 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
         with locked(bundles / "pictures.lock"):
             unfinished = trained.with_name("unfinished")
             if not trained.exists():
-                run(["train", unfinished], [unfinished, "--name", trained.name, *to_pictures])
+                baked = ["bake", unfinished, "--name", trained.name, *to_pictures]
+                run(["train", unfinished], baked)
                 unfinished.rename(trained)
             elif not (folders.pictures / trained.name).exists():
-                run([trained, *to_pictures])
+                run(["bake", trained, *to_pictures])
 
     pool = ThreadPoolExecutor(2)
     jobs = [pool.submit(bake), pool.submit(train_and_bake)]
