@@ -11,9 +11,9 @@ from conftest import NAME
 
 from bake.export import trace_pictures
 from bake.parity import thread_counts
-from bake.traced import runs
 from engine import bundle as bundles
 from engine.bundle import PARITY_FLOOR, PRECISIONS
+from engine.choice import runs
 from engine.errors import PrecisionUnavailable
 from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
 
