@@ -149,10 +149,10 @@ def measure(options: argparse.Namespace) -> tuple[str, list[Row], Advice | None]
         rows = measures.start(rounds)
     elif what == "recommend":
         load = options.loads[0] if options.loads else RECOMMEND_LOAD
-        points = recommend.measure(bundle, load, options.connections, seconds, rounds)
+        points, parity = recommend.measure(bundle, load, options.connections, seconds, rounds)
         rows = [point._asdict() for point in points]
         prices = Prices(options.vcpu_second, options.gib_second, options.million_requests)
-        advice = recommend.recommend(points, recommend.parity(bundle), options.p99, prices)
+        advice = recommend.recommend(points, parity, options.p99, prices)
     elif what == "ceiling":
         ceilings = in_process.ceilings(settings, bundle, {name for name, _ in loads})
         with _target(options) as target:

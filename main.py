@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -23,13 +24,14 @@ from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service, note_truncated
 from embeddings import Float32, TextEmbedder, Truncation, VectorCache
 from engine import certificate
-from engine.bundle import PARITY_FLOOR, Bundle, Precision, discover
-from engine.choice import image_engine, text_engine
-from engine.errors import BundleError, EmbedderError
+from engine.bundle import PARITY_FLOOR, Bundle, discover
+from engine.choice import image_engine, right_engine, text_engine
+from engine.errors import EmbedderError
 from engine.models import Models
 from engine.protocol import Engine
 from engine.queue import Queue
 from engine.quota import Quota, QuotaLimits
+from engine.tenants import SERVICE
 from limits import ImageLimits, TextLimits
 from server import tasks
 from server.limits import Limits
@@ -304,9 +306,10 @@ def load_embedders(
 
     Raises: BundleError, PrecisionUnavailable, DeviceUnavailable.
     """
+    # First, since more texts are compared than pictures: what is left out then, is for both.
+    texts = load_embedder(bundle, settings, queue, cache, truncation)
     pictures = "image" in bundle.manifest.modalities
-    embedder = load_image_embedder(bundle, settings, queue) if pictures else None
-    return Embedders(load_embedder(bundle, settings, queue, cache, truncation), embedder)
+    return Embedders(texts, load_image_embedder(bundle, settings, queue) if pictures else None)
 
 
 def load_embedder(
@@ -322,7 +325,8 @@ def load_embedder(
     """
     started = time.perf_counter()
     tokenizer, pad_id, pad_left = load_tokenizer(bundle)
-    engine = text_engine(
+    make = functools.partial(
+        text_engine,
         bundle,
         settings.precision,
         pad_id=pad_id,
@@ -331,13 +335,17 @@ def load_embedder(
         isa=settings.encoder_isa,
         device=settings.device,
     )
-    probe = bundle.manifest.probe
-    # The probe passes whatever limits were set.
-    unlimited = TextEmbedder(bundle, tokenizer, engine, queue, TextLimits())
-    deadline, whole = time.monotonic() + PROBE_TIMEOUT, bundle.manifest.dimensions
-    (embedding,) = unlimited.embed([probe.text], deadline=deadline, dimensions=whole)
-    cosine = _check_probe(bundle, engine.precision, "probe text", probe.vector, embedding.vector)
-    _certify(bundle, engine, queue)
+
+    def check(engine: Engine) -> float:
+        probe = bundle.manifest.probe
+        # The probe passes whatever limits were set.
+        unlimited = TextEmbedder(bundle, tokenizer, engine, queue, TextLimits())
+        (embedding,) = unlimited.embed([probe.text], **_of_the_service(bundle))
+        cosine = _check_probe(bundle, engine, "probe text", probe.vector, embedding.vector)
+        _certify(bundle, engine, queue)
+        return cosine
+
+    engine, cosine = right_engine(bundle, settings.precision, make, check)
     log.info(
         "model %s ready in %.2f s: %s by %s, %d dimensions, window %d tokens, %d inference "
         "threads, probe cosine %.5f",
@@ -363,31 +371,41 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
     from image_embeddings import ImageEmbedder, probe_picture
 
     streams, device = settings.inference_threads, settings.device
-    engine = image_engine(bundle, settings.precision, streams=streams, device=device)
+    what, expected = "probe picture", bundle.manifest.image_probe or []
+
+    def check(engine: Any) -> float:
+        # The probe passes whatever limits were set.
+        probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
+        (embedding,) = probe.embed([probe_picture()], **_of_the_service(bundle))
+        return _check_probe(bundle, engine, what, expected, embedding.vector)
+
+    make = functools.partial(
+        image_engine, bundle, settings.precision, streams=streams, device=device
+    )
+    engine, cosine = right_engine(bundle, settings.precision, make, check)
     limits = ImageLimits(
         settings.max_images_per_batch,
         settings.max_image_size,
         settings.max_image_pixels,
         settings.max_request_tokens,
     )
-    # The probe passes whatever limits were set.
-    probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
-    deadline, whole = time.monotonic() + PROBE_TIMEOUT, bundle.manifest.dimensions
-    (embedding,) = probe.embed([probe_picture()], deadline=deadline, dimensions=whole)
-    expected = bundle.manifest.image_probe or []
-    what = "probe picture"
-    cosine = _check_probe(bundle, engine.precision, what, expected, embedding.vector)
     if engine.precision not in bundle.manifest.image_parity.get(engine.backend, {}):
         message = "model %s: the bake could not run %s with pictures at %s; the %s's cosine is %.5f"
         log.info(message, bundle.manifest.name, engine.backend, engine.precision, what, cosine)
     return ImageEmbedder(bundle, engine.preprocessing, engine, queue, limits)
 
 
+def _of_the_service(bundle: Bundle) -> dict[str, Any]:
+    """Options of the service's own call of an embedder."""
+    deadline, whole = time.monotonic() + PROBE_TIMEOUT, bundle.manifest.dimensions
+    return {"deadline": deadline, "tenant": SERVICE, "dimensions": whole}
+
+
 def _certify(bundle: Bundle, engine: Engine, queue: Queue) -> None:
     """Measure an engine that the machine of the bake could not run at this precision, over the
     bundle's sample.
 
-    Raises: BundleError when its vectors are not the model's own.
+    Raises: BelowFloor when its vectors are not the model's own.
     """
     if engine.measured or engine.precision in bundle.manifest.parity.get(engine.backend, {}):
         return
@@ -395,30 +413,34 @@ def _certify(bundle: Bundle, engine: Engine, queue: Queue) -> None:
     try:
         found = certificate.measure(bundle, engine, queue, sample, brief=True)
     except certificate.BelowFloor as error:
-        raise BundleError(f"bundle {bundle.path}: {error}; set another PRECISION") from None
+        raise certificate.BelowFloor(
+            f"bundle {bundle.path}: {error}; set another PRECISION"
+        ) from None
     engine.measured = found
     log.info(
         "model %s: the bake could not run %s at %s, so its sample was computed here: smallest "
-        "cosine %.5f, mean %.5f over %d vectors",
+        "cosine %.5f, mean %.5f over %d vectors of texts of up to %d tokens",
         bundle.manifest.name,
         engine.backend,
         engine.precision,
         found.minimum,
         found.mean,
         found.cases,
+        certificate.longest(sample, brief=True),
     )
 
 
 def _check_probe(
-    bundle: Bundle, precision: Precision, what: str, expected: list[float], actual: Float32
+    bundle: Bundle, engine: Engine, what: str, expected: list[float], actual: Float32
 ) -> float:
-    """Returns: the cosine. Raises: BundleError when it is below the precision's floor."""
+    """Returns: the cosine. Raises: BelowFloor when it is below the precision's floor."""
     lengths = float(np.linalg.norm(expected) * np.linalg.norm(actual))
     cosine = float(np.array(expected, np.float32) @ actual) / lengths if lengths else 0.0
-    if not cosine >= PARITY_FLOOR[precision]:
-        raise BundleError(
+    precision, floor = engine.precision, PARITY_FLOOR[engine.precision]
+    if not cosine >= floor:
+        raise certificate.BelowFloor(
             f"bundle {bundle.path}: at {precision} its {what} is off (cosine {cosine:.5f}, "
-            f"at least {PARITY_FLOOR[precision]} expected); bake it again on this kind of machine"
+            f"at least {floor} expected); bake it again on this kind of machine"
         )
     return cosine
 

@@ -104,7 +104,8 @@ METRICS = (
     Metric(
         "queue_wait_seconds",
         "histogram",
-        "From a request's entry into the queue to the start of its last engine call.",
+        "From a request's entry into the queue to the start of its first engine call, or until it "
+        "left without one.",
         bounds=LATENCIES,
     ),
     Metric(
@@ -242,7 +243,7 @@ class Metrics:
         self._unknown = self._add_route(UNKNOWN)
         self._row[_PID] = os.getpid()
         self._set("inference_threads", batcher.threads)
-        batcher.observe = self.batch
+        batcher.observe, batcher.waited = self.batch, self.waited
 
     def _add(self, name: str, *labels: str) -> int:
         """Make room for a metric's numbers, at the same place in every worker. A histogram has a
@@ -353,7 +354,7 @@ class Metrics:
     def batch(self, batch: Batch, seconds: float, failed: bool) -> None:
         """An engine call of so many seconds has ended."""
         model, modality = batch.engine.name, batch.engine.modality
-        items, began = len(batch.entries), time.monotonic() - seconds
+        items = len(batch.entries)
         with self._lock:
             self._observe("batch_items", items)
             self._observe("batch_tokens", batch.tokens)
@@ -367,9 +368,13 @@ class Metrics:
                 self._count("tokens", batch.tokens, model)
                 self._count("padded_tokens", batch.padded_tokens, model)
             for job in batch.served:
-                self._observe("queue_wait_seconds", max(0.0, began - job.submitted))
                 if (name := job.tenant.name) is not None:
                     self._count("key_tokens", job.served, name)
+
+    def waited(self, seconds: float) -> None:
+        """A request has left the queue."""
+        with self._lock:
+            self._observe("queue_wait_seconds", seconds)
 
     def cached(self, hits: int, misses: int) -> None:
         """A request found so many of its chunks in the cache, and so many not."""

@@ -5,6 +5,7 @@ from bake.parity import measure
 from bake.samples import Sample, sample_pictures
 from engine.bundle import PRECISIONS, Backend, Bundle, Parity, Precision
 from engine.certificate import BelowFloor, read_pictures, read_sample
+from engine.choice import runs
 
 
 def check_here(bundle: Bundle) -> tuple[dict[str, str], bool]:
@@ -45,7 +46,7 @@ def _measure(
     from bake import traced
     from bake.export import running
 
-    if not traced.runs(backend, precision):
+    if not runs(backend, precision):
         return []
     with running():
         return measure(bundle, traced.makers(bundle, backend, precision), samples)

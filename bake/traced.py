@@ -11,9 +11,9 @@ from bake.parity import enter, leave_out, measure, write_sample
 from bake.samples import Sample
 from engine.bundle import SAMPLE, Backend, Bundle, Manifest, Precision, Preprocessing, graph_file
 from engine.certificate import BelowFloor
-from engine.encoder import cpu, library
+from engine.choice import runs
 from engine.encoder.encoder_engine import EncoderEngine
-from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine, available_precisions
+from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine
 from engine.protocol import Engine
 from tokens import load_tokenizer
 
@@ -89,13 +89,6 @@ def certify(
 
 
 _OWN: dict[Backend, str] = {"own engine": ", of our own engine"}
-
-
-def runs(backend: Backend, precision: Precision) -> bool:
-    """Whether this CPU runs an engine at a precision."""
-    if backend == "own engine":
-        return library.LIBRARY.exists() and cpu.fastest(precision) is not None
-    return precision in available_precisions()
 
 
 def makers(bundle: Bundle, backend: Backend, precision: Precision) -> list[Callable[[int], Engine]]:

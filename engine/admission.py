@@ -26,7 +26,8 @@ SPEED_KNOWN, SPEED_MEMORY = 1.0, 20.0
 # Once a tenant was refused, its requests are refused before any work was done for them, until the
 # queue is down to this share of what it was. Long ones must fit this share of the limits then.
 STILL_FULL = 0.9
-# Of max_queue_tokens, what is left to requests of one batch. Times what is free, a tenant's most.
+# The share of max_queue_tokens that is kept for requests of one batch. What a tenant may have
+# waiting, as a multiple of the tokens that are free.
 RESERVE, TIMES_FREE = 1 / 8, 8
 
 
@@ -61,15 +62,11 @@ class Admission:
         max_queue_seconds: float,
         threads: int,
         *,
-        small: int = 512,
         tenants: int = 1,
     ) -> None:
-        """Args:
-        small: tokens of a request up to which it is served whole, before later ones.
-        tenants: how many there may be.
-        """
+        """`tenants`: how many there may be."""
         self.max_queue_tokens, self.max_queue_seconds = max_queue_tokens, max_queue_seconds
-        self._threads, self._small, self._tenants = threads, small, tenants
+        self._threads, self._tenants = threads, tenants
         self.batch_speed = Speed()  # of one thread
         self._best_speed = 0.0  # of one thread, tokens a second
         # Of all threads together, by the clock, while requests wait: serving requests takes time of
@@ -78,19 +75,23 @@ class Admission:
         self._counted_until: float | None = None
         self._easy = self._sure()
 
-    def admit(self, waiting: int, added: int, tenant: Tenant, active: Iterable[Tenant]) -> None:
+    def admit(
+        self, waiting: int, added: int, tenant: Tenant, active: Iterable[Tenant], batch: int
+    ) -> None:
         """Whether a request of `added` tokens may join `waiting` ones. An empty queue takes a
         request of any size.
 
         Args:
             active: the tenants that have something waiting.
+            batch: the most tokens of a batch of its engine. A request up to that size is served
+                whole, before later ones.
 
         Raises: QueueFull.
         """
         if not waiting or waiting + added <= self._easy:
             return
-        if refusal := self._refusal(waiting, added, tenant, active, 1.0):
-            tenant.relief = waiting * STILL_FULL
+        if refusal := self._refusal(waiting, added, tenant, active, batch, 1.0):
+            tenant.relief, tenant.batch = waiting * STILL_FULL, batch
             raise refusal
 
     def full(
@@ -102,8 +103,8 @@ class Admission:
         if tenant.relief is None or waiting <= tenant.relief:
             tenant.relief = None
             return None
-        part = STILL_FULL if added > self._small else 1.0
-        return self._refusal(waiting, added, tenant, active, part)
+        part = STILL_FULL if added > tenant.batch else 1.0
+        return self._refusal(waiting, added, tenant, active, tenant.batch, part)
 
     def _refusal(
         self,
@@ -111,13 +112,14 @@ class Admission:
         added: int,
         tenant: Tenant,
         active: Iterable[Tenant],
+        batch: int,
         part: float,
     ) -> QueueFull | None:
         """With `part` of the limits."""
         if not waiting:
             return None
         most = part * self.max_queue_tokens
-        if added > self._small:
+        if added > batch:
             most *= 1 - RESERVE
         if waiting + added > most:
             return self._over(f"{waiting} tokens are waiting", added, most, waiting)
@@ -128,7 +130,7 @@ class Admission:
                 return self._over(what, added, most, waiting)
         if not self.batch_speed.known:
             return None
-        seconds = self._wait(self.ahead(added, tenant, active))
+        seconds = self._wait(self.ahead(added, tenant, active, batch))
         if seconds <= part * self.max_queue_seconds:
             return None
         return QueueFull(
@@ -146,12 +148,12 @@ class Admission:
             spread(self._wait(waiting)),
         )
 
-    def ahead(self, added: int, tenant: Tenant, active: Iterable[Tenant]) -> int:
+    def ahead(self, added: int, tenant: Tenant, active: Iterable[Tenant], batch: int) -> int:
         """Tokens that are computed until a request of `added` ones is, itself included. Before it
         ends, each request of its tenant is served at most as much as it, or a batch; and each other
         tenant at most as much as its own.
         """
-        own = added + min(tenant.tokens, tenant.jobs * max(added, self._small))
+        own = added + min(tenant.tokens, tenant.jobs * max(added, batch))
         return own + sum([min(each.tokens, own) for each in active if each is not tenant])
 
     def _wait(self, tokens: float) -> float:

@@ -171,11 +171,12 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     files: dict[str, File]
     versions: dict[str, str]
     probe: Probe
-    # Those that may be served. What an engine has neither in `parity` nor in `left_out`, the CPU of
-    # the bake could not run: `engine.certificate` measures it when it is first served.
+    # Those that may be served. An engine that has one of them neither in `parity` nor in `left_out`
+    # was not measured at it, because the CPU of the bake cannot run it. A service that uses it
+    # measures it at every start.
     precisions: list[Precision] = msgspec.field(default_factory=lambda: list(PRECISIONS))
     parity: dict[Backend, dict[Precision, Parity]]
-    left_out: dict[Backend, dict[Precision, str]] = {}  # and why: its vectors are not the model's
+    left_out: dict[Backend, dict[Precision, str]] = {}  # what is not served, and why
     # Of a model that takes pictures: `parity` over pictures, and the vector of
     # `image_embeddings.probe_picture()`.
     image_parity: dict[Backend, dict[Precision, Parity]] = {}

@@ -1,5 +1,6 @@
 """The certificate: whether an engine gives sentence-transformers' vectors on this machine, computed
-as serving computes them. The bake measures it, and so does serving what the bake could not run.
+as serving computes them. The bake measures it. The service measures the engines that the CPU of the
+bake could not run, when it starts.
 """
 
 import time
@@ -15,6 +16,7 @@ from engine.bundle import PARITY_FLOOR, SAMPLE, Bundle, Parity
 from engine.errors import BundleError
 from engine.protocol import Array, Engine, Float32
 from engine.queue import Queue
+from engine.tenants import SERVICE
 
 # What is computed beside the whole sample at once, where the queue makes full batches of texts of
 # like lengths: every third text in requests of MIXED of very different lengths; pairs of the PAIRED
@@ -60,13 +62,19 @@ def _plan(texts: Texts, brief: bool) -> tuple[list[list[int]], list[int]]:
     """The numbers of the texts that are computed in company, a list for each request, and alone."""
     order = sorted(range(len(texts.ids)), key=lambda number: len(texts.ids[number]))
     short = [number for number in order if len(texts.ids[number]) <= LONG]
-    requests = [short[::4] if brief else order]
+    requests = [short[::4] + order[len(short) :][:1] if brief else order]
     mixed = short[::3]
     step = -(-len(mixed) // MIXED)
     requests += [mixed[first::step] for first in range(step if not brief else 0)]
     requests += [short[first : first + 2] for first in range(0, min(PAIRED, len(short)), 2)]
     alone = short[:SHORTEST] + short[SHORTEST :: max(1, len(short[SHORTEST:]) // ALONE)]
     return requests, alone
+
+
+def longest(texts: Texts, *, brief: bool = False) -> int:
+    """The number of tokens of the longest text that `measure` computes."""
+    requests, _ = _plan(texts, brief)
+    return max(len(texts.ids[number]) for numbers in requests for number in numbers)
 
 
 def work(texts: Texts, *, brief: bool = False) -> int:
@@ -92,7 +100,9 @@ def measure(
     Args:
         engine: not widened yet; it is afterwards, unless `brief`.
         queue: started, with the settings of the service.
-        brief: measure less, for an engine that was measured with other numbers of threads.
+        brief: measure less: for an engine that was measured with other numbers of threads, and at
+            the start of a service. Of texts of more than LONG tokens, only the shortest is
+            computed, which has fewer than 4 * LONG in the samples that the bake makes.
         done: told the tokens of each text that was computed alone; of the others, `Queue.observe`
             is told.
 
@@ -103,7 +113,8 @@ def measure(
     for numbers in requests:
         ids = [texts.ids[number] for number in numbers]
         deadline = time.monotonic() + A_DAY
-        company.add(numbers, queue.submit(engine, ids, [len(each) for each in ids], deadline))
+        costs = [len(each) for each in ids]
+        company.add(numbers, queue.submit(engine, ids, costs, deadline, tenant=SERVICE))
     single = Compared(bundle, texts.expected)
     for wide in (True,) if brief else (False, True):
         if wide and not brief:

@@ -5,17 +5,43 @@ Engines are imported only where they are chosen: that takes as long as the rest 
 """
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from engine.bundle import Bundle
+from engine.bundle import PRECISIONS, Backend, Bundle, Precision
+from engine.certificate import BelowFloor
 from engine.encoder import encoder_engine
 from engine.errors import DeviceUnavailable, PrecisionUnavailable
 from engine.protocol import Engine
 
+E = TypeVar("E", bound=Any)
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
 _CODE = "HF_MODULES_CACHE"  # where transformers copies a model's code to, to import it
+
+
+def runs(backend: Backend, precision: Precision) -> bool:
+    """Whether this machine runs an engine at a precision. Of torch, which depends on the device, it
+    is known only when a model is opened.
+    """
+    if backend == "torch":
+        return True
+    if backend == "own engine":
+        return encoder_engine.runs(precision)
+    from engine.openvino_backend import available_precisions
+
+    return precision in available_precisions()
+
+
+def precisions(bundle: Bundle) -> list[Precision]:
+    """Those at which this machine serves a bundle."""
+    return [each for each in PRECISIONS if any(runs(it, each) for it in bundle.backends(each))]
 
 
 def text_engine(
@@ -54,6 +80,39 @@ def image_engine(bundle: Bundle, wanted: str, *, streams: int, device: str = "au
     from engine.openvino_backend import OpenVINOImageEngine, choose_precision
 
     return OpenVINOImageEngine(bundle, choose_precision(wanted, bundle), streams=streams)
+
+
+def right_engine(
+    bundle: Bundle, wanted: str, make: Callable[[], E], check: Callable[[E], T]
+) -> tuple[E, T]:
+    """The engine that `make` chooses for PRECISION=`wanted`, and what `check` returns for it. For
+    `auto`, an engine whose vectors are wrong on this machine is left out of the bundle, in memory,
+    and `make` chooses another.
+
+    Raises: BelowFloor, as `check` does for a wrong engine, when PRECISION names its precision or no
+        other engine is left; what else `make` and `check` raise.
+    """
+    wrong: BelowFloor | None = None
+    while True:
+        try:
+            engine = make()
+        except PrecisionUnavailable:
+            if wrong:
+                raise wrong from None
+            raise
+        try:
+            return engine, check(engine)
+        except BelowFloor as error:
+            left_out = bundle.manifest.left_out.setdefault(engine.backend, {})
+            if wanted != "auto" or engine.precision in left_out:
+                raise
+            left_out[engine.precision] = str(error)
+            log.warning(
+                "model %s is served without %s at %s: its vectors are wrong on this machine (%s)",
+                *(bundle.manifest.name, engine.backend, engine.precision, error),
+            )
+            wrong = error.with_traceback(None)  # that holds the engine
+            del engine  # before the next one takes memory
 
 
 def _check_for_cpu(bundle: Bundle, wanted: str, device: str) -> None:

@@ -1,5 +1,6 @@
 """The types that the queue, the engines and their callers share."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -109,6 +110,7 @@ class Job:
     free: int = 0  # tokens that may be served before they count
     served: int = 0  # tokens that a batch has taken
     running: int = 0  # inputs in batches that have not ended
+    first: float = math.inf  # when the first of its batches began; known once that has ended
     error: EmbedderError | None = None
     trace: Recording | None = None  # of its request
 

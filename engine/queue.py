@@ -89,9 +89,7 @@ class Queue:
         self.max_batch_tokens = max_batch_tokens
         self.threads = threads
         self._now, self._event, self.others = clock, event, others
-        self._admission = Admission(
-            max_queue_tokens, max_queue_seconds, threads, small=max_batch_tokens, tenants=tenants
-        )
+        self._admission = Admission(max_queue_tokens, max_queue_seconds, threads, tenants=tenants)
         self._lock = threading.Lock()
         self._jobs: list[Job] = []  # those with inputs that wait
         self.waiting_tokens = 0  # read-only for others
@@ -112,6 +110,9 @@ class Queue:
         self.callers_gone = 0  # requests that were dropped because their callers had gone
         # Called when a batch has ended, with its seconds and whether it failed.
         self.observe: Callable[[Batch, float, bool], None] = lambda *_: None
+        # Called when a request has left, with the seconds until its first batch began; if there was
+        # none, until it left.
+        self.waited: Callable[[float], None] = lambda _: None
 
     @property
     def waiting_jobs(self) -> int:
@@ -146,6 +147,7 @@ class Queue:
             gone: whether the caller has gone. It is called from any thread, before every batch that
                 finds inputs of this request waiting, so it has to be quick.
             tenant: with whose requests it shares. There may be only so many names: each is kept.
+                SERVICE's are never refused for what waits.
 
         Returns: float32 of shape (len(inputs), engine.dimensions), in the order of `inputs`.
         Raises: QueueFull and OverQuota at once; DeadlineExceeded; CallerGone; ShuttingDown;
@@ -171,13 +173,13 @@ class Queue:
         )
         with self._lock:
             self._enqueue(job, tokens)
-        if not job.done.wait(max(0.0, deadline - self._now())):
-            with self._lock:
-                self._end(job, _too_late())
-        with self._lock:
-            self._in_system -= 1
-        if whose.quota:
-            whose.quota.release(tokens)
+        try:
+            self._put_soon()
+            if not job.done.wait(max(0.0, deadline - self._now())):
+                with self._lock:
+                    self._end(job, _too_late())
+        finally:
+            self._leave(job, tokens)
         if job.trace is not None:
             spans.waited(job.trace, job.submitted)
         if job.error:
@@ -185,30 +187,51 @@ class Queue:
         return job.vectors
 
     def _enqueue(self, job: Job, tokens: int) -> None:
-        """Raises: QueueFull, OverQuota, ShuttingDown."""
+        """Queue a request of so many tokens, until `_leave`.
+
+        Raises: QueueFull, OverQuota, ShuttingDown, and what the engine raises when its threads
+            start. Then nothing has been taken.
+        """
         if self._closed:
             raise _shutting_down()
-        tenant = job.tenant
-        self._admission.admit(self.waiting_tokens, tokens, tenant, self._tenants.active)
-        if tenant.quota:
-            tenant.quota.take(tokens)
+        tenant, job.free = job.tenant, self._limits(job.engine)[1]
+        if not tenant.never_refused:
+            active = self._tenants.active
+            self._admission.admit(self.waiting_tokens, tokens, tenant, active, job.free)
         backend = job.engine.backend
         if backend not in self._threads:
             own = job.engine.start_threads(self.threads, self._wake)
             count = job.engine.calls or self.threads
             self._threads[backend] = own or PythonThreads(count, self._collect_ended)
         job.threads = self._threads[backend]
+        if tenant.quota:
+            tenant.quota.take(tokens)
         self._in_system += 1
         self._lately = max(self._in_system, self._lately * 0.9)
-        job.began, job.free = tenant.clock, self._limits(job.engine)[1]
+        job.began = tenant.clock
         self._tenants.enter(tenant, tokens, job.free)
         self._jobs.append(job)
         self.waiting_tokens += tokens
+
+    def _put_soon(self) -> None:
+        """Put batches now, or in the loop's thread with what else is submitted in this turn."""
         if threading.get_ident() != self._loop_thread:
-            self._put_batches()
+            with self._lock:
+                self._put_batches()
         elif not self._flush_due:
             self._flush_due = True
             self._call_soon(self.flush)
+
+    def _leave(self, job: Job, tokens: int) -> None:
+        """A request of so many tokens is over: it has its vectors or an error, or an exception
+        ended the wait for it. Then what is left of it is not computed.
+        """
+        with self._lock:
+            self._end(job, CallerGone("the request was given up"))
+            self._in_system -= 1
+        if job.tenant.quota:
+            job.tenant.quota.release(tokens, job.served)
+        self.waited(max(0.0, min(job.first, self._now()) - job.submitted))
 
     def attach(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
         """Let the calling thread's event loop collect, in place of `start`: it calls `collect`
@@ -265,7 +288,7 @@ class Queue:
         shares = threads + 1 if threads > 1 else 1
         share = min(most_tokens, max(lead.engine.min_batch_tokens, -(-in_hand // shares)))
         max_size, max_tokens = self._limits(lead.engine)
-        counted = 0  # tokens that their tenants know of
+        counted = 0  # of `tokens`, those that were counted for their tenants
         for job in (lead, *self._jobs):
             if job.engine is not lead.engine:
                 continue
@@ -310,6 +333,7 @@ class Queue:
         """
         spans.computed(batch, seconds or 0.0)
         overflowed: list[bool] = [False] * len(batch.entries)
+        now = self._now()
         if seconds is not None:
             for number, (job, row, _) in enumerate(batch.entries):
                 job.vectors[row] = vectors[number]
@@ -321,9 +345,10 @@ class Queue:
             self._running_tokens -= batch.tokens
             if seconds is not None:
                 queued = bool(self._jobs)
-                self._admission.batch_ended(batch.tokens, seconds, self._now(), queued=queued)
+                self._admission.batch_ended(batch.tokens, seconds, now, queued=queued)
             for (job, _, _), too_large in zip(batch.entries, overflowed):
                 job.running -= 1
+                job.first = min(job.first, now - (seconds or 0.0))
                 if too_large:
                     self._end(job, EngineFailed(OVERFLOW))
                 elif seconds is None:

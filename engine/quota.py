@@ -91,10 +91,14 @@ class Quota:
                 bucket.take(tokens)
             self._inside += tokens
 
-    def release(self, tokens: int) -> None:
-        """The request that took them has ended."""
+    def release(self, tokens: int, computed: int | None = None) -> None:
+        """The request that took them has ended. `computed`: how many of them were; None: all. The
+        others are given back.
+        """
         with self._lock:
             self._inside -= tokens
+            if computed is not None and (bucket := self._tokens):
+                bucket.take(computed - tokens)
 
     def _check(self, limit: str, seconds: float) -> None:
         if seconds:

@@ -14,6 +14,10 @@ from typing import Any
 
 from engine.quota import Quota
 
+# The tenant of the service's own requests, such as the probe of a model that loads while others
+# serve. They are never refused. No key can have this name.
+SERVICE = "(the service)"
+
 _tag = operator.attrgetter("tag")
 _tenant_first = operator.attrgetter("tenant.tag", "tag")
 
@@ -29,6 +33,8 @@ class Tenant:
     tag: float = -math.inf  # tokens served, on the clock of the tenants
     clock: float = 0.0  # of its own requests' shares
     relief: float | None = None  # after a refusal: waiting tokens of the queue at which that ends
+    batch: int = 0  # the most tokens of a batch of the engine for which that was
+    never_refused: bool = False  # SERVICE
 
     def serve(self, tokens: int) -> None:
         """A batch takes so many of its waiting tokens."""
@@ -42,7 +48,10 @@ class Tenants:
 
     def __init__(self, quotas: Mapping[str | None, Quota]) -> None:
         """`quotas`: what tenants may use at most, by name."""
-        self._known = {name: Tenant(name, quota) for name, quota in quotas.items()}
+        self._known: dict[str | None, Tenant] = {
+            name: Tenant(name, quota) for name, quota in quotas.items()
+        }
+        self._known[SERVICE] = Tenant(never_refused=True)
         self.active: dict[Tenant, None] = {}  # those with inputs that wait
         self._clock = 0.0
         self.find = self._known.get  # None for a tenant that has not had a request yet
@@ -66,7 +75,9 @@ class Tenants:
                 del self.active[tenant]
 
     def served(self, tokens: int) -> None:
-        """A batch of so many tokens was taken, of all that were active before it."""
+        """A batch of so many tokens was taken. Call this before the tenants that it leaves without
+        waiting tokens `leave`: the clock counts them too.
+        """
         self._clock += tokens / len(self.active)
 
     @property

@@ -17,6 +17,7 @@ import settings as configuration
 from api.service import Embedders
 from embeddings import TextEmbedder
 from engine.bundle import Bundle, Precision
+from engine.choice import precisions
 from engine.protocol import Engine
 from image_embeddings import ImageEmbedder
 from loadtest.client import Result
@@ -45,15 +46,6 @@ def settings() -> Settings:
 def default_bundle(options: Settings) -> Bundle:
     """The bundle that answers requests without `model`. Raises: BundleError, ModelNotFound."""
     return main.make_models(options).bundle()
-
-
-def precisions(bundle: Bundle) -> list[Precision]:
-    """The precisions that both this CPU and this bundle offer."""
-    if bundle.manifest.torch:
-        return list(bundle.manifest.precisions)
-    from engine.openvino_backend import available_precisions
-
-    return [precision for precision in available_precisions() if bundle.offers(precision)]
 
 
 class Ceiling:

@@ -1,14 +1,16 @@
 """What to set Cloud Run to: settings of the service are measured, and stated rules choose one."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from engine.bundle import Bundle
-from loadtest.in_process import precisions
-from loadtest.loads import LOADS, Target
+from engine.choice import precisions
+from loadtest.client import get
+from loadtest.loads import LOADS, Target, key
 from loadtest.measures import one
 from loadtest.rounds import alternate, combine
 from loadtest.service import available, serve
@@ -68,7 +70,7 @@ def choose(parity: Mapping[str, float], rates: Mapping[str, float]) -> str:
     """The precision with the best rate among the exact ones; without an exact one, the most exact.
 
     Args:
-        parity: smallest cosine to sentence-transformers at bake.
+        parity: smallest cosine to sentence-transformers.
         rates: best rate that was measured.
     """
     exact = [name for name in rates if parity.get(name, 0.0) >= PARITY]
@@ -101,7 +103,7 @@ def recommend(
 
     Args:
         points: by setting at a rising number of connections.
-        parity: smallest cosine to sentence-transformers at bake, by precision.
+        parity: smallest cosine to sentence-transformers, by precision.
         limit: ms that p99 should not exceed.
         prices: of the platform.
 
@@ -156,8 +158,8 @@ def _precision_reasons(
 ) -> list[str]:
     figures = (f"{name} {parity.get(name, 0.0):.5f}, {rate:.1f}/s" for name, rate in rates.items())
     reasons = [
-        f"{precision}: the fastest of those whose smallest cosine to sentence-transformers at bake "
-        f"is {PARITY} or more ({', '.join(figures)})"
+        f"{precision}: the fastest of those whose smallest cosine to sentence-transformers is "
+        f"{PARITY} or more ({', '.join(figures)})"
     ]
     if starts_anywhere(precision) == "auto":
         reasons.append(
@@ -237,19 +239,22 @@ def _memory(point: Point) -> int:
 
 def measure(
     bundle: Bundle, load: str, connections: Sequence[int], seconds: float, rounds: int
-) -> list[Point]:
+) -> tuple[list[Point], dict[str, float]]:
     """Every precision on all cores, or as many as Cloud Run offers; the one that will be chosen
     also on fewer cores, and with a worker for each core.
 
+    Returns: the points; the smallest cosine to sentence-transformers at each precision, of the
+        engine that served it.
     Raises: OSError when a service does not start.
     """
     sizes = [cores for cores in CORES if cores <= len(available())]
     cpus = available()[: sizes[-1]]
-    points = []
+    points, parity = list[Point](), dict[str, float]()
 
     def setting(cores: int, workers: int, precision: str) -> None:
         environ = {"PRECISION": precision, "WEB_CONCURRENCY": str(workers)}
         with serve(environ, cpus[:cores]) as running:
+            parity[precision] = smallest_cosine(running.url, bundle.manifest.name)
             for at in sorted(connections):
                 title = f"{precision}, cores {cores}, workers {workers}, connections {at}"
                 side = partial(one, Target(running.url), load, at)
@@ -260,21 +265,23 @@ def measure(
 
     for precision in precisions(bundle):
         setting(len(cpus), 1, precision)
-    chosen = choose(parity(bundle), _highest_rates(points))
+    chosen = choose(parity, _highest_rates(points))
     for cores in sizes[:-1]:
         setting(cores, 1, chosen)
     if len(cpus) > 1:
         setting(len(cpus), len(cpus), chosen)
-    return points
+    return points, parity
 
 
-def parity(bundle: Bundle) -> dict[str, float]:
-    """Smallest cosine to sentence-transformers at bake, by precision, of any engine."""
-    found: dict[str, float] = {}
-    for parities in bundle.manifest.parity.values():
-        for name, figures in parities.items():
-            found[name] = min(found.get(name, 1.0), figures.minimum)
-    return found
+def smallest_cosine(url: str, model: str) -> float:
+    """Of a model's certificate, as the service at `url` has it for the engine that serves. Raises:
+    OSError.
+    """
+    status, body = get(url, "/v1/models", headers={"X-API-Key": key()})
+    if status != 200:
+        raise OSError(f"{url}/v1/models answered {status}")
+    (found,) = [each for each in json.loads(body)["data"] if each["id"] == model]
+    return float(found["certificate"]["minimum"])
 
 
 def text(advice: Advice) -> str:

@@ -9,6 +9,8 @@ from engine.admission import SPEED_KNOWN, SPEED_MEMORY, Admission, Speed, spread
 from engine.errors import QueueFull
 from engine.tenants import Tenant
 
+BATCH = 512  # the most tokens of one
+
 
 def admission(
     tokens: int = 1000, seconds: float = 5.0, threads: int = 2, **options: Any
@@ -26,11 +28,13 @@ def tenant(tokens: int = 0, jobs: int = 1) -> Tenant:
     return Tenant(jobs=jobs if tokens else 0, tokens=tokens)
 
 
-def admit(made: Admission, added: int, asks: Tenant, *others: Tenant) -> str | None:
+def admit(
+    made: Admission, added: int, asks: Tenant, *others: Tenant, batch: int = BATCH
+) -> str | None:
     """What a request is told; None if it may join."""
     active = [each for each in (asks, *others) if each.tokens]
     try:
-        made.admit(sum(each.tokens for each in active), added, asks, active)
+        made.admit(sum(each.tokens for each in active), added, asks, active, batch)
     except QueueFull as refusal:
         return str(refusal)
     return None
@@ -49,11 +53,11 @@ def test_a_queue_takes_as_many_tokens_as_its_limit() -> None:
 
 
 def test_the_last_eighth_is_for_requests_of_one_batch() -> None:
-    made = admission(tokens=8000, small=100)
-    assert admit(made, 1000, tenant(6000)) is None
-    assert "the limit is 7000 " in str(admit(made, 1000, tenant(6001)))
-    assert admit(made, 100, tenant(7900)) is None
-    assert "the limit is 8000 " in str(admit(made, 100, tenant(7901)))
+    made = admission(tokens=8000)
+    assert admit(made, 1000, tenant(6000), batch=100) is None
+    assert "the limit is 7000 " in str(admit(made, 1000, tenant(6001), batch=100))
+    assert admit(made, 100, tenant(7900), batch=100) is None
+    assert "the limit is 8000 " in str(admit(made, 100, tenant(7901), batch=100))
 
 
 def test_no_tenant_of_several_fills_the_queue_alone() -> None:
@@ -94,7 +98,7 @@ def test_there_is_always_room_for_one_more_tenant() -> None:
 def test_what_is_ahead_of_a_request(
     asks: Tenant, others: list[Tenant], added: int, ahead: int
 ) -> None:
-    assert admission().ahead(added, asks, [asks, *others]) == ahead
+    assert admission().ahead(added, asks, [asks, *others], BATCH) == ahead
 
 
 def test_a_request_is_refused_for_its_own_wait_and_no_others() -> None:
@@ -134,9 +138,9 @@ def test_a_queue_is_as_fast_as_the_clock_says() -> None:
 
 
 def test_a_refused_tenant_is_refused_early_until_a_tenth_is_done() -> None:
-    made, asks, other = admission(tokens=800, small=10), tenant(700), tenant()
+    made, asks, other = admission(tokens=800), tenant(700), tenant()
     assert made.full(700, 20, asks, [asks]) is None  # nobody was refused
-    assert admit(made, 20, asks)
+    assert admit(made, 20, asks, batch=10)
     refusal = str(made.full(631, 20, asks, [asks]))
     assert "631 tokens are waiting and this request adds 20; the limit is 630 (MAX_QUEUE" in refusal
     assert made.full(631, 20, other, [asks]) is None
@@ -152,6 +156,20 @@ def test_its_short_requests_are_not_refused_with_its_long_ones() -> None:
     assert made.full(7000, 2000, asks, [asks])
 
 
+def test_what_is_a_short_request_is_its_engines_own() -> None:
+    """One of 2000 tokens is short for an engine whose batches have 4096, and is refused for the
+    whole queue's sake only.
+    """
+    made, asks = admission(tokens=10_000), tenant(7000)
+    assert admit(made, 2000, asks, batch=4096) is None
+    assert admit(made, 2000, asks, batch=512)
+    assert made.full(7000, 2000, asks, [asks])
+    other = tenant(8500)
+    assert admit(made, 2000, other, batch=4096)
+    assert made.full(8500, 1000, other, [other]) is None
+    assert made.full(8500, 2000, other, [other])
+
+
 @pytest.mark.parametrize(
     ("seconds", "low", "high"), [(0, 1, 2), (0.9, 1, 2), (1.5, 1, 3), (10, 5, 11), (30.2, 16, 32)]
 )
@@ -163,7 +181,7 @@ def test_those_sent_away_come_back_one_after_the_other(seconds: float, low: int,
 def test_a_refusal_says_when() -> None:
     made, asks = measured(admission(tokens=1000), 100, 20.0), tenant(200)  # 10 tokens a second
     with pytest.raises(QueueFull) as info:
-        made.admit(200, 0, asks, [asks])
+        made.admit(200, 0, asks, [asks], BATCH)
     assert 10 <= info.value.retry_after <= 21
 
 

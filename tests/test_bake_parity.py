@@ -14,10 +14,11 @@ from conftest import NAME
 
 from bake.export import trace_pictures
 from bake.parity import measure_texts, thread_counts
-from bake.traced import makers, runs
+from bake.traced import makers
 from engine import bundle as bundles
 from engine import certificate
 from engine.bundle import PARITY_FLOOR, PRECISIONS
+from engine.choice import runs
 from engine.errors import PrecisionUnavailable
 from engine.openvino_backend import OpenVINOTextEngine, available_precisions, choose_precision
 from engine.protocol import Engine

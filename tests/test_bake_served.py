@@ -3,8 +3,10 @@
 import json
 import logging
 import pathlib
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,19 @@ from sentence_transformers import SentenceTransformer
 
 import bake_model
 import main
-from bake import traced
 from bake.parity import serving, thread_counts
 from engine import certificate, choice
-from engine.bundle import PARITY_FLOOR, PRECISIONS, Bundle, read
+from engine.bundle import PARITY_FLOOR, PRECISIONS, Bundle, discover, read
 from engine.encoder import cpu, library
 from engine.encoder.encoder_engine import EncoderEngine, choose
 from engine.errors import BundleError, PrecisionUnavailable
-from engine.openvino_backend import OpenVINOTextEngine, available_precisions
+from engine.openvino_backend import (
+    OpenVINOImageEngine,
+    OpenVINOTextEngine,
+    available_precisions,
+    choose_precision,
+)
+from engine.queue import Queue
 from settings import Settings
 from tokens import load_tokenizer
 
@@ -164,12 +171,18 @@ def test_an_engine_that_is_wrong_at_one_precision_serves_the_others(
     assert (found.backend, found.precision) == ("OpenVINO", "int8")
 
 
-def wrong_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let our own engine take another text for one of up to 3 tokens that is alone, at int8."""
+def wrong_alone(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
+    """Let our own engine take another text for one of up to 3 tokens that is alone, at int8 or what
+    is given.
+    """
     right = EncoderEngine.batch
 
     def batch(engine: EncoderEngine, inputs: Sequence[Any], alone: bool) -> Any:
-        if engine.precision == "int8" and len(inputs) == 1 and len(inputs[0]) <= 3:
+        if (
+            engine.precision in (precisions or ["int8"])
+            and len(inputs) == 1
+            and len(inputs[0]) <= 3
+        ):
             inputs = [np.full_like(inputs[0], 7)]
         return right(engine, inputs, alone)
 
@@ -206,12 +219,87 @@ def test_what_the_bake_could_not_run_is_measured_at_the_start(
         assert "could not run" not in caplog.text
 
 
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A bundle that was baked where our own engine does not run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "runnable", lambda limit="auto": [])
+        path = tmp_path_factory.mktemp("elsewhere")
+        return bake(tiny.save(path / "model", bert(), width=64)).path
+
+
+@needs_our_engine
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_auto_goes_on_without_an_engine_that_is_wrong_here(
+    elsewhere: pathlib.Path,
+    wrong: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """At the first precision that auto takes, or at both that our own engine has for it."""
+    bundle, first = read(elsewhere), choose("auto", read(elsewhere))
+    assert first
+    precisions: list[Any] = [first, *({"fp32", "bf16"} - {first})][:wrong]
+    wrong_alone(monkeypatch, *precisions)
+    options = Settings(inference_threads=2)
+    with caplog.at_level(logging.WARNING), serving(2) as queue:
+        found = main.load_embedder(bundle, options, queue).engine
+    runnable = [each for each in precisions if cpu.fastest(each)]
+    expected = choose("auto", bundle)
+    assert (found.backend, found.precision) == (
+        ("own engine", expected) if expected else ("OpenVINO", choose_precision("auto", bundle))
+    )
+    assert found.precision not in precisions or found.backend == "OpenVINO"
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
+        f"model model is served without own engine at {each}" for each in runnable
+    ]
+    assert "its vectors are wrong on this machine (bundle" in caplog.text
+    assert list(bundle.manifest.left_out["own engine"]) == runnable
+    assert not read(elsewhere).manifest.left_out  # in the file
+    with serving(2) as queue:  # and by name it is refused as before
+        for each in runnable:
+            with pytest.raises(certificate.BelowFloor, match="set another PRECISION"):
+                options = Settings(precision=each, inference_threads=2)
+                main.load_embedder(read(elsewhere), options, queue)
+
+
+def test_a_start_fails_where_no_engine_is_right(
+    elsewhere: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = read(elsewhere)
+    bundle.manifest.probe.vector.reverse()
+    with caplog.at_level(logging.WARNING), serving(1) as queue:
+        with pytest.raises(certificate.BelowFloor, match="its probe text is off"):
+            main.load_embedder(bundle, Settings(inference_threads=1), queue)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == sum(map(len, bundle.manifest.left_out.values())) > 0
+    assert set(bundle.manifest.left_out) >= {"OpenVINO"}
+
+
+def test_a_picture_engine_that_is_wrong_here_is_left_out(
+    clip_models_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bundle,) = discover(clip_models_dir)
+    if choose_precision("auto", bundle) != "bf16":
+        pytest.skip("this CPU has no bf16")
+    right = OpenVINOImageEngine.run
+
+    def run(engine: OpenVINOImageEngine, inputs: Sequence[Any], *, alone: bool = False) -> Any:
+        return right(engine, inputs) * (-1 if engine.precision == "bf16" else 1)
+
+    monkeypatch.setattr(OpenVINOImageEngine, "run", run)
+    with serving(1) as queue:
+        images = main.load_embedders(bundle, Settings(inference_threads=1), queue).images
+    assert images and images._engine.precision == "fp32"
+    assert list(bundle.manifest.left_out["OpenVINO"]) == ["bf16"]
+
+
 def test_an_engine_is_certified_by_its_own_vectors(tmp_path: pathlib.Path) -> None:
     """Numbers of threads, alone and in company, in a format that is read again."""
     bundle = bake(tiny.save(tmp_path / "model", bert(), width=64))
     for backend, parities in bundle.manifest.parity.items():
         for precision, parity in parities.items():
-            assert traced.runs(backend, precision) and parity.threads == thread_counts()
+            assert choice.runs(backend, precision) and parity.threads == thread_counts()
             assert PARITY_FLOOR[precision] <= parity.minimum <= parity.alone
             assert parity.minimum <= parity.mean <= 1.0001 and parity.cases > 240
     manifest = json.loads(bundle.file("manifest.json").read_bytes())
@@ -261,6 +349,43 @@ def test_shapes_that_serving_makes_are_measured(baked: Any) -> None:
     assert 2 in sizes and max(sizes) > 8
     assert any(lengths == [shortest] * 2 for lengths, _, _ in engine.seen)
     assert max(len(each) * max(each) for each, _, _ in engine.seen) <= 512
+
+
+def test_a_brief_measurement_computes_one_long_text(elsewhere: pathlib.Path) -> None:
+    """Those of the whole window would delay the start of a service."""
+    rng, lengths = np.random.default_rng(1), [*range(3, 40), 512, 600, 2400]
+    ids = [rng.integers(0, 1000, length) for length in lengths]
+    expected = rng.standard_normal((len(ids), 32)).astype(np.float32)
+    texts = certificate.Texts(ids, expected / np.linalg.norm(expected, axis=1, keepdims=True))
+    engine = Recorder(texts)
+    given: Any = read(elsewhere), engine
+    with serving(2) as queue:
+        certificate.measure(*given, queue, texts, brief=True)
+    seen = [length for lengths, _, _ in engine.seen for length in lengths]
+    assert [length for length in seen if length > 512] == [600]
+    assert sum(seen) == certificate.work(texts, brief=True)
+    assert certificate.longest(texts, brief=True) == 600 and certificate.longest(texts) == 2400
+
+
+def test_a_model_loads_while_the_queue_of_others_is_full(elsewhere: pathlib.Path) -> None:
+    bundle, go = read(elsewhere), threading.Event()
+    other: Any = Recorder(certificate.read_sample(bundle))
+    other.backend, other.calls = "another", 1
+    other.run = lambda inputs, **_: go.wait(60) and np.zeros((len(inputs), other.dimensions))
+    queue = Queue(max_batch_size=1, max_batch_tokens=8, max_queue_tokens=8, threads=1)
+    queue.start()
+    bundle.manifest.parity.pop("OpenVINO")  # so that its sample is computed
+    with ThreadPoolExecutor(1) as pool:
+        inputs = [np.zeros(8, np.int64)] * 2
+        busy = pool.submit(queue.submit, other, inputs, [8, 8], time.monotonic() + FAR)
+        while queue.waiting_tokens != 8:
+            time.sleep(0.001)
+        options = Settings(precision="fp32", inference_threads=1)
+        found = main.load_embedder(bundle, options, queue)
+        assert found.engine.measured and queue.waiting_tokens == 8
+        go.set()
+        assert busy.result(60).shape == (2, other.dimensions)
+    queue.close()
 
 
 def truncated(folder: pathlib.Path, wanted: object) -> pathlib.Path:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from servers import KEY, Server, free_port
 
 import benchmark_embeddings as command
 from engine.bundle import Manifest
+from engine.choice import runs
 from engine.openvino_backend import available_precisions
 from loadtest import client, in_process, loads, machine, measures, recommend, report, rounds
 from loadtest.client import Client, Result
@@ -651,6 +653,22 @@ def test_recommended_from_what_is_measured_here(
     assert recommended["rate"] in [pytest.approx(row["rate"], rel=1e-3) for row in rows]
     assert recommended["command"].startswith("gcloud run deploy … --cpu ")
     assert file.exists()
+
+
+def test_the_cosine_is_that_of_the_engine_that_serves(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models_dir / NAME, tmp_path / NAME)
+    path = tmp_path / NAME / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    minima = {"OpenVINO": 0.91, "own engine": 0.92}
+    for backend, parity in manifest["parity"].items():
+        parity["fp32"]["minimum"] = minima[backend]
+    path.write_text(json.dumps(manifest))
+    monkeypatch.setenv("MODELS_DIR", str(tmp_path))
+    with serve({"PRECISION": "fp32"}) as running:
+        found = recommend.smallest_cosine(running.url, NAME)
+    assert found == minima["own engine" if runs("own engine", "fp32") else "OpenVINO"]
 
 
 def test_a_service_that_fails_requests_everywhere_is_not_recommended() -> None:

@@ -23,7 +23,8 @@ from engine.errors import (
 )
 from engine.protocol import Batch, Engine, InputRefused
 from engine.queue import CALL_OVERHEAD_TOKENS, MAX_INLINE_SECONDS, Queue
-from engine.quota import Quota, QuotaLimits
+from engine.quota import Bucket, Quota, QuotaLimits
+from engine.tenants import SERVICE
 
 NEVER = 1e6
 AHEAD_TOKENS = 256  # of a batch that is ahead of its thread
@@ -347,12 +348,14 @@ class Loop:
         self.soon: list[Callable[[], None]] = []
         bench.queue.attach(self.soon.append)
 
-    def submit(self, *inputs: tuple[int, int], engine: Any = ECHO) -> Task:
+    def submit(
+        self, *inputs: tuple[int, int], engine: Any = ECHO, tenant: str | None = None
+    ) -> Task:
         arrays = [tokens(marker, count) for marker, count in inputs]
 
         def run() -> None:
             costs = [len(array) for array in arrays]
-            task.vectors = self.bench.queue.submit(engine, arrays, costs, NEVER)
+            task.vectors = self.bench.queue.submit(engine, arrays, costs, NEVER, tenant=tenant)
 
         task = Task(run)
         self.tasks.append(task)
@@ -616,6 +619,72 @@ def test_a_tenant_has_a_quota(bench: Make) -> None:
         b.submit((5, 60), tenant="slow").result(10)
 
 
+def limited(bench: Make, **limits: float) -> tuple[Bench, Quota]:
+    """A queue where the tenant "app" has limits."""
+    quota = Quota("app", QuotaLimits(**limits))
+    return bench(max_batch_size=1, quotas={"app": quota}), quota
+
+
+class CannotStart(Echo):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend = "broken"
+
+    def start_threads(self, count: int, wake: int) -> None:
+        raise RuntimeError("no thread")
+
+
+def test_a_request_that_cannot_be_queued_takes_nothing(bench: Make) -> None:
+    b, quota = limited(bench, concurrent_tokens=100, tokens_per_minute=100)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no thread"):
+            b.submit((1, 90), engine=CannotStart(), tenant="app").result(10)
+    assert quota.left()["tokens"].remaining == 100
+    assert (b.queue._in_system, b.queue.waiting_tokens, b.queue.waiting_jobs) == (0, 0, 0)
+    answer = b.submit((2, 100), tenant="app")
+    assert b.run() == [2] and answer.result(10).tolist() == [[2, 100]]
+
+
+class Ended(Exception):
+    """What ends a task."""
+
+
+def test_a_request_whose_task_is_ended_leaves_the_queue(bench: Make) -> None:
+    b, quota = limited(bench, concurrent_tokens=100, tokens_per_minute=100)
+    task = Loop(b).submit((1, 40), (2, 60), tenant="app")
+    assert b.run() == [2]
+    with pytest.raises(Ended):
+        task.throw(Ended)
+    assert (b.queue._in_system, b.queue.waiting_tokens, b.queue.waiting_jobs) == (0, 0, 0)
+    assert quota.left()["tokens"].remaining in (40, 41)  # the clock goes on
+    b.submit((3, 30), tenant="app")
+    assert b.run() == [3]
+
+
+@pytest.mark.parametrize("ends", ["late", "gone", "stopped"])
+def test_what_is_not_computed_is_not_paid_for(bench: Make, ends: str) -> None:
+    """After the first of two inputs, the request ends; another ends before its first."""
+    b, quota = limited(bench, tokens_per_minute=1)
+    quota._tokens = Bucket(1000, 0.0, 0.0)  # nothing is added as time passes
+    left: list[bool] = []
+    first = b.submit((1, 300), (2, 200), deadline=50.0, gone=lambda: bool(left), tenant="app")
+    other = b.submit((3, 400), deadline=50.0, gone=lambda: bool(left), tenant="app")
+    assert quota._tokens.level(0) == 100
+    assert b.run() == [1]
+    if ends == "late":
+        b.now = 60.0
+    elif ends == "gone":
+        left.append(True)
+    else:
+        b.queue.stop()
+    b.played.wanted += 1
+    b.collect()
+    for future in (first, other):
+        with pytest.raises((DeadlineExceeded, CallerGone, ShuttingDown)):
+            future.result(10)
+    assert quota._tokens.level(0) == 700
+
+
 def test_an_engine_error_reaches_only_the_requests_of_that_call(bench: Make) -> None:
     b = bench(max_batch_size=2)
     fails, shares = b.submit((1, 10), (2, 300)), b.submit((3, 10))
@@ -679,6 +748,48 @@ def test_once_full_a_queue_says_so_until_some_of_it_is_done(bench: Make) -> None
     assert b.queue.full() is None
     b.submit((5, 20))
     assert b.queue.full() is None
+
+
+def test_a_short_request_is_one_that_fits_a_batch_of_its_engine(bench: Make) -> None:
+    """The last eighth of the queue is for such requests."""
+    b, wide = bench(max_batch_tokens=50, max_queue_tokens=800), Echo()
+    wide.max_batch_tokens = 200
+    b.submit((1, 700))
+    with pytest.raises(QueueFull, match="the limit is 700"):
+        b.submit((2, 100)).result(10)
+    b.submit((3, 100), engine=wide)
+    assert b.queue.waiting_tokens == 800
+
+
+def test_the_services_own_requests_are_never_refused(bench: Make) -> None:
+    """A model that loads while another one has all the work it may have."""
+    b = bench(max_queue_tokens=100, max_batch_size=1)
+    b.submit((1, 90))
+    with pytest.raises(QueueFull):
+        b.submit((2, 20)).result(10)
+    own = b.submit((3, 20), tenant=SERVICE)
+    assert sorted(b.run() + b.run()) == [1, 3] and own.result(10).tolist() == [[3, 20]]
+
+
+def test_a_wait_ends_when_the_first_batch_begins_or_the_request_leaves(bench: Make) -> None:
+    b, waits = bench(max_batch_size=1), list[float]()
+    b.queue.waited = waits.append
+    long, late = b.submit((1, 30), (2, 20), (3, 10)), b.submit((4, 40), deadline=70.0)
+    b.now = 3.0
+    for _ in range(3):
+        batch = b.take()
+        assert waits == []
+        b.now += 1.0
+        b.run(batch, seconds=1.0)
+    long.result(10)
+    until(lambda: waits)
+    b.now = 90.0
+    b.played.wanted += 1
+    b.collect()
+    with pytest.raises(DeadlineExceeded):
+        late.result(10)
+    until(lambda: len(waits) == 2)
+    assert waits == [3.0, 90.0]
 
 
 def test_a_queue_is_as_long_as_the_clock_says_and_not_the_engine(bench: Make) -> None:

@@ -102,6 +102,16 @@ def test_tokens_at_a_time(clock: Clock) -> None:
     assert some.left() == {}
 
 
+def test_what_is_not_computed_is_given_back(clock: Clock) -> None:
+    some = quota(clock, concurrent_tokens=1000, tokens_per_minute=2000)
+    some.take(900)
+    some.release(900, 300)
+    assert some.left()["tokens"].remaining == 1700
+    some.take(1000)
+    some.release(1000, 0)
+    assert some.left()["tokens"].remaining == 1700
+
+
 def test_what_is_refused_is_not_paid_for(clock: Clock) -> None:
     some = quota(clock, concurrent_tokens=1000, tokens_per_minute=2000)
     some.take(900)

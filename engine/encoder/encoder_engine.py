@@ -32,6 +32,11 @@ AHEAD_TOKENS = 256
 KEPT_MEMORY = 32_000_000
 
 
+def runs(precision: Precision, isa: str = "auto") -> bool:
+    """Whether this CPU runs this engine at a precision, with ENCODER_ISA=`isa`."""
+    return library.LIBRARY.exists() and cpu.fastest(precision, isa) is not None
+
+
 def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
     """The precision at which this engine serves a bundle for PRECISION=`wanted`; None when it
     cannot.
@@ -39,15 +44,13 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
     Args:
         isa: ENCODER_ISA, the fastest CPU family that may be used, or "auto".
     """
-    if not (bundle.manifest.encoder and library.LIBRARY.exists()):
-        return None
     precisions = [each for each in PRECISIONS if each == wanted]
     if wanted == "auto":
         precisions = ["bf16", "fp32"]
         if isa == "auto" and cpu.slow_at_bf16():
             precisions.reverse()
     for precision in precisions:
-        if "own engine" in bundle.backends(precision) and cpu.fastest(precision, isa):
+        if "own engine" in bundle.backends(precision) and runs(precision, isa):
             return precision
     return None
 
