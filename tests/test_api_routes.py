@@ -13,8 +13,15 @@ from servers import KEY
 from werkzeug.test import Client
 
 import main
-from api.routes import CheckedFlask, direct_views, environ_of, has_hooks, request_of
-from server.messages import Request
+from api import ollama, openai
+from api.endpoint import endpoint
+from api.routes import CheckedFlask, direct_views, has_hooks
+from api.wsgi import environ_of, request_of
+from api.service import Embedders, Service
+from engine.models import Models
+from limits import TextLimits
+from server.limits import Limits
+from server.messages import Request, current
 
 AUTH = {"X-API-Key": KEY}
 ORIGIN = "https://example.org"
