@@ -32,7 +32,7 @@ from engine.errors import ModelNotReady
 from engine.models import Models
 from engine.protocol import Batch
 from engine.queue import Queue
-from server.messages import Response
+from server.messages import Response, current
 from server.tasks import in_thread
 
 if TYPE_CHECKING:
@@ -464,6 +464,7 @@ def blueprint(metrics: Metrics) -> Blueprint:
     def read() -> object:
         """What the service counts, of all workers, for Prometheus."""
         # The first takes long: it imports prometheus-client.
-        return Response(in_thread(metrics.text), content_type=CONTENT_TYPE)
+        text = in_thread(metrics.text, current.get().caller)
+        return Response(text, content_type=CONTENT_TYPE)
 
     return routes

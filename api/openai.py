@@ -16,6 +16,8 @@ from api.service import Service
 from embeddings import TextEmbedding
 from engine.errors import InputTooLarge, InvalidInput
 from engine.models import Target
+from limits import TextLimits
+from server.messages import current
 from server.tasks import in_thread
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def read_input(
     if table is None:
         raise InvalidInput(_TOKEN_IDS, 0).at("$.input[{}]")
     if not table.loaded:
-        in_thread(table.load)
+        in_thread(table.load, current.get().caller)
     if kind is int:
         return _decode(table, {"$.input": cast(list[int], sent)}, max_bytes)[0]
     rows = cast(list[list[int]], sent)

@@ -12,7 +12,7 @@ HTTP, no free thread, no memory.
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 from wsgiref.types import StartResponse
@@ -108,7 +108,7 @@ class Router:
             self._traces.end(request, response)
         path, size = request.path, len(response.body)
         if error:
-            self._metrics.refused(path, response.status, error.reason)
+            self._metrics.refused(path, response.status, request.refused)
             self._log.write(request, response.status, size, None, why=error.error_type)
             return
         seconds = time.perf_counter() - request.arrived
@@ -134,13 +134,9 @@ class Router:
             self._metrics.begin()
 
     def _in_thread(self, view: View, request: Request) -> Response:
-        current.set(request)
-        try:
-            if request.gone():
-                raise CallerGone("the client closed before its request had a thread")
-            return view(request)
-        finally:
-            current.set(_NO_REQUEST)  # else an idle thread keeps the last body
+        if request.gone():
+            raise CallerGone("the client closed before its request had a thread")
+        return view(request)
 
     def _decoded(self, view: View, request: Request) -> Response:
         with self._bodies.decoded(request):
@@ -157,10 +153,19 @@ class Router:
             self.check(request)
             if encoded:
                 view = partial(self._decoded, view)
+        else:
+            self._find_caller(request)
         view = view or self._through_flask
-        if (encoded or MAX_INLINE_BODY < request.length) and request.length <= self._max_body:
+        large = encoded or MAX_INLINE_BODY < request.length
+        # Routes that are open to all read no body.
+        if large and request.length <= self._max_body and request.caller is not None:
             return in_thread(lambda: self._in_thread(view, request), request.caller)
         return view(request)
+
+    def _find_caller(self, request: Request) -> None:
+        """Set the request's `caller`. Without a valid key, `check` refuses it within Flask."""
+        with suppress(HttpError):
+            self._key.check(request)
 
     def check(self, request: Request) -> None:
         """What every request has to pass before its view, by either way.
