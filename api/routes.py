@@ -105,7 +105,7 @@ class Router:
         if request.client == OWN:
             return
         if self._traces:
-            self._traces.end(request, response)
+            self._traces.end(request, self._metrics.route(request.path), response.status)
         path, size = request.path, len(response.body)
         if error:
             self._metrics.refused(path, response.status, request.refused)
