@@ -247,14 +247,9 @@ def make_models(settings: Settings) -> Models[Embedders]:
 
 
 def make_quotas(settings: Settings) -> dict[str | None, Quota]:
-    """The limits of keys, by name; this process's part of them."""
+    """The limits of keys, by name, of which this process takes its part."""
     return {
-        name: Quota(
-            name,
-            QuotaLimits(
-                **{limit: value / settings.web_concurrency for limit, value in limits.items()}
-            ),
-        )
+        name: Quota(name, QuotaLimits(**limits), workers=settings.web_concurrency)
         for name, limits in settings.limits_of_keys.items()
     }
 
