@@ -115,8 +115,11 @@ def on_starting(server: Arbiter) -> None:
 
 
 def hosts(server: Arbiter) -> list[str]:
-    """The addresses that are listened on, those of gunicorn's own options too."""
-    return [address[0] for address in server.cfg.address if isinstance(address, tuple)]
+    """The addresses that are listened on, those of gunicorn's own options too; once there are
+    sockets, theirs, which may have come from systemd or as `fd://`.
+    """
+    addresses = [listener.getsockname() for listener in server.LISTENERS] or server.cfg.address
+    return [address[0] for address in addresses if isinstance(address, tuple)]
 
 
 def pre_fork(server: Arbiter, worker: Worker) -> None:
@@ -125,6 +128,11 @@ def pre_fork(server: Arbiter, worker: Worker) -> None:
 
 def when_ready(server: Arbiter) -> None:
     """Called by gunicorn before it starts workers."""
+    try:
+        configuration.refuse_open_door(settings, hosts(server))
+    except SettingsError as error:
+        log.critical("cannot start: %s", error)
+        server.halt(exit_status=1)
     drain_gently(server)
     reload = server.handle_hup
 

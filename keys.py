@@ -30,6 +30,11 @@ def parse_keys(text: str) -> tuple[ApiKey, ...]:
     )
 
 
+def sent_forms(keys: Iterable[tuple[str, str]]) -> list[ApiKey]:
+    """All that is taken for a key, with the key's name: some clients send `name:key` whole."""
+    return [ApiKey(name, sent) for name, key in keys for sent in (key, f"{name}:{key}")]
+
+
 def parse_limits(text: str, names: Collection[str]) -> dict[str, dict[str, float]]:
     """The limits of each key that has some, by its name.
 

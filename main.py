@@ -91,7 +91,6 @@ class Application:
         self.traces = traces.make(self._environ)
         bodies = Bodies(settings.max_body_size, Limits().held_bodies * settings.max_body_size)
         paths = [rule.rule for rule in self.flask.url_map.iter_rules()]
-        pictures = any("image" in b.manifest.modalities for b in self.models.bundles.values())
         self._router = Router(
             self.flask,
             KeyCheck(settings.keys, OPEN_PATHS),
@@ -102,7 +101,7 @@ class Application:
             bodies,
             Compression(settings.compress_from, docs.PATHS),
             quotas,
-            BYTES_PER_TOKEN_OF_PICTURES if pictures else BYTES_PER_TOKEN,
+            BYTES_PER_TOKEN_OF_PICTURES if self.models.take_pictures else BYTES_PER_TOKEN,
             Cors(settings.origins) if settings.origins else None,
             self.traces,
         )
@@ -139,7 +138,7 @@ class Application:
             health.blueprint(self.models),
             native.blueprint(service, own_limits(settings)),
             images.blueprint(service),
-            openai.blueprint(service, token_ids, settings.max_body_size),
+            openai.blueprint(service, token_ids, settings.max_body_size, text_limits(settings)),
             ollama.blueprint(service),
             tei.blueprint(service, limits),
             docs.blueprint(OPEN_PATHS),
@@ -250,14 +249,9 @@ def make_models(settings: Settings) -> Models[Embedders]:
 
 
 def make_quotas(settings: Settings) -> dict[str | None, Quota]:
-    """The limits of keys, by name; this process's part of them."""
+    """The limits of keys, by name, of which this process takes its part."""
     return {
-        name: Quota(
-            name,
-            QuotaLimits(
-                **{limit: value / settings.web_concurrency for limit, value in limits.items()}
-            ),
-        )
+        name: Quota(name, QuotaLimits(**limits), workers=settings.web_concurrency)
         for name, limits in settings.limits_of_keys.items()
     }
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from keys import DEFAULT_KEY, SHORT_KEY, ApiKey, parse_keys, parse_limits, why_unsafe
+from keys import DEFAULT_KEY, SHORT_KEY, ApiKey, parse_keys, parse_limits, sent_forms, why_unsafe
 
 CL100K_TABLE = pathlib.Path(__file__).parent / "api" / "cl100k_base.bin"  # api/cl100k.py makes it
 # An origin (RFC 6454) in ASCII; applications have schemes of their own, such as capacitor.
@@ -97,7 +97,7 @@ class Settings:
     embedding_model: str = _option(
         "EMBEDDING_MODEL",
         "",
-        "default model, by name",
+        "default model, by name, source or an alias without a prompt",
         by="the only bundle, else the one baked first",
     )
     model_aliases: str = _option(
@@ -344,8 +344,11 @@ def load(environ: Mapping[str, str]) -> Settings:
         raise SettingsError(
             f"{key_name}: every key must be printable ASCII without spaces, and none may be empty"
         )
-    if len(set(settings.api_keys)) < len(settings.keys):
-        raise SettingsError(f"{key_name}: one key has two names; each may have one")
+    sent = set(sent_forms(settings.keys))
+    if len({key for _, key in sent}) < len(sent):
+        raise SettingsError(
+            f"{key_name}: one key has two names, or is another's with its name before it"
+        )
     settings.aliases, settings.limits_of_keys, settings.origins  # raise SettingsError if malformed
     if settings.openai_token_ids == "cl100k_base" and not CL100K_TABLE.exists():
         raise SettingsError(
@@ -420,7 +423,11 @@ def listen_address(settings: Settings) -> str:
 def taken(address: tuple[str, int]) -> str | None:
     """Why gunicorn could not listen on an address, in a line; None where it can."""
     host, port = address
-    (family, _, _, _, resolved), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        (family, _, _, _, resolved), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return f"cannot listen on {host!r} ({reason}); it takes an address of this machine"
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -3,20 +3,21 @@
 import hmac
 from collections.abc import Collection, Iterable, Mapping
 
+from keys import sent_forms
 from server.messages import HttpError, Request
 
 _WHERE = "send the key as X-API-Key, or as Authorization: Bearer"
 
 
 class KeyCheck:
-    """Refuses requests without a valid key, and notes on others whose they are."""
+    """Refuses requests without a valid key, and sets `caller` on the rest."""
 
     def __init__(self, keys: Iterable[tuple[str, str]], open_paths: Collection[str]) -> None:
         """Args:
         keys: names and keys; a request needs one of them. `name:key` is taken for the key too.
         open_paths: need none.
         """
-        taken = [(name, sent) for name, key in keys for sent in (key, f"{name}:{key}")]
+        taken = sent_forms(keys)
         self._names = [name for name, _ in taken]
         self._keys = [sent.encode() for _, sent in taken]
         self._open = frozenset(open_paths)

@@ -31,7 +31,8 @@ class Bodies:
 
     @contextmanager
     def decoded(self, request: Request) -> Iterator[None]:
-        """Put the decoded body in place of the one that was sent.
+        """Put the decoded body in place of the one that was sent, where its key was checked: what
+        is open to all reads no body.
 
         Raises: HttpError: 415 for an unknown coding; 400 for a body that is not what its coding
         says; 413 as soon as it passes the limit; 429 when too much is in memory already.
@@ -47,12 +48,14 @@ class Bodies:
                         f"{self._total} bytes of decompressed bodies are in memory already; send "
                         "this request again later",
                         headers={"Retry-After": "1"},
+                        reason="memory",
                     )
                 self._held += size
             held += size
 
         try:
-            for coding in reversed(codings(request)) if request.body else ():
+            wanted = request.body and request.caller is not None
+            for coding in reversed(codings(request)) if wanted else ():
                 request.body = decode(request.body, coding, self._limit, hold)
             yield
         finally:
@@ -134,7 +137,9 @@ class Compression:
         self._smallest, self._static = smallest, frozenset(static)
 
     def apply(self, response: Response, request: Request) -> Response:
-        """Returns: the response, compressed where that is worth it. May wait for a thread."""
+        """Returns: the response, compressed where that is worth it and, if it takes a thread, one
+        is free.
+        """
         size = len(response.body)
         if not self._smallest or size < self._smallest:
             return response
@@ -147,7 +152,8 @@ class Compression:
         once = request.path in self._static
         call = functools.partial(_compress_once if once else compress, response.body, coding)
         try:
-            response.body = in_thread(call) if size > _MAX_INLINE else call()
+            large = size > _MAX_INLINE
+            response.body = in_thread(call, request.caller, wait=False) if large else call()
         except Busy:
             return response  # uncompressed, which costs no time
         response.headers.append(("Content-Encoding", coding))
@@ -160,10 +166,11 @@ def accepted_coding(accepted: str) -> str | None:
     """
     weights: dict[str, float] = {}
     for part in accepted.lower().split(","):
-        name, _, parameter = part.partition(";")
-        key, _, value = parameter.partition("=")
+        name, *parameters = part.split(";")
+        pairs = (parameter.partition("=") for parameter in parameters)
+        sent = next((value for key, _, value in pairs if key.strip() == "q"), "1")
         try:
-            weight = float(value) if key.strip() == "q" else 1.0
+            weight = float(sent)
         except ValueError:
             weight = 0.0
         weights[name.strip()] = weight if 0 <= weight <= 1 else 0.0

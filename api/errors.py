@@ -98,9 +98,11 @@ def dialect(path: str) -> tuple[Callable[[int, str, str, str | None], object], t
 
 def response(error: Exception, request: Request) -> Response:
     """The response to a request that failed, in the form of the dialect that its path belongs to.
-    What is unexpected is logged, and tells the client nothing.
+    What is unexpected is logged, and tells the client nothing. `request.refused` gets what the
+    metrics count where the status does not tell.
     """
     status, error_type, message, field, headers = _describe(error)
+    request.refused = error.reason if isinstance(error, HttpError) else None
     if isinstance(error, errors.OverQuota):
         request.refused = "key_limit"
     render, _ = dialect(request.path)

@@ -16,6 +16,10 @@ import msgspec
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+# Inputs of Ollama's routes, which may be absent there; other routes' inputs are required.
+_OPTIONAL_INPUTS = ("input", "prompt")
+_SCALARS = (str, int, float, bool, types.NoneType)
+
 
 @functools.cache
 def strict(schema: type[T]) -> type[T]:
@@ -39,7 +43,13 @@ def struct_in(kind: Any) -> type[msgspec.Struct] | None:
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    # `Literal["a"] | None` is a typing.Union.
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _is_scalar(kind: Any) -> bool:
+    return kind in _SCALARS or typing.get_origin(kind) is typing.Literal
 
 
 def _is_struct(kind: Any) -> bool:
@@ -54,11 +64,15 @@ def field_types(schema: type[msgspec.Struct]) -> dict[str, Any]:
 
 @functools.cache
 def options_of(schema: type[msgspec.Struct]) -> type[msgspec.Struct]:
-    """A type of those fields of `schema` that can stand in a query: optional ones of one value."""
+    """A type of those fields of `schema` that can stand in a query: optional ones of one value that
+    are no inputs.
+    """
     fields = [
         (field.name, field.type, None)
         for field in msgspec.structs.fields(schema)
-        if not field.required and not struct_in(field.type)
+        if not field.required
+        and field.name not in _OPTIONAL_INPUTS
+        and all(map(_is_scalar, _parts(field.type)))
     ]
     return msgspec.defstruct("Options", fields, forbid_unknown_fields=True)
 

@@ -65,9 +65,7 @@ def blueprint(service: Service) -> Blueprint:
         return [embedding.vector for embedding in embedded]
 
     def read(request: Request, path: str, schema: type[EmbedImage | EmbedImages]) -> Pictures:
-        if not any(
-            "image" in bundle.manifest.modalities for bundle in service.models.bundles.values()
-        ):
+        if not service.models.take_pictures:
             service.require_images(None)  # where no model takes pictures, none need be read
         kind = request.media_type
         if kind == "multipart/form-data":

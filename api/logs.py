@@ -93,7 +93,9 @@ class Formatter(logging.Formatter):
         self._json, self._keys, self._project = json, keys, project
 
     def blot(self, text: str, known: str = "") -> str:
-        """Without keys, but for those in what is `known` without it."""
+        """Replace configured keys by `***`, except those that `known` (the record's own format
+        string) contains anyway.
+        """
         for key in self._keys:
             if key in text and key not in known:
                 text = text.replace(key, "***")

@@ -32,7 +32,7 @@ from engine.errors import ModelNotReady
 from engine.models import Models
 from engine.protocol import Batch
 from engine.queue import Queue
-from server.messages import Response
+from server.messages import Response, current
 from server.tasks import in_thread
 
 if TYPE_CHECKING:
@@ -205,8 +205,9 @@ def name_keys(names: Iterable[str]) -> None:
 
 
 class _Route(NamedTuple):
-    """Where a route's numbers begin."""
+    """A route's name, and where its numbers begin."""
 
+    name: str
     statuses: dict[int, int]
     seconds: int
     ignored: int
@@ -262,7 +263,7 @@ class Metrics:
     def _add_route(self, route: str) -> _Route:
         statuses = {status: self._add("requests", route, str(status)) for status in _STATUSES}
         seconds = self._add("request_duration_seconds", route)
-        return _Route(statuses, seconds, self._add("requests_with_ignored_fields", route))
+        return _Route(route, statuses, seconds, self._add("requests_with_ignored_fields", route))
 
     def add_routes(self, routes: Map) -> None:
         """Count for each of an application's routes; whatever else is asked for is `unknown`."""
@@ -277,6 +278,11 @@ class Metrics:
         for name in _key_names:
             for metric in ("key_requests", "key_refused", "key_tokens"):
                 self._add(metric, name)
+
+    def route(self, path: str) -> str | None:
+        """The route that a path belongs to, such as /v1/models/{model}; None for no route."""
+        route = self._route(path)
+        return None if route is self._unknown else route.name
 
     def _route(self, path: str) -> _Route:
         if route := self._routes.get(path):
@@ -469,6 +475,7 @@ def blueprint(metrics: Metrics) -> Blueprint:
     def read() -> object:
         """What the service counts, of all workers, for Prometheus."""
         # The first takes long: it imports prometheus-client.
-        return Response(in_thread(metrics.text), content_type=CONTENT_TYPE)
+        text = in_thread(metrics.text, current.get().caller)
+        return Response(text, content_type=CONTENT_TYPE)
 
     return routes

@@ -33,6 +33,9 @@ _ABSENT = {
 }
 
 
+Find = Callable[[str | None], str | None]
+
+
 class _Options(msgspec.Struct, kw_only=True):
     """`keep_alive` and `options` have no effect: a model stays loaded, and embeds in one way."""
 
@@ -133,8 +136,9 @@ class OllamaVersion(msgspec.Struct):
 def blueprint(service: Service) -> Blueprint:
     """Ollama's routes."""
     routes = Blueprint("ollama", __name__)
-    _add_embedding(routes, service)
-    _add_models(routes, service)
+    find = finder(service.models)
+    _add_embedding(routes, service, find)
+    _add_models(routes, service, find)
 
     @routes.get("/api/version")
     @endpoint(OllamaVersion)
@@ -160,18 +164,23 @@ def blueprint(service: Service) -> Blueprint:
     return routes
 
 
-def _add_embedding(routes: Blueprint, service: Service) -> None:
-    find = finder(service.models)
-
+def _add_embedding(routes: Blueprint, service: Service, find: Find) -> None:
     @routes.post("/api/embed")
     @endpoint(OllamaEmbeddings, OllamaEmbedRequest, read=_reader(OllamaEmbedRequest))
     def embed(body: OllamaEmbedRequest) -> object:
         """Embed one text or several."""
         started = time.monotonic_ns()
-        name = find(body.model)
-        embedder = service.embedder(name)
-        loaded = time.monotonic_ns()
-        embedded = _embed(service, body, name, body.input, "input") if body.input else []
+        name, loaded = find(body.model), started
+
+        def note_loaded() -> None:
+            nonlocal loaded
+            loaded = time.monotonic_ns()
+
+        if body.input:
+            embedder, embedded = _embed(service, body, name, body.input, "input", note_loaded)
+        else:
+            embedder, embedded = service.embedder(name), []
+            note_loaded()
         return {
             "model": body.model or embedder.manifest.name,
             "embeddings": [encode_vector(embedding.vector, None) for embedding in embedded],
@@ -188,25 +197,26 @@ def _add_embedding(routes: Blueprint, service: Service) -> None:
         if not body.prompt:
             service.embedder(name)
             return {"embedding": []}
-        (embedding,) = _embed(service, body, name, body.prompt, "prompt")
+        _, (embedding,) = _embed(service, body, name, body.prompt, "prompt")
         return {"embedding": encode_vector(embedding.vector, None)}
 
 
-def _add_models(routes: Blueprint, service: Service) -> None:
-    models, find = service.models, finder(service.models)
+def _add_models(routes: Blueprint, service: Service, find: Find) -> None:
+    models = service.models
 
     @routes.get("/api/tags")
     @endpoint(OllamaModels, further={503: None})
     def list_models() -> object:
         """List the models that are served, and their aliases."""
+        targets = (*map(models.resolve, models.bundles), *models.aliases)
         listed = [
             {
                 **_identify(target),
                 "modified_at": target.bundle.manifest.created,
-                "details": _details(service.embedder(target.asked)),
+                "details": _details(embedder),
                 "capabilities": ["embedding"],
             }
-            for target in (*map(models.resolve, models.bundles), *models.aliases)
+            for target, embedder in service.embedders(targets)
         ]
         return {"models": listed}
 
@@ -232,21 +242,21 @@ def _add_models(routes: Blueprint, service: Service) -> None:
     @endpoint(OllamaRunningModels)
     def list_loaded() -> object:
         """List the models that are loaded: all, once the service is ready."""
+        targets = filter(models.loaded, map(models.resolve, models.bundles))
         loaded = [
             {
                 **_identify(target),
-                "details": _details(service.embedder(target.asked)),
+                "details": _details(embedder),
                 "expires_at": NEVER,
                 "size_vram": 0,
                 "context_length": target.bundle.manifest.max_tokens,
             }
-            for target in map(models.resolve, models.bundles)
-            if models.loaded(target.asked)
+            for target, embedder in service.embedders(targets)
         ]
         return {"models": loaded}
 
 
-def finder(models: Models[Embedders]) -> Callable[[str | None], str | None]:
+def finder(models: Models[Embedders]) -> Find:
     """Finds the name by which the service knows the model that a request names: Ollama's may be in
     any case, and have the tag LATEST.
     """
@@ -274,18 +284,23 @@ def _reader(schema: type[msgspec.Struct]) -> Callable[[Request], object]:
 
 
 def _embed(
-    service: Service, body: _Options, model: str | None, sent: str | list[str], field: str
-) -> list[TextEmbedding]:
+    service: Service,
+    body: _Options,
+    model: str | None,
+    sent: str | list[str],
+    field: str,
+    loaded: Callable[[], None] = lambda: None,
+) -> tuple[TextEmbedder, list[TextEmbedding]]:
     refuse_pictures(service, model, sent, field)
-    _, embedded = service.embed_texts(
+    return service.embed_texts(
         sent,
         field,
         model,
         prompt_name=body.prompt_name,
         dimensions=body.dimensions or None,
         truncate=None if body.truncate is False else "right",
+        loaded=loaded,
     )
-    return embedded
 
 
 def _identify(target: Target) -> dict[str, object]:

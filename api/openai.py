@@ -13,9 +13,11 @@ from api.endpoint import endpoint
 from api.images import are_pictures, decode_pictures
 from api.schemas import OpenAIEmbeddings, OpenAIEmbedRequest, OpenAIModel, OpenAIModels
 from api.service import Service
-from embeddings import TextEmbedding
+from embeddings import TextEmbedder, TextEmbedding
 from engine.errors import InputTooLarge, InvalidInput
 from engine.models import Target
+from limits import TextLimits
+from server.messages import current
 from server.tasks import in_thread
 
 if TYPE_CHECKING:
@@ -28,12 +30,15 @@ _TOKEN_IDS = (
 _KINDS: dict[type, str] = {str: "a text", int: "a token id", list: "a list of token ids"}
 
 
-def blueprint(service: Service, table: cl100k.Table | None, max_bytes: int) -> Blueprint:
+def blueprint(
+    service: Service, table: cl100k.Table | None, max_bytes: int, limits: TextLimits
+) -> Blueprint:
     """OpenAI's routes.
 
     Args:
         table: turns token ids into text; None where they are not taken.
         max_bytes: most bytes of text that a request's token ids may stand for.
+        limits: of a request's texts.
     """
     routes = Blueprint("openai", __name__, url_prefix="/v1")
 
@@ -42,20 +47,24 @@ def blueprint(service: Service, table: cl100k.Table | None, max_bytes: int) -> B
     def list_models() -> object:
         """List the models that are served, and their aliases."""
         models = service.models
-        targets = [*map(models.resolve, models.bundles), *models.aliases]
-        return {"object": "list", "data": [_describe(service, target) for target in targets]}
+        targets = (*map(models.resolve, models.bundles), *models.aliases)
+        data = [_describe(target, embedder) for target, embedder in service.embedders(targets)]
+        return {"object": "list", "data": data}
 
     @routes.get("/models/<path:model>")
     @endpoint(OpenAIModel, further={503: None})
     def retrieve_model(model: str) -> object:
         """Describe one model, by its name, source or alias."""
-        return _describe(service, service.models.resolve(model))
+        ((target, embedder),) = service.embedders([service.models.resolve(model)])
+        return _describe(target, embedder)
 
     @routes.post("/embeddings")
     @endpoint(OpenAIEmbeddings, OpenAIEmbedRequest, further={501: None})
     def create_embedding(body: OpenAIEmbedRequest) -> object:
-        """Embed one text or several. `user` is taken and has no effect."""
-        sent = read_input(body.input, table, max_bytes)
+        """Embed one text or several, which may be token ids of cl100k_base, or pictures as data
+        URIs. `user` is taken and has no effect.
+        """
+        sent = read_input(body.input, table, max_bytes, limits)
         if sees_pictures(body, texts := [sent] if isinstance(sent, str) else sent):
             return _embed_images(service, body, texts)
         embedder, embedded = service.embed_texts(
@@ -73,20 +82,29 @@ def blueprint(service: Service, table: cl100k.Table | None, max_bytes: int) -> B
 
 
 def read_input(
-    sent: str | list[str | int | list[int]], table: cl100k.Table | None, max_bytes: int
+    sent: str | list[str | int | list[int]],
+    table: cl100k.Table | None,
+    max_bytes: int,
+    limits: TextLimits,
 ) -> str | list[str]:
     """The text or the texts of `input`, which may be token ids: one list is a text, several are
     several.
 
     Args:
-        table, max_bytes: as `blueprint` takes them.
+        table, max_bytes, limits: as `blueprint` takes them.
 
-    Raises: InvalidInput for a list of different things, and for token ids that are not taken or
-    stand for no text; InputTooLarge for more than `max_bytes` of text.
+    Raises: InvalidInput for a list of different things, for token ids that are not taken or stand
+    for no text, and for too many lists of them; InputTooLarge for more than `max_bytes` of text.
     """
     if isinstance(sent, str):
         return sent
     kind: type = type(sent[0]) if sent else str
+    if kind is list and table is not None:
+        # Before each list gets a name for messages: 9 million empty ones, 27 MB, took 33 s.
+        try:
+            limits.check_count(len(sent))
+        except InvalidInput as error:
+            raise error.at("$.input") from None
     for index, each in enumerate(sent):
         if type(each) is not kind:
             message = f"{_KINDS[type(each)]} beside {_KINDS[kind]}; send one kind in a request"
@@ -96,7 +114,7 @@ def read_input(
     if table is None:
         raise InvalidInput(_TOKEN_IDS, 0).at("$.input[{}]")
     if not table.loaded:
-        in_thread(table.load)
+        in_thread(table.load, current.get().caller)
     if kind is int:
         return _decode(table, {"$.input": cast(list[int], sent)}, max_bytes)[0]
     rows = cast(list[list[int]], sent)
@@ -166,8 +184,8 @@ def _write(
     }
 
 
-def _describe(service: Service, target: Target) -> dict[str, object]:
-    embedder, manifest = service.embedder(target.asked), target.bundle.manifest
+def _describe(target: Target, embedder: TextEmbedder) -> dict[str, object]:
+    manifest = target.bundle.manifest
     engine = embedder.engine
     parity = engine.measured or manifest.parity[engine.backend][engine.precision]
     certificate = msgspec.structs.asdict(parity)

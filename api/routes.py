@@ -9,18 +9,16 @@ every route and its errors. Not on what is refused before the application sees t
 HTTP, no free thread, no memory.
 """
 
-import io
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
-from urllib.parse import quote, unquote_to_bytes
 from wsgiref.types import StartResponse
 
 import flask
-from werkzeug.datastructures import EnvironHeaders, Headers
+from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 
 from api import errors, health
@@ -32,6 +30,7 @@ from api.headers import IGNORED, add_headers, quota_headers
 from api.logs import RequestLog, request_id
 from api.metrics import Metrics
 from api.traces import Traces
+from api.wsgi import environ_of, request_of
 from engine import spans
 from engine.errors import CallerGone
 from engine.queue import Queue
@@ -106,10 +105,10 @@ class Router:
         if request.client == OWN:
             return
         if self._traces:
-            self._traces.end(request, response)
+            self._traces.end(request, self._metrics.route(request.path), response.status)
         path, size = request.path, len(response.body)
         if error:
-            self._metrics.refused(path, response.status, error.reason)
+            self._metrics.refused(path, response.status, request.refused)
             self._log.write(request, response.status, size, None, why=error.error_type)
             return
         seconds = time.perf_counter() - request.arrived
@@ -135,13 +134,9 @@ class Router:
             self._metrics.begin()
 
     def _in_thread(self, view: View, request: Request) -> Response:
-        current.set(request)
-        try:
-            if request.gone():
-                raise CallerGone("the client closed before its request had a thread")
-            return view(request)
-        finally:
-            current.set(_NO_REQUEST)  # else an idle thread keeps the last body
+        if request.gone():
+            raise CallerGone("the client closed before its request had a thread")
+        return view(request)
 
     def _decoded(self, view: View, request: Request) -> Response:
         with self._bodies.decoded(request):
@@ -158,10 +153,19 @@ class Router:
             self.check(request)
             if encoded:
                 view = partial(self._decoded, view)
+        else:
+            self._find_caller(request)
         view = view or self._through_flask
-        if (encoded or MAX_INLINE_BODY < request.length) and request.length <= self._max_body:
+        large = encoded or MAX_INLINE_BODY < request.length
+        # Routes that are open to all read no body.
+        if large and request.length <= self._max_body and request.caller is not None:
             return in_thread(lambda: self._in_thread(view, request), request.caller)
         return view(request)
+
+    def _find_caller(self, request: Request) -> None:
+        """Set the request's `caller`. Without a valid key, `check` refuses it within Flask."""
+        with suppress(HttpError):
+            self._key.check(request)
 
     def check(self, request: Request) -> None:
         """What every request has to pass before its view, by either way.
@@ -259,47 +263,3 @@ def direct_views(app: flask.Flask) -> dict[tuple[str, str], View]:
             for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}:
                 table[method, rule.rule] = view
     return table
-
-
-def environ_of(request: Request) -> dict[str, Any]:
-    """WSGI's environ of a request (PEP 3333)."""
-    environ: dict[str, Any] = {
-        "REQUEST_METHOD": "GET" if request.method == "HEAD" else request.method,
-        "SCRIPT_NAME": "",
-        "PATH_INFO": unquote_to_bytes(request.target.partition("?")[0]).decode("latin-1"),
-        "QUERY_STRING": request.query,
-        "CONTENT_TYPE": request.headers.get("content-type", ""),
-        "CONTENT_LENGTH": str(len(request.body)),
-        "SERVER_NAME": "localhost",  # HTTP_HOST has what the client sent
-        "SERVER_PORT": "80",
-        "SERVER_PROTOCOL": f"HTTP/{request.version}",
-        "REMOTE_ADDR": request.client,
-        "wsgi.version": (1, 0),
-        "wsgi.url_scheme": "http",
-        "wsgi.input": io.BytesIO(request.body),
-        "wsgi.errors": io.StringIO(),
-        "wsgi.multithread": True,
-        "wsgi.multiprocess": True,
-        "wsgi.run_once": False,
-    }
-    for name, value in request.headers.items():
-        # A name with an underscore could be taken for one with a dash.
-        if "_" not in name and name not in ("content-type", "content-length"):
-            environ[f"HTTP_{name.upper().replace('-', '_')}"] = value
-    return environ
-
-
-def request_of(environ: dict[str, Any]) -> Request:
-    """A request from WSGI's environ."""
-    body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-    query = environ.get("QUERY_STRING", "")
-    return Request(
-        method=environ["REQUEST_METHOD"],
-        target=quote(environ["PATH_INFO"].encode("latin-1")) + (f"?{query}" if query else ""),
-        path=environ["PATH_INFO"].encode("latin-1").decode(errors="replace"),
-        headers={name.lower(): value for name, value in EnvironHeaders(environ)},
-        body=body,
-        length=len(body),
-        client=environ.get("REMOTE_ADDR", "-"),
-        arrived=time.perf_counter(),
-    )

@@ -91,7 +91,7 @@ class Ready(msgspec.Struct):
 
 
 class OpenAIEmbedRequest(ChunkRequest):
-    # Token ids are refused with advice: they are of another model's tokenizer.
+    # Token ids stand for text where OPENAI_TOKEN_IDS takes them, else are refused with advice.
     input: str | list[str | int | list[int]]
     user: str | None = None  # for OpenAI's own records; nothing here depends on it
     modality: Literal["text", "image"] | None = None

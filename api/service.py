@@ -1,12 +1,12 @@
 """What the dialects share: a model is found, waited for and used within a request's time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 from embeddings import TextEmbedder, TextEmbedding
 from engine.errors import DeadlineExceeded, InvalidInput, ModalityNotSupported, ModelNotReady
-from engine.models import Models
+from engine.models import Models, Target
 from server.messages import current
 from server.tasks import in_thread
 
@@ -51,12 +51,21 @@ class Service:
         """
         return self.models.get(model, time.monotonic() + self._timeout).texts
 
-    def prompt(self, model: str | None, prompt_name: str | None) -> str | None:
+    def embedders(self, targets: Iterable[Target]) -> list[tuple[Target, TextEmbedder]]:
+        """Several models, each with what it embeds texts with. Waits until all are loaded, within
+        one request's time.
+
+        Raises: ModelNotReady.
+        """
+        deadline = time.monotonic() + self._timeout
+        return [(target, self.models.wait(target, deadline).texts) for target in targets]
+
+    @staticmethod
+    def prompt(target: Target, prompt_name: str | None) -> str | None:
         """The prompt's name for a request: the one of its model's alias, or `prompt_name`.
 
-        Raises: ModelNotFound; InvalidInput when both name one and they differ.
+        Raises: InvalidInput when both name one and they differ.
         """
-        target = self.models.resolve(model)
         if target.prompt is None or prompt_name in (None, target.prompt):
             return target.prompt or prompt_name
         raise InvalidInput(
@@ -73,6 +82,7 @@ class Service:
         model: str | None,
         *,
         prompt_name: str | None = None,
+        loaded: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> tuple[TextEmbedder, list[TextEmbedding]]:
         """Embed the text or the texts of a request.
@@ -80,20 +90,23 @@ class Service:
         Args:
             name: where they stand in the body, for errors, such as "input".
             prompt_name: what the request names; an alias may carry one.
+            loaded: called once the model is there.
             options: further ones, as `TextEmbedder.embed` takes them.
 
-        Raises: what `TextEmbedder.embed` and `prompt` raise, with the text's place in the message.
+        Raises: ModelNotFound, and what `prompt` and `run` raise, with the text's place in the
+        message.
         """
         texts, path = ([sent], f"$.{name}") if isinstance(sent, str) else (sent, f"$.{name}[{{}}]")
-        options["prompt_name"] = self.prompt(model, prompt_name)
-        return self.run(
-            model,
-            path,
-            lambda embedders, waiting: (
-                embedders.texts,
-                embedders.texts.embed(texts, **waiting, **options),
-            ),
-        )
+        target = self.models.resolve(model)
+        options["prompt_name"] = self.prompt(target, prompt_name)
+
+        def embed(
+            embedders: Embedders, waiting: Waiting
+        ) -> tuple[TextEmbedder, list[TextEmbedding]]:
+            loaded()
+            return embedders.texts, embedders.texts.embed(texts, **waiting, **options)
+
+        return self.run(target, path, embed)
 
     def embed_images(
         self, images: Sequence[bytes], path: str, model: str | None, dimensions: int | None
@@ -106,7 +119,7 @@ class Service:
         Raises: what `ImageEmbedder.embed` raises, with the picture's place in the message;
         ModalityNotSupported for a model that takes texts only.
         """
-        self.require_images(model)
+        target = self.require_images(model)
 
         def embed(
             embedders: Embedders, waiting: Waiting
@@ -116,33 +129,37 @@ class Service:
                 lambda: embedder.embed(images, **waiting, dimensions=dimensions), waiting["tenant"]
             )
 
-        return self.run(model, path, embed)
+        return self.run(target, path, embed)
 
-    def require_images(self, model: str | None) -> None:
-        """Raises: ModelNotFound; ModalityNotSupported for a model that takes texts only."""
-        manifest = self.models.bundle(model).manifest
+    def require_images(self, model: str | None) -> Target:
+        """A model that takes pictures.
+
+        Raises: ModelNotFound; ModalityNotSupported for a model that takes texts only.
+        """
+        target = self.models.resolve(model)
+        manifest = target.bundle.manifest
         if "image" not in manifest.modalities:
             raise ModalityNotSupported(
                 f"model {manifest.name} takes texts only; for pictures bake and serve a multimodal "
                 "one, such as clip-ViT-B-32 (`make run MODEL=clip-ViT-B-32`; docs/models.md has "
                 "more)"
             )
+        return target
 
-    def run(self, model: str | None, path: str, call: Callable[[Embedders, Waiting], T]) -> T:
+    def run(self, target: Target, path: str, call: Callable[[Embedders, Waiting], T]) -> T:
         """Wait for a model and call it, both within the request's time. The response gets the
         header X-Model: the model's name and its bundle's fingerprint.
 
         Args:
             path: where the inputs stand in the body, `{}` for their index, for errors.
 
-        Raises: ModelNotFound, ModelNotReady, and what `call` raises.
+        Raises: ModelNotReady, and what `call` raises.
         """
-        request, target = current.get(), self.models.resolve(model)
+        request = current.get()
         request.notes["X-Model"] = target.version
-        name = target.bundle.manifest.name
-        loading = not self.models.loaded(name)
+        loading = not self.models.loaded(target)
         deadline = time.monotonic() + self._timeout
-        embedders = self.models.get(name, deadline)
+        embedders = self.models.wait(target, deadline)
         waiting: Waiting = {"deadline": deadline, "gone": request.gone, "tenant": request.caller}
         try:
             return call(embedders, waiting)

@@ -101,12 +101,14 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
     @endpoint(list[list[Token]], TokenizeRequest)
     def tokenize(body: TokenizeRequest) -> object:
         """The tokens of each text, and of the prompt before it."""
+        target = service.models.resolve(body.model)
+        prompt_name = service.prompt(target, body.prompt_name)
         return service.run(
-            body.model,
+            target,
             "$.inputs" if isinstance(body.inputs, str) else "$.inputs[{}]",
             lambda embedders, _: embedders.texts.tokenize(
                 [body.inputs] if isinstance(body.inputs, str) else body.inputs,
-                prompt_name=service.prompt(body.model, body.prompt_name),
+                prompt_name=prompt_name,
                 add_special_tokens=body.add_special_tokens is not False,
             ),
         )
@@ -139,14 +141,16 @@ def _compare(service: Service, body: Similarity) -> object:
     pair, path = (body.inputs, "inputs.") if isinstance(body, SimilarityRequest) else (body, "")
     refuse_pictures(service, body.model, pair.source_sentence, f"{path}source_sentence")
     refuse_pictures(service, body.model, pair.sentences, f"{path}sentences")
+    target = service.models.resolve(body.model)
+    prompt_name = service.prompt(target, body.prompt_name)
     return service.run(
-        body.model,
+        target,
         f"$.{path}sentences[{{}}]",
         lambda embedders, waiting: embedders.texts.similarities(
             pair.sentences,
             pair.source_sentence,
             **waiting,
-            prompt_name=service.prompt(body.model, body.prompt_name),
+            prompt_name=prompt_name,
             truncate=body.side,
         ),
     )

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 
 from api import health
 from engine import spans
-from server.messages import OWN, Request, Response
+from server.messages import OWN, Request
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+# The first that is set decides.
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 NAME = "vector-embedder"  # of the service, unless OTEL_SERVICE_NAME says otherwise
 FLUSH = 1.0  # seconds for the last spans when the worker ends
 UNTRACED = frozenset((*health.PATHS, "/metrics"))
@@ -20,15 +22,22 @@ UNTRACED = frozenset((*health.PATHS, "/metrics"))
 
 def wanted(environ: Mapping[str, str]) -> bool:
     """Whether the environment asks for traces."""
-    disabled = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    return not disabled and any(environ.get(name, "").strip() for name in ENDPOINTS)
+    disabled = _value(environ, "OTEL_SDK_DISABLED") == "true"
+    none = _value(environ, "OTEL_TRACES_EXPORTER") == "none"
+    return not (disabled or none) and any(_value(environ, name) for name in ENDPOINTS)
 
 
 def missing(environ: Mapping[str, str]) -> str | None:
     """What to say where traces are asked for and cannot be made; None otherwise."""
+    if not wanted(environ):
+        return None
+    protocol = next((name for name in PROTOCOLS if _value(environ, name)), PROTOCOLS[0])
+    for name, taken in (("OTEL_TRACES_EXPORTER", "otlp"), (protocol, "http/protobuf")):
+        if (value := _value(environ, name)) not in ("", taken):
+            return f"{name}={value}: no traces are sent; the service can send {taken} only"
     names = ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
     try:
-        if not wanted(environ) or all(importlib.util.find_spec(name) for name in names):
+        if all(importlib.util.find_spec(name) for name in names):
             return None
     except ModuleNotFoundError:  # a parent is missing
         pass
@@ -36,6 +45,10 @@ def missing(environ: Mapping[str, str]) -> str | None:
         f"{ENDPOINTS[0]} is set, but OpenTelemetry is not installed: no traces are sent; "
         "pip install -r requirements-otel.txt"
     )
+
+
+def _value(environ: Mapping[str, str], name: str) -> str:
+    return environ.get(name, "").strip().lower()
 
 
 class Traces:
@@ -79,8 +92,13 @@ class Traces:
         request.trace = span, []
         spans.recording.set(request.trace[1] if span.is_recording() else None)
 
-    def end(self, request: Request, response: Response) -> None:
-        """The response has been sent: end its span."""
+    def end(self, request: Request, route: str | None, status: int) -> None:
+        """The response has been sent: end its span.
+
+        Args:
+            route: the span is named by it and not by the path, which may hold anything, also a
+                key; None for a path that is no route.
+        """
         if request.trace is None:
             return
         span, recorded = request.trace
@@ -91,11 +109,13 @@ class Traces:
                 part.name, parent, attributes=part.attributes, start_time=_unix(part.start)
             )
             made.end(_unix(part.end))
-        if response.status not in (404, 405):  # what is no route may hold anything, a key too
-            span.update_name(f"{request.method} {request.path}")
-            span.set_attribute("url.path", request.path)
-        span.set_attribute("http.response.status_code", response.status)
-        if response.status >= 500:
+        if route is not None:
+            span.update_name(f"{request.method} {route}")
+            span.set_attribute("http.route", route)
+            if request.path == route:
+                span.set_attribute("url.path", route)
+        span.set_attribute("http.response.status_code", status)
+        if status >= 500:
             span.set_status(self._trace.StatusCode.ERROR)
         span.end()
 
@@ -112,5 +132,7 @@ def make(environ: Mapping[str, str]) -> Traces | None:
 
 
 def _unix(monotonic: float) -> int:
-    """A time of `time.monotonic` as nanoseconds of Unix time."""
+    """A time of `time.monotonic`, or of `time.perf_counter`, which is the same clock on Linux, as
+    nanoseconds of Unix time.
+    """
     return time.time_ns() - int((time.monotonic() - monotonic) * 1e9)

@@ -20,13 +20,9 @@ class Target(NamedTuple):
     asked: str  # the name; for requests without one, the default model's
     bundle: Bundle
     fingerprint: str  # the bundle's
+    version: str  # the model and its bundle, such as "all-MiniLM-L6-v2@0123456789ab"
     prompt: str | None = None  # name of the prompt that an alias carries
     alias: bool = False
-
-    @property
-    def version(self) -> str:
-        """The model and its bundle, such as "all-MiniLM-L6-v2@0123456789ab"."""
-        return f"{self.bundle.manifest.name}@{self.fingerprint}"
 
 
 class Models(Generic[T]):
@@ -45,27 +41,41 @@ class Models(Generic[T]):
                 "model:prompt". The alias ANY takes every name that is no other's.
             event: makes what a caller waits for.
 
-        Raises: ModelNotFound when `default` names no bundle; WrongAlias.
+        Raises: ModelNotFound when `default` names no bundle; WrongAlias, also for a default that is
+        an alias with a prompt: requests that name no model would not get that prompt.
         """
         self.bundles = {bundle.manifest.name: bundle for bundle in bundles}
         prints = {name: bundle.fingerprint() for name, bundle in self.bundles.items()}
         named = {
-            name: Target(name, bundle, prints[bundle.manifest.name])
+            getattr(bundle.manifest, key): Target(
+                getattr(bundle.manifest, key), bundle, prints[name], f"{name}@{prints[name]}"
+            )
             for key in ("source", "name")  # a name comes before the same source
-            for bundle in bundles
-            for name in [getattr(bundle.manifest, key)]
+            for name, bundle in self.bundles.items()
         }
         # Aliases last: one may be the source of two bundles, and says which is meant.
         self._targets = named | {
             alias: self._aliased(alias, meant, named) for alias, meant in (aliases or {}).items()
         }
-        self.default = self.resolve(default or next(iter(self.bundles))).bundle.manifest.name
+        self.default = self._find_default(default or next(iter(self.bundles)))
         self._loaded: dict[str, T] = {}
         self._event = event
         self._lock = threading.Lock()
         self._waiting: list[Event] = []  # set at every change
         self._stopped = False
         self.warming = False  # warm-up requests are running, so `ready` is false
+
+    def _find_default(self, name: str) -> str:
+        if not self.knows(name):
+            raise ModelNotFound(self._unknown(name), field="model")
+        target = self.resolve(name)
+        if target.prompt is not None:
+            raise WrongAlias(
+                f"EMBEDDING_MODEL={name}: this alias has the prompt {target.prompt!r}, and the "
+                f"default model takes none; name {target.bundle.manifest.name}, or an alias "
+                "without a prompt"
+            )
+        return target.bundle.manifest.name
 
     def _aliased(self, alias: str, meant: str, named: Mapping[str, Target]) -> Target:
         """What an alias stands for. A colon begins a prompt's name only where the whole is no
@@ -91,6 +101,11 @@ class Models(Generic[T]):
 
     def _unknown(self, name: str) -> str:
         return f"no model {name!r} here; there is: {', '.join(sorted(self.bundles))}"
+
+    @property
+    def take_pictures(self) -> bool:
+        """Whether any model takes pictures."""
+        return any("image" in bundle.manifest.modalities for bundle in self.bundles.values())
 
     @property
     def aliases(self) -> list[Target]:
@@ -137,12 +152,9 @@ class Models(Generic[T]):
         """Whether every model is loaded and warm."""
         return len(self._loaded) == len(self.bundles) and not self.warming
 
-    def loaded(self, name: str | None) -> bool:
-        """Whether `get` would return at once.
-
-        Raises: ModelNotFound.
-        """
-        return self.bundle(name).manifest.name in self._loaded
+    def loaded(self, target: Target) -> bool:
+        """Whether `wait` would return at once."""
+        return target.bundle.manifest.name in self._loaded
 
     def bundle(self, name: str | None = None) -> Bundle:
         """The bundle of a model by name, source or alias; of the default model for None.
@@ -152,12 +164,18 @@ class Models(Generic[T]):
         return self.resolve(name).bundle
 
     def get(self, name: str | None, deadline: float) -> T:
+        """The loaded model of this name, source or alias; the default model for None.
+
+        Raises: ModelNotFound at once; ModelNotReady as `wait` does.
+        """
+        return self.wait(self.resolve(name), deadline)
+
+    def wait(self, target: Target, deadline: float) -> T:
         """The loaded model, waited for until `deadline` (`time.monotonic`).
 
-        Raises: ModelNotFound at once; ModelNotReady when it is still loading at the deadline, or at
-        `stop`.
+        Raises: ModelNotReady when it is still loading at the deadline, or at `stop`.
         """
-        name = self.bundle(name).manifest.name
+        name = target.bundle.manifest.name
         loaded = self._loaded.get(name)
         if loaded is None:
             return self._wait(name, deadline)

@@ -53,17 +53,26 @@ class Quota:
     """The limits of one tenant and what it has used. Safe to call from any number of threads."""
 
     def __init__(
-        self, name: str, limits: QuotaLimits, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        limits: QuotaLimits,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        workers: int = 1,
     ) -> None:
-        """`name`: the tenant's, for messages."""
+        """Args:
+        name: the tenant's, for messages.
+        workers: processes that share the limits; each has its part.
+        """
         self._name, self._limits, self._now = name, limits, clock
+        self._workers = workers
         self._lock = threading.Lock()
         self._inside = 0  # tokens of requests that have not ended
         self._requests = self._tokens = None
         if rate := limits.requests_per_second:
-            self._requests = Bucket(max(1.0, rate), rate, clock())
+            self._requests = Bucket(max(1.0, rate / workers), rate / workers, clock())
         if tokens := limits.tokens_per_minute:
-            self._tokens = Bucket(tokens, tokens / 60, clock())
+            self._tokens = Bucket(tokens / workers, tokens / workers / 60, clock())
 
     def request(self) -> None:
         """A request has come.
@@ -83,10 +92,10 @@ class Quota:
         """
         with self._lock:
             most = self._limits.concurrent_tokens
-            if most and self._inside and self._inside + tokens > most:
+            if most and self._inside and self._inside + tokens > most / self._workers:
                 self._check(f"{most:g} tokens at a time", 1.0)
             if bucket := self._tokens:
-                limit = f"{bucket.size:g} tokens a minute"
+                limit = f"{self._limits.tokens_per_minute:g} tokens a minute"
                 self._check(limit, bucket.lacks(tokens, self._now()))
                 bucket.take(tokens)
             self._inside += tokens
@@ -102,13 +111,16 @@ class Quota:
 
     def _check(self, limit: str, seconds: float) -> None:
         if seconds:
+            shared = f", shared by {self._workers} workers" if self._workers > 1 else ""
             raise OverQuota(
-                f"the limit of key {self._name!r} is {limit} (KEY_LIMITS)",
+                f"the limit of key {self._name!r} is {limit} (KEY_LIMITS){shared}",
                 max(1, math.ceil(seconds)),
             )
 
     def left(self) -> dict[str, Left]:
-        """What is left of "requests" and of "tokens", those of them that are limited."""
+        """What is left of "requests" and of "tokens", those of them that are limited; of this
+        process's part of them.
+        """
         buckets = {"requests": self._requests, "tokens": self._tokens}
         with self._lock:
             now = self._now()

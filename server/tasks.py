@@ -157,10 +157,12 @@ class Tasks:
     def busy_threads(self) -> int:
         return self._threads - self._free
 
-    def take_thread(self, task: Task, whose: str | None) -> None:
-        """Reserve a thread, in turn. Raises: Busy."""
+    def take_thread(self, task: Task, whose: str | None, wait: bool) -> None:
+        """Reserve a thread: in turn, or with `wait` False only if one is free now. Raises: Busy."""
         if self._reserve(whose):
             return
+        if not wait:
+            raise Busy("no thread is free")
         waiting = sum(name == whose for _, name in self._queue)
         if waiting >= QUEUED_PER_THREAD * self._threads:
             raise Busy(f"all {self._threads} threads are busy, and {waiting} requests wait")
@@ -177,14 +179,15 @@ class Tasks:
         return may
 
     def free_thread(self, whose: str | None) -> None:
-        """Give a reserved thread to the next in the queue that may have one."""
+        """Give a reserved thread to the next in the queue that may have one. Another key's call
+        may then have one that was free before: this key holds one less.
+        """
         self._held[whose] -= 1
         self._free += 1
-        for turn in self._queue:
+        for turn in [*self._queue]:
             if self._reserve(turn[1]):
                 self._queue.remove(turn)
                 turn[0].set()
-                break
 
     def submit(self, call: Callable[[], Any], event: Event) -> Any:
         """Start a call in a reserved thread; `event` is set when it has ended."""
@@ -203,18 +206,19 @@ def event() -> "Event | threading.Event":
     return Event(current) if isinstance(current, Task) else threading.Event()
 
 
-def in_thread(call: Callable[[], T], whose: str | None = None) -> T:
+def in_thread(call: Callable[[], T], whose: str | None = None, *, wait: bool = True) -> T:
     """Make a call that takes long without holding up the loop; outside of a task, just make it.
 
     Args:
         whose: the name of the key that it works for.
+        wait: whether it may wait for a thread.
 
     Raises: Busy, and what the call raises.
     """
     task = getcurrent()
     if not isinstance(task, Task):
         return call()
-    task.tasks.take_thread(task, whose)
+    task.tasks.take_thread(task, whose, wait)
     done = Event(task)
     # With the task's context variables: they say what it works on.
     future = task.tasks.submit(partial(contextvars.copy_context().run, call), done)

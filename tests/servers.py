@@ -117,10 +117,17 @@ def letters(count: int) -> str:
 
 
 def launch(
-    models_dir: pathlib.Path, log_path: pathlib.Path, port: int, **env: str
+    models_dir: pathlib.Path,
+    log_path: pathlib.Path,
+    port: int,
+    prefix: Sequence[str] = (),
+    **env: str,
 ) -> "subprocess.Popen[bytes]":
-    """The process of a service that is expected to end by itself. Nothing is waited for."""
-    server = Server(models_dir, log_path, port, **env)
+    """The process of a service that is expected to end by itself. Nothing is waited for.
+
+    `prefix` is a command that runs the service's.
+    """
+    server = Server(models_dir, log_path, port, prefix, **env)
     server.client.close()
     return server.process
 

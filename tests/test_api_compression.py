@@ -1,8 +1,10 @@
 """api/compression.py: compressed bodies of requests, and compressed responses."""
 
+import asyncio
 import gzip
 import json
 import socket
+import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from servers import KEY, Server
 
 from api.compression import Bodies, Compression, accepted_coding, decode
 from server.messages import HttpError, Request, Response
+from server.tasks import Tasks, in_thread
 
 BODY = json.dumps({"text": "What is deep learning?"}).encode()
 LIMIT = 33_554_432  # MAX_BODY_SIZE
@@ -134,7 +137,8 @@ def test_bodies_of_all_sizes_come_out_whole(size: int, pack: Callable[[bytes], b
 
 def test_all_bodies_together_have_a_limit_too() -> None:
     def request() -> Request:
-        return Request(headers={"content-encoding": "gzip"}, body=gzip.compress(b" " * 1000))
+        headers = {"content-encoding": "gzip"}
+        return Request(headers=headers, body=gzip.compress(b" " * 1000), caller="app")
 
     bodies = Bodies(1000, 2500)
     for _ in range(3):  # what was held is free again, after an error too
@@ -155,6 +159,8 @@ def test_all_bodies_together_have_a_limit_too() -> None:
         ("deflate", "deflate"),
         ("gzip;q=0.5, deflate;q=0.8", "deflate"),
         ("GZIP ; Q=1.0", "gzip"),
+        ("gzip;q=1.0;x=1", "gzip"),
+        ("gzip;x=1;q=0, deflate;x;q=0.5", "deflate"),
         ("*", "gzip"),
         ("gzip;q=0, *", "deflate"),
         ("gzip;q=0", None),
@@ -238,3 +244,38 @@ def test_never_means_never() -> None:
     assert response.body == b" " * 1_000_000 and response.headers == []
     picture = Compression(1, []).apply(Response(b" " * 99, content_type="image/png"), request)
     assert picture.body == b" " * 99 and picture.headers == []
+
+
+@pytest.mark.parametrize(
+    ("busy", "compressed"),
+    [
+        ({"other": 8}, True),
+        ({"app": 8}, False),  # of one key, so many may hold the last thread from it
+        ({"app": 7, "other": 2}, False),
+    ],
+    ids=str,
+)
+def test_a_finished_response_does_not_wait_for_a_thread(
+    busy: dict[str, int], compressed: bool
+) -> None:
+    """One of 9 threads is free, or none."""
+    loop = asyncio.new_event_loop()
+    tasks, go, results = Tasks(loop, threads=9, max_wait=1e9), threading.Event(), list[Response]()
+    for key, calls in busy.items():
+        for _ in range(calls):
+            tasks.run(lambda key=key: in_thread(go.wait, key), lambda _: None)  # type: ignore[misc]
+    request = Request(headers={"accept-encoding": "gzip"}, caller="app")
+    response = Response(b" " * 200_000)
+    tasks.run(lambda: Compression(1, []).apply(response, request), results.append)
+
+    async def turn() -> None:
+        while not results:
+            await asyncio.sleep(0.001)
+
+    try:
+        loop.run_until_complete(asyncio.wait_for(turn(), 30))
+    finally:
+        go.set()
+        tasks.close()
+        loop.close()
+    assert (("Content-Encoding", "gzip") in results[0].headers) == compressed

@@ -409,3 +409,24 @@ def test_a_prompt_that_is_empty_is_listed_and_changes_nothing(service: Server) -
     assert model["prompts"] == {"query": "", "document": ""} and model["default_prompt"] is None
     for name in model["prompts"]:
         assert same(service.embed("a", prompt_name=name), service.embed("a"))
+
+
+# Options in the query
+
+
+@pytest.mark.parametrize("path, name", [("/api/embed", "input"), ("/api/embeddings", "prompt")])
+def test_an_input_that_may_be_absent_is_still_no_option(
+    service: Server, path: str, name: str
+) -> None:
+    for body in ({}, {name: "a"}):
+        refused(service.post(f"{path}?{name}=a", body), f"field `{name}` goes in the body")
+    refused(service.post(f"{path}?options=1", {name: "a"}), "field `options` goes in the body")
+    answer = service.post(f"{path}?keep_alive=5m&truncate=false&dimensions=8", {name: "a"})
+    assert answer.status_code == 200 and HEADER not in answer.headers
+
+
+def test_one_of_several_words_may_stand_in_a_query(service: Server) -> None:
+    body = {"inputs": "the river rose " * 90, "truncate": True}
+    left = service.post("/embed", body | {"truncation_direction": "left"}).json()
+    assert same(service.post("/embed?truncation_direction=left", body).json(), left)
+    assert not same(service.post("/embed", body).json(), left)

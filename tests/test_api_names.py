@@ -194,6 +194,7 @@ def test_ids_that_were_cut_within_a_character_are_mended(server: Server, encode:
         ([[1, "2"]], "$.input[0][1]"),
         ([[[1]]], "$.input[0][0]"),
         ([HELLO] * 2049, "2049 texts; the limit is 2048 (MAX_INPUTS)"),
+        ([[-1]] * 2049, "2049 texts; the limit is 2048"),  # too many for a look at each
     ],
     ids=lambda value: str(value)[:40],
 )

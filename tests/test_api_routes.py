@@ -1,20 +1,33 @@
 """api/routes.py: one way for every request, with and without code that was added to Flask."""
 
+import gzip
 import json
 import pathlib
+import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import flask
 import pytest
+from conftest import NAME
 from servers import KEY
 from werkzeug.test import Client
 
 import main
-from api.routes import CheckedFlask, direct_views, environ_of, has_hooks, request_of
-from server.messages import Request
+from api import ollama, openai
+from api.endpoint import endpoint
+from api.routes import CheckedFlask, direct_views, has_hooks
+from api.wsgi import environ_of, request_of
+from api.service import Embedders, Service
+from engine.models import Models
+from limits import TextLimits
+from server.limits import Limits
+from server.messages import Request, current
 
 AUTH = {"X-API-Key": KEY}
 ORIGIN = "https://example.org"
@@ -234,3 +247,163 @@ def test_the_openapi_document_is_made_once(plain: main.Application) -> None:
     assert json.loads(document)["openapi"] == "3.1.0"
     response = plain.respond(Request("GET", "/openapi.json", "/openapi.json"))
     assert response.body == document
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "more"),
+    [
+        ("GET", "/", {}),
+        ("HEAD", "/", {}),
+        ("GET", "/health", {}),
+        ("GET", "/health/ready", AUTH),
+        ("GET", "/docs", {}),
+        ("OPTIONS", "/embeddings", {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}),
+        ("OPTIONS", "/v1/models/a", {"Access-Control-Request-Method": "GET"}),
+    ],
+)
+@pytest.mark.parametrize("coding", ["gzip", "br"])
+def test_a_body_is_decoded_only_where_its_key_was_checked(
+    plain: main.Application,
+    hooked: main.Application,
+    method: str,
+    path: str,
+    more: dict[str, str],
+    coding: str,
+) -> None:
+    """What cannot be decoded shows that nobody tries."""
+    headers = {"Content-Encoding": coding}
+    for application in (plain, hooked):
+        client = Client(application)
+        answer = client.open(path, method=method, headers=headers | more, data=b"broken")
+        assert answer.status_code == 200, answer.text
+        for wrong in ({}, {"X-API-Key": "wrong"}):
+            answer = client.get("/v1/models/a", headers=headers | wrong, data=b"broken")
+            assert answer.status_code == 401
+
+
+def counted(application: main.Application, reason: str) -> float:
+    text = Client(application).get("/metrics", headers=AUTH).text
+    found = re.search(rf'^embedder_requests_rejected_total{{reason="{reason}"}} (.+)', text, re.M)
+    assert found
+    return float(found[1])
+
+
+def test_no_memory_for_a_body_is_counted_as_that(
+    plain: main.Application, hooked: main.Application
+) -> None:
+    headers, body = {"content-encoding": "gzip"}, gzip.compress(b" " * 100_000)
+    for application in (plain, hooked):
+        before = {reason: counted(application, reason) for reason in ("memory", "queue_full")}
+        with ExitStack() as held:
+            for _ in range(Limits().held_bodies):
+                request = Request(headers=headers, body=body, caller="app")
+                held.enter_context(application.flask.decoded(request))
+            answer = Client(application).post("/embeddings", headers=headers | AUTH, data=body)
+        assert answer.status_code == 429 and answer.headers["Retry-After"] == "1"
+        assert counted(application, "memory") == before["memory"] + 1
+        assert counted(application, "queue_full") == before["queue_full"]
+
+
+def test_what_is_logged_of_a_large_request_names_it(
+    environ: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(main.Application):
+        def make_flask(self) -> CheckedFlask:
+            app = super().make_flask()
+
+            @app.post("/broken")
+            @endpoint(str, read=lambda request: request.body)
+            def broken(body: bytes) -> object:
+                raise ValueError("a fault")
+
+            return app
+
+    application = Broken(environ)
+    for size, name in ((1, "small-one"), (20_000, "large-one")):
+        headers = {**AUTH, "X-Request-Id": name}
+        answer = Client(application).post("/broken", headers=headers, data=b" " * size)
+        assert answer.status_code == 500
+        assert f"a fault (request {name})\n" in capfd.readouterr().err
+    application.close()
+
+
+ASKED = {
+    "/embeddings": {"text": "a"},
+    "/v1/embeddings": {"input": "a"},
+    "/embed": {"inputs": "a"},
+    "/tokenize": {"inputs": "a"},
+    "/similarity": {"inputs": {"source_sentence": "a", "sentences": ["b"]}},
+    "/api/embed": {"input": "a"},
+    "/api/embeddings": {"prompt": "a"},
+}
+
+
+@pytest.mark.parametrize("path", ASKED)
+@pytest.mark.parametrize("model", [None, NAME])
+def test_a_models_name_is_looked_up_once_a_request(
+    plain: main.Application, monkeypatch: pytest.MonkeyPatch, path: str, model: str | None
+) -> None:
+    looked_up, resolve = [], plain.models.resolve
+
+    def counting(name: str | None = None) -> object:
+        looked_up.append(name)
+        return resolve(name)
+
+    monkeypatch.setattr(plain.models, "resolve", counting)
+    answer = Client(plain).post(path, headers=AUTH, json={**ASKED[path], "model": model})
+    assert answer.status_code == 200, answer.text
+    assert looked_up == [model]
+
+
+@pytest.mark.parametrize(
+    ("view", "method", "path", "body"),
+    [
+        ("ollama.embed", "POST", "/api/embed", b'{"input": "a"}'),
+        ("ollama.embed_prompt", "POST", "/api/embeddings", b'{"prompt": "a"}'),
+        ("ollama.list_models", "GET", "/api/tags", b""),
+        ("openai.list_models", "GET", "/v1/models", b""),
+    ],
+)
+def test_all_that_a_request_waits_for_has_one_deadline(
+    plain: main.Application,
+    monkeypatch: pytest.MonkeyPatch,
+    view: str,
+    method: str,
+    path: str,
+    body: bytes,
+) -> None:
+    """Each model takes 5 s to load while the request waits."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=time.monotonic())
+    monkeypatch.setattr("api.service.time", clock)
+    monkeypatch.setattr("engine.models.time", clock)
+    deadlines, loaded = list[float](), 0
+    embedders = plain.models.get(None, 0)
+    embed = embedders.texts.embed
+
+    class Loading(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            nonlocal loaded
+            assert timeout is not None
+            deadlines.append(clock.now + timeout)
+            clock.now += 5
+            loaded += 1
+            ready = iter([embedders] * loaded)
+            with suppress(StopIteration):  # the next model is not loaded yet
+                models.load(lambda bundle: next(ready))
+            return True
+
+    def recording(*texts: Any, deadline: float, **options: Any) -> Any:
+        deadlines.append(deadline)
+        return embed(*texts, deadline=deadline, **options)
+
+    monkeypatch.setattr(embedders.texts, "embed", recording)
+    models = Models[Embedders]([*plain.models.bundles.values()], event=Loading)
+    service = Service(models, 60)
+    app = flask.Flask(__name__)
+    app.register_blueprint(ollama.blueprint(service))
+    app.register_blueprint(openai.blueprint(service, None, 0, TextLimits()))
+    request = Request(method, path, path, body=body, length=len(body))
+    current.set(request)
+    assert app.view_functions[view].direct(request).status == 200  # type: ignore[attr-defined]
+    assert loaded >= 1 and len(deadlines) == 2
+    assert deadlines[0] == pytest.approx(deadlines[1], abs=0.001)

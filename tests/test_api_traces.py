@@ -101,6 +101,7 @@ def test_a_request_is_a_span_of_its_callers_trace_and_its_parts_are_within(
     assert root.parent_span_id.hex() == PARENT and root.kind == root.SPAN_KIND_SERVER
     assert attributes(root) == {
         "http.request.method": "POST",
+        "http.route": "/embeddings",
         "url.path": "/embeddings",
         "http.response.status_code": 200,
     }
@@ -143,6 +144,46 @@ def test_errors_are_spans_and_unknown_paths_are_no_names(
         "http.request.method": "POST",
         "http.response.status_code": 404,
     }
+
+
+@needs_packages
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "size", "status", "name", "route"),
+    [
+        ("POST", f"/{KEY}", {"X-API-Key": "wrong"}, 0, 401, "POST", None),
+        ("POST", f"/{KEY}", {}, 33_554_433, 413, "POST", None),
+        ("GET", f"/v1/models/{KEY}", {}, 0, 404, "GET /v1/models/{model}", "/v1/models/{model}"),
+        ("DELETE", "/embeddings", {}, 0, 405, "DELETE /embeddings", "/embeddings"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_was_typed_is_in_no_span_whatever_the_status(
+    traced: Server,
+    collector: Collector,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    size: int,
+    status: int,
+    name: str,
+    route: str | None,
+) -> None:
+    response = httpx.request(
+        method,
+        traced.url + path,
+        content=b" " * size,
+        headers={"X-API-Key": KEY, **headers},
+        trust_env=False,
+    )
+    assert response.status_code == status
+    trace = response.headers["traceresponse"].split("-")[1]
+    span = None
+    while span is None or span.trace_id.hex() != trace:
+        span, _ = collector.spans.get(timeout=60)
+    assert span.name == name
+    found = attributes(span)
+    assert found.get("http.route") == route and found["http.response.status_code"] == status
+    assert KEY not in str(span).lower()
 
 
 @needs_packages
@@ -196,10 +237,48 @@ def test_without_the_packages_a_line_says_what_to_install(
         ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://a/v1/traces"}, True),
         ({ENDPOINT: "http://a", "OTEL_SDK_DISABLED": "True"}, False),
         ({"OTEL_SERVICE_NAME": "a"}, False),
+        ({ENDPOINT: "http://a", "OTEL_TRACES_EXPORTER": "None"}, False),
+        ({ENDPOINT: "http://a", "OTEL_TRACES_EXPORTER": "otlp"}, True),
     ],
 )
 def test_traces_are_made_where_a_collector_is_named(environ: dict[str, str], wanted: bool) -> None:
     assert traces.wanted(environ) == wanted
+
+
+OF_TRACES = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER=zipkin: .* can send otlp only"),
+        (
+            {"OTEL_EXPORTER_OTLP_PROTOCOL": " grpc"},
+            "OTEL_EXPORTER_OTLP_PROTOCOL=grpc: no traces are sent; .* can send http/protobuf only",
+        ),
+        ({OF_TRACES: "http/json"}, f"{OF_TRACES}=http/json: no traces are sent"),
+        ({OF_TRACES: "grpc", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, f"{OF_TRACES}=grpc"),
+    ],
+    ids=str,
+)
+def test_another_way_of_sending_is_not_taken_for_ours(environ: dict[str, str], says: str) -> None:
+    asked = {ENDPOINT: "http://127.0.0.1:9", **environ}
+    said = traces.missing(asked)
+    assert said and re.match(says, said) and traces.make(asked) is None
+    assert traces.missing(environ) is None  # nobody has asked for traces
+
+
+@needs_packages
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
+        {OF_TRACES: "HTTP/protobuf", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+    ],
+    ids=str,
+)
+def test_the_way_of_sending_may_be_said(environ: dict[str, str]) -> None:
+    assert traces.missing({ENDPOINT: "http://127.0.0.1:9", **environ}) is None
 
 
 def test_parts_are_recorded_only_while_somebody_asks() -> None:

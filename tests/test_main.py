@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -200,10 +200,12 @@ def test_garbage_is_collected_once_gunicorn_has_read_its_file(models_dir: pathli
     assert out.stdout.split() == [b"True"] * 4
 
 
-def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) -> tuple[int, str]:
+def start_and_end(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path, prefix: Sequence[str] = (), **env: str
+) -> tuple[int, str]:
     """Start a service that must end by itself. Returns: its exit code and what it printed."""
     log = tmp_path / "log"
-    process = launch(models_dir, log, free_port(), **env)
+    process = launch(models_dir, log, free_port(), prefix, **env)
     try:
         return process.wait(30), log.read_text()
     finally:
@@ -217,6 +219,14 @@ def start_and_end(models_dir: pathlib.Path, tmp_path: pathlib.Path, **env: str) 
         ({"HOST": "192.0.2.1"}, "cannot start: HOST='192.0.2.1': cannot listen there"),
         ({"PRECISION": "fp8"}, "cannot start: PRECISION='fp8'; it takes one of auto, fp32"),
         ({"EMBEDDING_MODEL": "x"}, f"cannot start: no model 'x' here; there is: {NAME}, {WIDE}"),
+        (
+            {"EMBEDDING_MODEL": "x", "MODEL_ALIASES": f"*={NAME}"},
+            f"cannot start: no model 'x' here; there is: {NAME}, {WIDE}",
+        ),
+        (
+            {"EMBEDDING_MODEL": "a", "MODEL_ALIASES": f"a={NAME}:query"},
+            "cannot start: EMBEDDING_MODEL=a: this alias has the prompt 'query'",
+        ),
         ({"MODEL_ALIASES": "a=x"}, "cannot start: MODEL_ALIASES: a=x: no model 'x' here; there is"),
         (
             {"MODEL_ALIASES": f"a={NAME}:x"},
@@ -254,6 +264,40 @@ def test_the_default_key_is_for_this_machine(
     assert code != 0 and "VECTOR_EMBEDDER_API_KEY is the default, which everybody knows" in line
     assert "HOST=127.0.0.1 to serve this machine alone, or ALLOW_DEFAULT_KEY=1" in line
     assert "Traceback" not in log
+
+
+# Run a command with a socket of all addresses as its file 3, as systemd does.
+INHERIT = """
+import os, socket, sys
+listening = socket.create_server(("0.0.0.0", 0))
+os.dup2(listening.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "env", [{"LISTEN_FDS": "1"}, {"GUNICORN_CMD_ARGS": "--bind fd://3"}], ids=str
+)
+def test_the_default_key_is_for_this_machine_whoever_opened_the_socket(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path, env: dict[str, str]
+) -> None:
+    own = {"VECTOR_EMBEDDER_API_KEY": "abc123", "HOST": "127.0.0.1"}
+    prefix = (sys.executable, "-c", INHERIT)
+    code, log = start_and_end(models_dir, tmp_path, prefix, **own, **env)
+    (line,) = [line for line in log.splitlines() if "cannot start" in line]
+    assert code == 1 and "which everybody knows, and others can reach 0.0.0.0" in line
+    assert "Traceback" not in log and "Booting worker" not in log
+
+
+def test_a_name_that_is_no_address_ends_the_start_with_one_line(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    bind = {"GUNICORN_CMD_ARGS": "--bind no-such-host.invalid:5001", "LOG_LEVEL": "warning"}
+    code, log = start_and_end(models_dir, tmp_path, **bind)
+    (line,) = log.splitlines()
+    assert code == 1 and "cannot start: cannot listen on 'no-such-host.invalid' (" in line
 
 
 def test_a_taken_port_ends_the_start_with_one_line(

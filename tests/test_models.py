@@ -37,6 +37,23 @@ def test_a_default_that_names_nothing(models_dir: pathlib.Path) -> None:
         Models[str](two(models_dir), "x")
 
 
+@pytest.mark.parametrize("aliases", [{"*": WIDE}, {"*": f"{WIDE}:query", "ada": NAME}])
+@pytest.mark.parametrize("default", ["x", "*", f"{WIDE}:query", "ADA"])
+def test_an_alias_for_every_name_makes_no_default_of_a_misspelt_one(
+    models_dir: pathlib.Path, default: str, aliases: dict[str, str]
+) -> None:
+    with pytest.raises(ModelNotFound, match=f"no model '.*' here; there is: {NAME}, {WIDE}"):
+        Models[str](two(models_dir), default, aliases)
+
+
+def test_the_default_may_be_an_alias_unless_it_has_a_prompt(models_dir: pathlib.Path) -> None:
+    aliases = {"ada": WIDE, "asking": f"{WIDE}:query"}
+    assert Models[str](two(models_dir), "ada", aliases).default == WIDE
+    says = f"EMBEDDING_MODEL=asking: this alias has the prompt 'query', .* name {WIDE}, or an alias"
+    with pytest.raises(WrongAlias, match=says):
+        Models[str](two(models_dir), "asking", aliases)
+
+
 def test_an_alias_stands_for_a_model_and_maybe_a_prompt(models_dir: pathlib.Path) -> None:
     bundles = two(models_dir)
     # A name may have a colon: it begins a prompt only where the whole is no model.

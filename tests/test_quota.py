@@ -112,6 +112,28 @@ def test_what_is_not_computed_is_given_back(clock: Clock) -> None:
     assert some.left()["tokens"].remaining == 1700
 
 
+def test_a_worker_keeps_its_part_and_says_the_whole_limit(clock: Clock) -> None:
+    limits = QuotaLimits(8, 6000, 1000)
+    some = Quota("app", limits, clock, workers=4)
+    assert {kind: left.limit for kind, left in some.left().items()} == {
+        "requests": 2,
+        "tokens": 1500,
+    }
+    some.request(), some.request()
+    some.take(240)
+    said = [refused(some.request), refused(some.take, 11)]
+    some.release(240, 240)
+    some.take(1260)
+    some.release(1260, 1260)
+    said.append(refused(some.take, 50))
+    shared = "(KEY_LIMITS), shared by 4 workers"
+    assert said == [
+        (f"the limit of key 'app' is 8 requests a second {shared}", 1),
+        (f"the limit of key 'app' is 1000 tokens at a time {shared}", 1),
+        (f"the limit of key 'app' is 6000 tokens a minute {shared}", 2),
+    ]
+
+
 def test_what_is_refused_is_not_paid_for(clock: Clock) -> None:
     some = quota(clock, concurrent_tokens=1000, tokens_per_minute=2000)
     some.take(900)

@@ -251,6 +251,27 @@ def test_one_keys_calls_leave_threads_to_anothers(loop: asyncio.AbstractEventLoo
     running.close()
 
 
+def test_a_thread_that_is_given_back_may_let_another_keys_call_begin_too(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    """With one thread free, `small` may hold 7 and `large` 15: of `small`'s end both get one."""
+    running, results = Tasks(loop, threads=20, max_wait=LONG), list[str]()
+    large = occupy(running, results, 11, "large")
+    small = occupy(running, results, 7, "small")
+    last = occupy(running, results, 1, "small")
+    later = [occupy(running, results, 1, name) for name in ("large", "small")]
+    turn(running)
+    assert running.busy_threads == 19 and results == []
+    last.set()
+    turn_until(running, lambda: results == ["small"])
+    turn(running)
+    assert running.busy_threads == 20
+    for go in (large, small, *later):
+        go.set()
+    turn_until(running, lambda: len(results) == 21)
+    running.close()
+
+
 def test_a_call_does_not_wait_for_a_thread_for_ever(loop: asyncio.AbstractEventLoop) -> None:
     running = Tasks(loop, threads=1, max_wait=0)
     results: list[str] = []

@@ -14,6 +14,7 @@ from settings import (
     load,
     near_misses,
     refuse_open_door,
+    taken,
 )
 
 KEY = "VECTOR_EMBEDDER_API_KEY"
@@ -173,11 +174,25 @@ def test_keys_may_have_names(entries: str, names: list[str], keys: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("entries", "says"), [("app:", "none may be empty"), ("a:k,b:k", "one key has two names")]
+    ("entries", "says"),
+    [
+        ("app:", "none may be empty"),
+        ("a:k,b:k", "one key has two names"),
+        ("a:k,b:a:k", "one key has two names, or is another's with its name before it"),
+        ("b:#2:k,k", "one key has two names, or is another's"),
+        ("a:b:k,b:k,c:k-of-c", "one key has two names, or is another's"),
+    ],
 )
 def test_names_without_a_key_of_their_own_are_refused(entries: str, says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         load({KEY: entries})
+
+
+@pytest.mark.parametrize("host", ["no such host", "a" * 64 + ".b", "\xad", "192.0.2.1"])
+def test_an_address_that_is_not_here_is_said_in_a_line(host: str) -> None:
+    said = taken((host, 5001))
+    assert said and re.search(r"cannot listen on .*\(.+\); (it takes an address|set another)", said)
+    assert "\n" not in said
 
 
 def test_limits_of_keys() -> None:
