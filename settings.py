@@ -377,7 +377,7 @@ def refuse_open_door(settings: Settings, hosts: Iterable[str]) -> None:
     if why:
         name = "VECTOR_EMBEDDER_API_KEY" + ("_FILE" if settings.api_key_file else "")
         raise SettingsError(
-            f"{name} {why}; set one of your own (`openssl rand -hex 24` makes one), or "
+            f"{name} {why}; set one of your own (`openssl rand -hex 32` makes one), or "
             "HOST=127.0.0.1 to serve this machine alone, or ALLOW_DEFAULT_KEY=1"
         )
 

@@ -6,15 +6,14 @@ import pathlib
 import re
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from servers import Server, letters, serve
-from test_api_logs import entry
+from test_api_logs import entry, until
 from test_server import children
 
 KEYS = {
@@ -58,13 +57,6 @@ def counted(server: Server, metric: str, name: str) -> float:
     return float(found[1])
 
 
-def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 # Names
 
 
@@ -106,18 +98,14 @@ def test_a_keys_limits_are_told_and_kept(tenants: Server) -> None:
     first = ask(tenants, "slow", {"text": letters(98)})
     assert first.status_code == 200
     told = {name: value for name, value in first.headers.items() if "ratelimit" in name}
-    reset = told.pop("x-ratelimit-reset-tokens")
+    assert re.fullmatch(r"1m[\d.]+s", told.pop("x-ratelimit-reset-requests"))
+    assert re.fullmatch(r"[\d.]+m?s", told.pop("x-ratelimit-reset-tokens"))
+    assert 500 <= int(told.pop("x-ratelimit-remaining-tokens")) < 600
     assert told == {
         "x-ratelimit-limit-requests": "1",
         "x-ratelimit-remaining-requests": "0",
-        "x-ratelimit-reset-requests": told["x-ratelimit-reset-requests"],
         "x-ratelimit-limit-tokens": "600",
-        "x-ratelimit-remaining-tokens": told["x-ratelimit-remaining-tokens"],
     }
-    assert 500 <= int(told["x-ratelimit-remaining-tokens"]) < 600 and re.fullmatch(
-        r"[\d.]+m?s", reset
-    )
-    assert re.fullmatch(r"1m[\d.]+s", told["x-ratelimit-reset-requests"])
     refused = counted(tenants, "key_refused", "slow")
     for path in ("/embeddings", "/v1/embeddings", "/embed"):
         body = {"input": "a"} if path == "/v1/embeddings" else {"text": "a"}
@@ -146,7 +134,7 @@ def test_tokens_at_a_time_are_of_a_key(tenants: Server) -> None:
         answers = list(pool.map(lambda _: ask(tenants, "few", many, "/embeddings/batch"), range(8)))
         others = list(pool.map(lambda _: ask(tenants, "app"), range(8)))
     codes = [answer.status_code for answer in answers]
-    assert 200 in codes and set(codes) <= {200, 429}  # the first one comes alone
+    assert set(codes) == {200, 429}  # the first one comes alone
     for answer in answers:
         if answer.status_code == 429:
             assert "'few' is 50 tokens at a time" in answer.json()["error"]

@@ -48,11 +48,12 @@ def text_service(models_dir: pathlib.Path) -> Iterator[Server]:
         yield server
 
 
-def until(true: Callable[[], object]) -> None:
+def until(true: Callable[[], object], every: float = 0.01) -> None:
+    """Wait until something holds, and look every so many seconds."""
     deadline = time.monotonic() + 30
     while not true():
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(every)
 
 
 def entries(server: Server) -> list[dict[str, Any]]:

@@ -384,6 +384,11 @@ def test_alerts_and_the_autoscaler_ask_only_for_what_there_is(own: Server) -> No
     assert rule["name"]["as"] == scaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
     adapted = rule["metricsQuery"].replace("<<.GroupBy>>", "pod")
     queries += [rule["seriesQuery"], adapted.replace("<<.LabelMatchers>>", 'pod="a"')]
+    page = (ROOT / "docs" / "operate.md").read_text()
+    (keda,) = re.findall(r"^```yaml\n(triggers:\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (trigger,) = yaml.safe_load(keda)["triggers"]
+    assert (trigger["type"], trigger["metricType"]) == ("prometheus", "Value")
+    queries.append(trigger["metadata"]["query"])
     for query in queries:
         named = [
             node

@@ -140,9 +140,14 @@ def test_fields_without_effect(service: Server, field: str, values: list[Any]) -
         assert embed(service, input=LONG, **{field: value})["embeddings"] == plain
 
 
-def test_unknown_fields_are_named(service: Server) -> None:
+def test_unknown_fields_are_ignored_and_named(service: Server) -> None:
     for path, body in (("embed", {"input": "a"}), ("embeddings", {"prompt": "a"}), ("show", {})):
-        response = service.post(f"/api/{path}", {**body, "user": "x", "stream": False, "raw": None})
+        more = {"options": {}} if path == "show" else {"options": {}, "keep_alive": "5m"}
+        response = service.post(f"/api/{path}", {**body, **more})
+        assert response.status_code == 200, response.text
+        assert "X-Ignored-Fields" not in response.headers
+        unknown = {"user": "x", "stream": False, "raw": None}
+        response = service.post(f"/api/{path}", {**body, **more, **unknown})
         assert response.status_code == 200, response.text
         assert response.headers["X-Ignored-Fields"] == "user, stream"
 
@@ -241,24 +246,6 @@ def test_a_bad_request(service: Server, path: str, body: Any, says: str) -> None
     assert says in refusal(service.post(f"/api/{path}", body), 400)
 
 
-def test_unknown_fields_are_ignored_and_named(service: Server) -> None:
-    for path in ("embed", "embeddings", "show"):
-        body = {"input": "a", "prompt": "a", "drop_params": True, "keep_alive": "5m"}
-        del body["prompt" if path == "embed" else "input"]
-        body |= {} if path != "show" else {"model": NAME}
-        answer = service.post(f"/api/{path}", body)
-        assert answer.status_code == 200, answer.text
-        assert "drop_params" in answer.headers["X-Ignored-Fields"].split(", ")
-    clean = service.post("/api/embed", {"input": "a", "options": {"num_ctx": 1}})
-    assert "X-Ignored-Fields" not in clean.headers
-
-
-def test_a_picture_is_no_text(service: Server) -> None:
-    uri = "data:image/png;base64,iVBORw0KGgo="
-    for path, body in (("embed", {"input": ["a", uri]}), ("embeddings", {"prompt": uri})):
-        assert "takes texts only" in refusal(service.post(f"/api/{path}", body), 501)
-
-
 @pytest.mark.parametrize("path", ["embed", "embeddings", "show"])
 def test_the_form_of_every_other_error(service: Server, path: str) -> None:
     for name in ("nope", f"{NAME}:v2", f"{NAME}:latest:latest", ":latest"):
@@ -290,15 +277,24 @@ def test_what_is_not_served(service: Server, method: str, path: str) -> None:
         assert f"/api/{path} is not served" in refusal(response, 501)
 
 
-@pytest.mark.parametrize("path, field", [("embed", "input"), ("embeddings", "prompt")])
+URI = "data:image/png;base64,AAAA"
+
+
+@pytest.mark.parametrize(
+    "path, body, place",
+    [
+        ("embed", {"input": URI}, "$.input"),
+        ("embed", {"input": ["a", URI]}, "$.input[1]"),
+        ("embeddings", {"prompt": URI}, "$.prompt"),
+    ],
+)
 def test_a_picture_among_texts(
-    service: Server, clip_service: Server, path: str, field: str
+    service: Server, clip_service: Server, path: str, body: dict[str, Any], place: str
 ) -> None:
     """The vector of a data URI's characters is of no use."""
-    body = {field: "data:image/png;base64,AAAA"}
     assert "takes texts only" in refusal(service.post(f"/api/{path}", body), 501)
     message = refusal(clip_service.post(f"/api/{path}", body), 400)
-    assert message.startswith(f"$.{field}: ") and "/embeddings/image" in message
+    assert message.startswith(f"{place}: ") and "/embeddings/image" in message
 
 
 def test_its_client_reads_errors(client: ollama.Client) -> None:

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_clip
-from baking import Baked
+from baking import Baked, bake
 
 import bake_model
 from engine.bundle import SAMPLE, Bundle, fingerprint, read
@@ -23,11 +23,6 @@ def check(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 def rows(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     pairs = (line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     return {label: said.strip() for label, said in pairs}
-
-
-def bake(folder: pathlib.Path, output: pathlib.Path, *options: str) -> Bundle:
-    bake_model.main([str(folder), "--output", str(output), *options])
-    return read(output / folder.name)
 
 
 def test_every_engine_and_precision_is_measured_here(

@@ -67,12 +67,13 @@ def test_what_a_kill_between_the_renames_left_is_mended(
 
 
 def settled(folder: pathlib.Path, wanted: dict[str, bytes]) -> bool:
-    """Whether a folder's content becomes `wanted`, soon."""
-    for _ in range(100):
-        if content(folder) == wanted:
-            return True
-        time.sleep(0.1)
-    return False
+    """Whether a folder's content becomes `wanted`."""
+    deadline = time.monotonic() + FAR
+    while content(folder) != wanted:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 @pytest.mark.parametrize("kept", [False, True])

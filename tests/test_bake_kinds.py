@@ -31,9 +31,6 @@ from test_bake_torch import TORCH, check
 from bake import BakeError, one_line
 from bake.pictures import read_processor
 
-# Coverage takes a sixth of its time; other tests cover the same lines.
-pytestmark = pytest.mark.no_cover
-
 WINDOW = ("--max-tokens", str(tiny.WINDOW))
 
 

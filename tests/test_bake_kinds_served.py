@@ -20,8 +20,8 @@ from sentence_transformers.sentence_transformer.modules import (
 )
 from test_bake_torch import TORCH, check
 
-# Coverage takes a sixth of its time; other tests cover the same lines.
-pytestmark = pytest.mark.no_cover
+# Coverage takes a sixth of its time, and tests of the bake without this mark cover its lines.
+no_cover = pytest.mark.no_cover
 
 WINDOW = ("--max-tokens", str(tiny.WINDOW))
 
@@ -56,6 +56,7 @@ def headed_static(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+@no_cover
 @pytest.mark.parametrize("make", [static, model2vec, headed_static])
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
 def test_a_table_of_tokens_is_served(
@@ -233,6 +234,7 @@ def longformer() -> tiny.Made:
     return tokenizer, transformers.LongformerModel(config)
 
 
+@no_cover
 def test_what_a_trace_gets_wrong_is_baked_for_torch(tmp_path: pathlib.Path) -> None:
     folder = tiny.save(tmp_path / "model", longformer)
     bundle = bake(folder, tmp_path / "models", *WINDOW)

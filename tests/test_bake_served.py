@@ -35,8 +35,8 @@ from engine.queue import Queue
 from settings import Settings
 from tokens import load_tokenizer
 
-# Coverage takes a sixth of its time; other tests cover the same lines.
-pytestmark = pytest.mark.no_cover
+# Coverage takes a sixth of its time, and tests of the bake without this mark cover its lines.
+no_cover = pytest.mark.no_cover
 
 HAS_AMX = any(family.name == "amx" for family in cpu.runnable())
 needs_our_engine = pytest.mark.skipif(
@@ -105,6 +105,7 @@ def bake(folder: pathlib.Path, *options: str) -> Bundle:
     return read(folder.parent / "models" / folder.name)
 
 
+@no_cover
 @pytest.mark.parametrize("name", [*SHORT_ALONE, *TWO_STREAMS])
 def test_what_is_offered_is_right_as_it_is_served(
     name: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
@@ -394,6 +395,7 @@ def truncated(folder: pathlib.Path, wanted: object) -> pathlib.Path:
     return folder
 
 
+@no_cover
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
 @pytest.mark.parametrize("name", ["bert", "mpnet", "roberta"])
 def test_truncate_dim_is_the_default_of_dimensions(

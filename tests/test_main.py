@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import NAME, WIDE
 from servers import KEY, ROOT, Server, free_port, held, hold, launch, serve, wait_ready
+from test_api_logs import until
 
 from bake.samples import sample_texts
 from engine.bundle import PARITY_FLOOR, Precision
@@ -125,8 +126,7 @@ def test_sigterm_while_a_worker_starts_ends_it_cleanly(
     models_dir: pathlib.Path, later: float
 ) -> None:
     with serve(models_dir, wait=False) as server:
-        while "Booting worker" not in server.log:
-            time.sleep(0.002)
+        until(lambda: "Booting worker" in server.log, every=0.002)
         time.sleep(later)
         started = time.monotonic()
         server.process.terminate()
@@ -388,9 +388,7 @@ def test_gunicorns_own_options_divide_the_cores_and_may_preload(models_dir: path
         assert len(server.embed("hello")) == 384
         threads = max(1, -(-available_cores() // 2))
         line = f"2 workers, in each {threads} inference threads"
-        deadline = time.monotonic() + 30
-        while server.log.count(line) < 2 and time.monotonic() < deadline:  # the other one loads yet
-            time.sleep(0.05)
+        until(lambda: server.log.count(line) >= 2)  # the other one loads yet
         assert server.log.count(line) == 2
 
 
@@ -400,8 +398,7 @@ def test_both_kinds_of_addresses_are_listened_to_by_default(models_dir: pathlib.
         for host in ("127.0.0.1", "[::1]"):
             url = f"http://{host}:{server.port}/nowhere"
             assert httpx.get(url, trust_env=False).status_code == 401
-        while not (" 127.0.0.1 " in server.log and " ::1 " in server.log):  # it logs after it sends
-            time.sleep(0.01)
+        until(lambda: " 127.0.0.1 " in server.log and " ::1 " in server.log)  # it logs afterwards
         assert "::ffff:" not in server.log
 
 
