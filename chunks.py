@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
+import numpy as np
 from tokenizers import Encoding
 
 from engine.errors import InvalidInput
@@ -53,23 +54,22 @@ class Chunker:
         """
         tokenizer, whole = self.tokenizer, prompt + text
         room = self.window - tokenizer.special_tokens
-        if words := tokenizer.words.split(whole):
-            word_ids = tokenizer.words.ids
-            ids = [id for word in words for id in word_ids[word]]
+        if (ids := tokenizer.encode_words(whole)) is not None:
             if len(ids) <= room:
                 return [Chunk(0, len(text), tokenizer.with_special_tokens(ids))]
-            if not truncate and (chunks := self._split_words(text, prompt, words, ids)):
+            if not truncate and (chunks := self._split_words(text, prompt, ids)):
                 return chunks
         encoding = tokenizer.encode(whole)
         if len(encoding) <= room:
-            return [Chunk(0, len(text), tokenizer.with_special_tokens(encoding.ids))]
+            ids = np.array(encoding.ids, np.int64)
+            return [Chunk(0, len(text), tokenizer.with_special_tokens(ids))]
         return self._split_encoding(text, prompt, encoding, truncate)
 
     def _split_encoding(
         self, text: str, prompt: str, encoding: Encoding, truncate: Side | None
     ) -> list[Chunk]:
         """The chunks of a text from the tokens of `prompt + text`, which exceed the window."""
-        ids, spans = encoding.ids, encoding.offsets
+        ids, spans = np.array(encoding.ids, np.int64), encoding.offsets
         # Tokens of the prompt. One that reaches into the text is the text's: BPE joins the space
         # before a word to the word.
         head = sum(end <= len(prompt) for _, end in spans) if prompt else 0
@@ -89,16 +89,15 @@ class Chunker:
         cuts = cut(total, room, _borders(whole, gaps, words))
         return self._chunks(cuts, _places(whole, len(prompt), cuts, gaps), ids, head)
 
-    def _split_words(
-        self, text: str, prompt: str, words: Sequence[str], ids: Sequence[int]
-    ) -> list[Chunk] | None:
+    def _split_words(self, text: str, prompt: str, ids: Int64) -> list[Chunk] | None:
         """The chunks of a text from the words of `prompt + text` and their token ids, which exceed
         the window. None if a cut, or the text's beginning, is inside a word: only the tokenizer
         knows which characters each of a word's tokens covers.
         """
         whole = prompt + text
-        spans = self.tokenizer.words.spans(whole)
-        sizes = [len(self.tokenizer.words.ids[word]) for word in words]
+        words = self.tokenizer.words.split(whole)
+        spans = [(start, end) for start, end, _ in words]
+        sizes = [tokens for _, _, tokens in words]
         ahead = sum(end <= len(prompt) for _, end in spans) if prompt else 0  # words of the prompt
         head = sum(sizes[:ahead])  # tokens of the prompt
         room = self.window - self.tokenizer.special_tokens - head
@@ -116,14 +115,14 @@ class Chunker:
         self,
         cuts: Sequence[int],
         places: Sequence[int],
-        ids: Sequence[int],
+        ids: Int64,
         head: int,
         truncated: bool = False,
     ) -> list[Chunk]:
         """Chunks between `cuts` of the ids after the prompt's `head`, and `places` of the text."""
         prompt, ids, make = ids[:head], ids[head:], self.tokenizer.with_special_tokens
         return [
-            Chunk(start, end, make([*prompt, *ids[first:last]]), truncated)
+            Chunk(start, end, make(np.concatenate((prompt, ids[first:last]))), truncated)
             for (first, last), (start, end) in zip(pairwise(cuts), pairwise(places))
         ]
 

@@ -2,7 +2,9 @@
 
 To start a transformer's 100 to 600 operations on a GPU takes Python 3 to 40 ms, whatever their
 size; the work for a short text takes 0.2 to 4 ms. A recording starts them all at once. It has a
-fixed size, so there are several, and texts are filled up with padding to the next.
+fixed size, so there are several, and texts are filled up with padding to the next. For large
+batches the GPU's work takes longer than their start, but the start keeps Python's threads from
+reading and answering requests: a recording serves those that nearly fill it.
 """
 
 import logging
@@ -20,10 +22,13 @@ from engine.protocol import Array, Float32
 log = logging.getLogger(__name__)
 
 # In tokens. Texts are filled up by half at most, from 2048 tokens on by a third.
-SIZES = (32, 64, 128, 256, 512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
-# A recording has to be so many times as fast as the call itself. Where two in turn are not, larger
-# ones are not made.
-GAIN = 1.25
+SIZES = tuple(32 << power for power in range(6))
+SIZES += tuple(size << power for power in range(6) for size in (2048, 3072)) + (131_072,)
+# A recording that is so many times as fast as the call itself is for all texts that it has room
+# for. One that is not is for those that fill this share of it. One that is slower is not kept.
+GAIN, FILLED, SLOWER = 1.25, 0.9, 0.95
+# Attention takes time for each text that a recording has room for, be it there or not.
+SMALL, TOKENS_OF_A_TEXT = 16384, 64
 TIMED = 5  # calls, of which the fastest counts
 
 
@@ -31,7 +36,8 @@ class _Recording:
     """The transformer's call for a row of `size` tokens and up to `texts` texts."""
 
     def __init__(self, packer: Packer, size: int, device: torch.device, pool: Any) -> None:
-        self.size, self.texts = size, size // 16 + 8
+        self.size, self.least = size, 0  # tokens that it is for
+        self.texts = size // (16 if size <= SMALL else TOKENS_OF_A_TEXT) + 8
         tokens, ends = packer.arrays([np.array([packer.pad_id])], size, self.texts + 1)
         longest = min(size, packer.window)
         self.row = Row(to_device(tokens, device), Texts(to_device(ends, device), longest, []))
@@ -54,32 +60,36 @@ class Recordings:
         finish: Callable[[dict[str, Any]], torch.Tensor],
         device: torch.device,
         call: Callable[[Sequence[Array]], Float32],
+        most: int,
     ) -> None:
         """Args:
         finish: makes vectors of the features that the transformer gave.
         call: computes texts without recordings.
+        most: tokens of a recording.
         """
         self._packer, self._finish, self._device = packer, finish, device
         self._lock = threading.Lock()
         # One stream for all keeps their calls in order: they share memory.
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._made: list[_Recording] = []
-        pool, slow = torch.cuda.graph_pool_handle(), 0
+        pool = torch.cuda.graph_pool_handle()
         for size in SIZES:
+            if size > most:
+                break
             text = np.full(min(size, packer.window), packer.pad_id)
             texts = [text] * (size // len(text))
             try:
                 with torch.inference_mode(), torch.cuda.stream(self._stream):
                     self._made.append(_Recording(packer, size, device, pool))
-                slow = 0 if _seconds(self.texts, texts) * GAIN < _seconds(call, texts) else slow + 1
-                if slow:
-                    del self._made[-1]
-                if slow == 2:
-                    break
+                faster = _seconds(call, texts) / _seconds(self.texts, texts)
             except RuntimeError as error:  # such as an operation that cannot be recorded
                 self._made = [made for made in self._made if made.size < size]
                 log.info("calls of %d tokens cannot be recorded: %s", size, error)
                 break
+            if faster < GAIN:
+                self._made[-1].least = int(FILLED * size)
+            if faster < SLOWER:
+                del self._made[-1]
 
     @property
     def sizes(self) -> list[int]:
@@ -91,9 +101,8 @@ class Recordings:
         has room for.
         """
         tokens = sum(len(ids) for ids in inputs)
-        fits = (made for made in self._made if made.size >= tokens and made.texts >= len(inputs))
-        recording = next(fits, None)
-        if recording is None:
+        recording = next((made for made in self._made if made.size >= tokens), None)
+        if recording is None or tokens < recording.least or len(inputs) > recording.texts:
             return None
         row, count = recording.row, len(inputs)
         arrays = self._packer.arrays(inputs, recording.size, recording.texts + 1)

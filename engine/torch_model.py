@@ -74,14 +74,14 @@ class _Replica:
         self.running = 0  # calls
         self._streams: list[Any] = []
 
-    def record(self) -> list[int]:
-        """Record calls of some sizes, where that pays. Returns: the sizes, in tokens."""
+    def record(self, most: int) -> list[int]:
+        """Record calls of up to `most` tokens, where that pays. Returns: their sizes, in tokens."""
         # What leaves out a prompt's tokens waits for the device, which a recording cannot.
         still = self._stateful or self.pipeline.prompt_length
         if self._packer is None or still or self.device.type == "cpu":
             return []
         finish = self.pipeline.finish
-        self._recordings = Recordings(self._packer, finish, self.device, self.texts)
+        self._recordings = Recordings(self._packer, finish, self.device, self.texts, most)
         return self._recordings.sizes
 
     @contextlib.contextmanager
@@ -253,7 +253,8 @@ class Model:
 
     def record(self) -> None:
         """Record calls on each device, where that pays."""
-        self._recorded = [replica.record() for replica in self._replicas]
+        most, *_ = self._sizes()
+        self._recorded = [replica.record(most) for replica in self._replicas]
         log.info(
             "model %s on %s: calls of up to %d tokens are recorded",
             self.bundle.manifest.name,
@@ -262,7 +263,20 @@ class Model:
         )
 
     def size_batches(self) -> None:
-        """Time batches on the first device, see BATCHES."""
+        """Choose the size of batches, by their time on the first device."""
+        self.max_batch_tokens, self.min_batch_tokens, speed = self._sizes()
+        log.info(
+            "model %s on %s: %.0f tokens/s in batches of up to %d tokens",
+            self.bundle.manifest.name,
+            self.where,
+            speed,
+            self.max_batch_tokens,
+        )
+
+    def _sizes(self) -> tuple[int, int, float]:
+        """Time batches on the first device, see BATCHES. Returns: the tokens of the largest batch,
+        those below which none is split, and the best speed in tokens/s.
+        """
         texts = read_sample(self.bundle).ids
         length = min(BATCH_TEXT, self.bundle.manifest.max_tokens)
         speeds: list[float] = []
@@ -278,18 +292,13 @@ class Model:
             if seconds >= LONG:
                 break
         torch.cuda.empty_cache()
-        reached = [speed / max(speeds, default=1) for speed in speeds] or [1.0]
-        self.max_batch_tokens, self.min_batch_tokens = (
+        best = max(speeds, default=0.0)
+        reached = [speed / best for speed in speeds] or [1.0]
+        largest, good = (
             BATCHES[next(at for at, share in enumerate(reached) if share >= wanted)]
             for wanted in (FULL_SPEED, GOOD_SPEED)
         )
-        log.info(
-            "model %s on %s: %.0f tokens/s in batches of up to %d tokens",
-            self.bundle.manifest.name,
-            self.where,
-            max(speeds, default=0),
-            self.max_batch_tokens,
-        )
+        return largest, good, best
 
 
 def _stateful(bundle: Bundle, model: torch.nn.Module) -> bool:
@@ -315,7 +324,12 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _filling(tokens: int, lengths: Sequence[int]) -> list[int]:
-    """The places of texts that have up to `tokens` together."""
+    """The places of texts that have up to `tokens` together; if all have less, the longest again
+    and again.
+    """
+    if sum(lengths) < tokens:
+        longest = int(np.argmax(lengths))
+        return [longest] * (tokens // lengths[longest])
     places = []
     for place, length in enumerate(lengths):
         if length <= tokens:

@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 
+import numpy as np
 import pytest
 from conftest import NAME
 from hypothesis import example, given
@@ -47,7 +48,7 @@ def test_special_tokens_are_those_of_the_template(tokenizer: Tokenizer) -> None:
         ("[CLS] [CLS] $A", [101, 101, 7, 8]),
     ):
         made = TextTokenizer(template(tokenizer, single))
-        assert made.with_special_tokens([7, 8]).tolist() == expected
+        assert made.with_special_tokens(np.array([7, 8])).tolist() == expected
         assert made.special_tokens == len(expected) - 2
 
 
@@ -62,9 +63,12 @@ def test_a_template_of_another_form_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_no_token_at_all_is_refused(tokenizer: Tokenizer) -> None:
     bare = TextTokenizer(template(tokenizer, "$A"))
-    assert bare.with_special_tokens([7]).tolist() == [7]
+    assert bare.with_special_tokens(np.array([7])).tolist() == [7]
     with pytest.raises(InvalidInput, match="finds no token in the text"):
-        bare.with_special_tokens([])
+        bare.with_special_tokens(np.array([], np.int64))
+    for text in ("", "   ", "\n"):
+        with pytest.raises(InvalidInput, match="finds no token in the text"):
+            Chunker(bare, 8).split(text)
 
 
 # -- words
@@ -72,15 +76,15 @@ def test_no_token_at_all_is_refused(tokenizer: Tokenizer) -> None:
 
 @pytest.fixture(
     scope="module",
-    params=itertools.product([True, False], [None, True, False]),
-    ids="lowercase={0[0]},strip_accents={0[1]}".format,
+    params=itertools.product([True, False], [None, True, False], [True, False]),
+    ids="lowercase={0[0]},strip_accents={0[1]},clean_text={0[2]}".format,
 )
 def any_bert(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> Tokenizer:
     """A tokenizer with one of the normalizers that BERT's family has."""
-    lowercase, strip_accents = request.param
+    lowercase, strip_accents, clean_text = request.param
     changed = Tokenizer.from_str(tokenizer.to_str())
     changed.normalizer = BertNormalizer(  # type: ignore[assignment]
-        lowercase=lowercase, strip_accents=strip_accents
+        lowercase=lowercase, strip_accents=strip_accents, clean_text=clean_text
     )
     return changed
 
@@ -88,7 +92,8 @@ def any_bert(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> Tokenizer:
 @given(
     st.text(
         st.characters(min_codepoint=32, max_codepoint=126)
-        | st.characters(min_codepoint=0xA0, max_codepoint=0xFF),
+        | st.characters(min_codepoint=0xA0, max_codepoint=0xFF)
+        | st.sampled_from("\n\r\t\v\f\x1c\x85"),
         max_size=60,
     )
     | st.lists(
@@ -101,16 +106,21 @@ def any_bert(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> Tokenizer:
 @example("a" * 101 + " b")  # a word that is too long for the tokenizer
 @example("é" * 101 + " b")
 @example("  spaces   between  ")
+@example("\n lines\r\nand\ttabs \n")
+@example("a\vb\fc\x1cd\x85e\xa0f")  # what Python splits a text at, but not the tokenizer
 @example("".join(map(chr, range(0xC0, 0x100))))
 @example(" ".join(map(chr, range(0xC0, 0x100))))
 def test_words_have_the_tokenizers_own_ids(any_bert: Tokenizer, text: str) -> None:
     known = Words(any_bert)
     for each in (text, "other " + text, text):  # beside other words they are the same, or again
-        if words := known.split(each):
+        if (ids := known.ids(each)) is not None:
             encoding = any_bert.encode(each, add_special_tokens=False)
-            assert [id for word in words for id in known.ids[word]] == encoding.ids
-            spelled = [each[start:end] for start, end in known.spans(each)]
-            assert [word.lower() for word in spelled] == [word.lower() for word in words]
+            assert np.frombuffer(ids, np.int64).tolist() == encoding.ids
+            words = known.split(each)
+            assert "".join(each[start:end] for start, end, _ in words) == "".join(each.split())
+            assert [count for *_, count in words] == [
+                len([*group]) for _, group in itertools.groupby(encoding.word_ids)
+            ]
 
 
 def test_a_text_of_plain_words_is_not_tokenised_as_a_whole(
@@ -129,36 +139,39 @@ def test_a_text_of_plain_words_is_not_tokenised_as_a_whole(
 
 
 @pytest.mark.parametrize(
-    "text", ["[SEP] in a text", "cafe\u0301", "\u00bd", "\u017bywiec", "two\nlines", "\x00"]
+    "text", ["[SEP] in a text", "cafe\u0301", "\u00bd", "\u017bywiec", "two\vlines", "\x00"]
 )
 def test_what_is_not_plainly_words_is_left_to_the_tokenizer(
     tokenizer: Tokenizer, text: str
 ) -> None:
-    assert Words(tokenizer).split(text) is None
+    for each in (text, f"river {text}", f"{text} river", f"a{text}b"):
+        assert Words(tokenizer).ids(each) is None
 
 
 def test_other_tokenizers_words_are_left_to_them(tokenizer: Tokenizer) -> None:
     other = Tokenizer.from_str(tokenizer.to_str())
     other.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    assert Words(other).split("the river") is None
+    assert Words(other).ids("the river") is None
     added = Tokenizer.from_str(tokenizer.to_str())
     added.add_tokens(["river"])
-    assert Words(added).split("the river") is None
+    assert Words(added).ids("the river") is None
 
 
 def test_the_words_kept_are_few(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "MAX_CACHED_WORDS", 3)
-    known = Words(tokenizer).ids
-    for text in ("a b c d e f a", "a quaternion", "f e d c b a", "a a a"):
-        ids = [id for word in text.split() for id in known[word]]
-        assert ids == tokenizer.encode(text, add_special_tokens=False).ids
-        assert len(known) <= 3
+    words = Words(tokenizer)
+    for text in ("a b c d e f a", "a, quaternion!", "f e d c b a", "a a a"):
+        ids = words.ids(text)
+        assert ids is not None
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert np.frombuffer(ids, np.int64).tolist() == expected
+        assert len(words._cache) <= 3
     long = "a" * 65
-    assert known[long] == tokenizer.encode(long, add_special_tokens=False).ids
-    assert long not in known
+    assert words.ids(long)
+    assert long not in words._cache
 
 
 def test_large_texts_are_left_to_the_tokenizer(tokenizer: Tokenizer) -> None:
     words = Words(tokenizer)
-    assert words.split("a" * tokens.LARGE_TEXT_CHARACTERS)
-    assert words.split("a" * (tokens.LARGE_TEXT_CHARACTERS + 1)) is None
+    assert words.ids("a" * tokens.LARGE_TEXT_CHARACTERS)
+    assert words.ids("a" * (tokens.LARGE_TEXT_CHARACTERS + 1)) is None

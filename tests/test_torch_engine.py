@@ -89,6 +89,8 @@ def test_the_sample_gives_its_vectors_again(
         for size in (64, 1024)
         if (places := torch_model._filling(size, lengths))
     )
+    many = torch_model._filling(100_000, lengths)  # more than all of them have
+    assert 90_000 < sum(lengths[at] for at in many) <= 100_000
 
 
 def test_every_device_and_every_recorded_size_is_measured(
