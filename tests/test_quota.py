@@ -121,9 +121,9 @@ def test_a_worker_keeps_its_part_and_says_the_whole_limit(clock: Clock) -> None:
     some.request(), some.request()
     some.take(240)
     said = [refused(some.request), refused(some.take, 11)]
-    some.release(240, 240)
+    some.release(240)
     some.take(1260)
-    some.release(1260, 1260)
+    some.release(1260)
     said.append(refused(some.take, 50))
     shared = "(KEY_LIMITS), shared by 4 workers"
     assert said == [
