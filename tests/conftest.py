@@ -83,7 +83,6 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
     bundles = cache(
         config,
         "bundles",
-        ROOT / "tests" / "bakes.py",
         ROOT / "bake_model.py",
         ROOT / "embeddings.py",
         ROOT / "tokens.py",
@@ -111,11 +110,9 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
 
     def bake() -> None:
         with locked(bundles / "texts.lock"):
-            of = "sentence-transformers/"
             wanted = [  # the bundle baked first is the default
-                [how, packaged(), "--name", name, "--source", of + name, *more]
-                # WIDE's certificates over 120 texts would take 60 s of a core.
-                for how, name, *more in (["bake", NAME], ["bake few", WIDE, "--max-tokens", "512"])
+                [packaged(), "--name", name, "--source", f"sentence-transformers/{name}", *options]
+                for name, options in ((NAME, []), (WIDE, ["--max-tokens", "512"]))
                 if not (folders.texts / name).exists()
             ]
             if wanted:
@@ -125,11 +122,10 @@ def make(config: pytest.Config) -> tuple[Folders, list[Future[None]]]:
         with locked(bundles / "pictures.lock"):
             unfinished = trained.with_name("unfinished")
             if not trained.exists():
-                baked = ["bake", unfinished, "--name", trained.name, *to_pictures]
-                run(["train", unfinished], baked)
+                run(["train", unfinished], [unfinished, "--name", trained.name, *to_pictures])
                 unfinished.rename(trained)
             elif not (folders.pictures / trained.name).exists():
-                run(["bake", trained, *to_pictures])
+                run([trained, *to_pictures])
 
     pool = ThreadPoolExecutor(2)
     jobs = [pool.submit(bake), pool.submit(train_and_bake)]
