@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,12 +33,33 @@ SMALL, TOKENS_OF_A_TEXT = 16384, 64
 TIMED = 5  # calls, of which the fastest counts
 
 
-class _Recording:
+@dataclass
+class Room:
+    """What a recording is for."""
+
+    size: int  # most tokens
+    texts: int  # most texts
+    least: int = 0  # tokens
+
+
+R = TypeVar("R", bound=Room)
+
+
+def fitting(made: Sequence[R], tokens: int, texts: int) -> R | None:
+    """The first of the recordings, in order of size, with room for so many tokens and texts; None
+    if there is none, or it is for more tokens.
+    """
+    for each in made:
+        if each.size >= tokens and each.texts >= texts:
+            return each if each.least <= tokens else None
+    return None
+
+
+class _Recording(Room):
     """The transformer's call for a row of `size` tokens and up to `texts` texts."""
 
     def __init__(self, packer: Packer, size: int, device: torch.device, pool: Any) -> None:
-        self.size, self.least = size, 0  # tokens that it is for
-        self.texts = size // (16 if size <= SMALL else TOKENS_OF_A_TEXT) + 8
+        super().__init__(size, size // (16 if size <= SMALL else TOKENS_OF_A_TEXT) + 8)
         tokens, ends = packer.arrays([np.array([packer.pad_id])], size, self.texts + 1)
         longest = min(size, packer.window)
         self.row = Row(to_device(tokens, device), Texts(to_device(ends, device), longest, []))
@@ -101,8 +123,8 @@ class Recordings:
         has room for.
         """
         tokens = sum(len(ids) for ids in inputs)
-        recording = next((made for made in self._made if made.size >= tokens), None)
-        if recording is None or tokens < recording.least or len(inputs) > recording.texts:
+        recording = fitting(self._made, tokens, len(inputs))
+        if recording is None:
             return None
         row, count = recording.row, len(inputs)
         arrays = self._packer.arrays(inputs, recording.size, recording.texts + 1)

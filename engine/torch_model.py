@@ -252,7 +252,9 @@ class Model:
         return Parity(smallest, float(found.mean()), len(found), float(lone.min()), [])
 
     def record(self) -> None:
-        """Record calls on each device, where that pays."""
+        """Record calls on each device, where that pays: up to the size that batches have without
+        recordings. Small batches get faster, so `size_batches` has to come after this.
+        """
         most, *_ = self._sizes()
         self._recorded = [replica.record(most) for replica in self._replicas]
         log.info(
