@@ -92,14 +92,16 @@ limit_request_field_size = usual.max_field
 def on_starting(server: Arbiter) -> None:
     """Called by gunicorn when all options are known, of its command line too."""
     cfg = server.cfg
+    # Whether the sockets are there already: from the master before a SIGUSR2, or from systemd.
+    inherited = {"GUNICORN_FD", "LISTEN_FDS"} & {*os.environ}
     try:
         configuration.load({**os.environ, "WEB_CONCURRENCY": str(cfg.workers)})
-        configuration.refuse_open_door(settings, hosts(server))
+        if not inherited:  # else `when_ready` judges them: cfg.address has no part in it
+            configuration.refuse_open_door(settings, hosts(server))
     except SettingsError as error:
         log.critical("cannot start: %s", error)
         sys.exit(1)
-    # Unless the sockets are there already: from the master before a SIGUSR2, or from systemd.
-    if not {"GUNICORN_FD", "LISTEN_FDS"} & {*os.environ} and not cfg.reuse_port:
+    if not inherited and not cfg.reuse_port:
         for each in cfg.address:
             if isinstance(each, tuple) and (why := configuration.taken(each)):
                 log.critical("cannot start: %s", why)

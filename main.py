@@ -300,7 +300,8 @@ def load_embedders(
 
     Raises: BundleError, PrecisionUnavailable, DeviceUnavailable.
     """
-    # First, since more texts are compared than pictures: what is left out then, is for both.
+    # First, since more texts are compared than pictures: what is left out for texts is left out for
+    # pictures too.
     texts = load_embedder(bundle, settings, queue, cache, truncation)
     pictures = "image" in bundle.manifest.modalities
     return Embedders(texts, load_image_embedder(bundle, settings, queue) if pictures else None)

@@ -129,12 +129,13 @@ class Words:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._cache = _Cache(tokenizer)
+        marks = _marks(tokenizer)
+        self._cache = _Cache(tokenizer, marks)
         self._usable = (
             isinstance(tokenizer.normalizer, BertNormalizer)
             and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
             and isinstance(tokenizer.model, WordPiece)
-            and not any(mark.isalnum() or mark.isspace() for mark in _marks(tokenizer))
+            and not any(mark.isalnum() or mark.isspace() for mark in marks)
         )
 
     def ids(self, text: str) -> bytes | None:
@@ -151,9 +152,10 @@ class Words:
     def split(self, text: str) -> list[tuple[int, int, int]]:
         """Start and end of each word in characters, and its tokens, of a text that has `ids`."""
         words = _WORD.finditer(text)
-        return [(*word.span(), len(self._cache[word[0]]) // np.int64(0).nbytes) for word in words]
+        return [(*word.span(), len(self._cache[word[0]]) // _ID_BYTES) for word in words]
 
 
+_ID_BYTES = np.dtype(np.int64).itemsize
 _LETTER = "A-Za-zÀ-ÖØ-öø-ÿ0-9"
 _WORD = re.compile(rf"[{_LETTER}]+|[!-~]")
 
@@ -175,9 +177,10 @@ class _Cache(dict[str, bytes]):
     computed. Raises: _NotPlain.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, marks: set[str]) -> None:
+        """`marks`: characters that leave a text to the tokenizer."""
         self._normalizer, self._model = tokenizer.normalizer, tokenizer.model
-        plain = re.escape("".join(sorted({*string.printable[:95]} - _marks(tokenizer))))
+        plain = re.escape("".join(sorted({*string.printable[:95]} - marks)))
         self._plain = re.compile(f"[{plain}{_LETTER}]*")
 
     def __missing__(self, piece: str) -> bytes:

@@ -27,8 +27,8 @@ _CODE = "HF_MODULES_CACHE"  # where transformers copies a model's code to, to im
 
 
 def runs(backend: Backend, precision: Precision) -> bool:
-    """Whether this machine runs an engine at a precision. Of torch, which depends on the device, it
-    is known only when a model is opened.
+    """Whether this machine runs an engine at a precision. True for torch: what its device can do is
+    known only when a model is opened.
     """
     if backend == "torch":
         return True
@@ -108,10 +108,11 @@ def right_engine(
                 raise
             left_out[engine.precision] = str(error)
             log.warning(
-                "model %s is served without %s at %s: its vectors are wrong on this machine (%s)",
-                *(bundle.manifest.name, engine.backend, engine.precision, error),
+                "model %s: its %ss are served without %s at %s: the vectors are wrong on this "
+                "machine (%s)",
+                *(bundle.manifest.name, engine.modality, engine.backend, engine.precision, error),
             )
-            wrong = error.with_traceback(None)  # that holds the engine
+            wrong = BelowFloor(str(error))  # a new one: its traceback does not hold the engine
             del engine  # before the next one takes memory
 
 

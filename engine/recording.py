@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 # In tokens. Texts are filled up by half at most, from 2048 tokens on by a third.
 SIZES = tuple(32 << power for power in range(6))
 SIZES += tuple(size << power for power in range(6) for size in (2048, 3072)) + (131_072,)
-# A recording that is so many times as fast as the call itself is for all texts that it has room
-# for. One that is not is for those that fill this share of it. One that is slower is not kept.
+# A recording that is at least GAIN times as fast as the call itself is for every batch that it has
+# room for; another only for batches of at least the share FILLED of its size. One that is less than
+# SLOWER times as fast is not kept.
 GAIN, FILLED, SLOWER = 1.25, 0.9, 0.95
 # Attention takes time for each text that a recording has room for, be it there or not.
 SMALL, TOKENS_OF_A_TEXT = 16384, 64
@@ -40,6 +41,11 @@ class Room:
     size: int  # most tokens
     texts: int  # most texts
     least: int = 0  # tokens
+
+
+def full(size: int, window: int, token: int) -> list[Array]:
+    """Texts of up to `window` tokens, and nearly equal lengths, that have `size` together."""
+    return np.array_split(np.full(size, token), -(-size // window))
 
 
 R = TypeVar("R", bound=Room)
@@ -59,7 +65,8 @@ class _Recording(Room):
     """The transformer's call for a row of `size` tokens and up to `texts` texts."""
 
     def __init__(self, packer: Packer, size: int, device: torch.device, pool: Any) -> None:
-        super().__init__(size, size // (16 if size <= SMALL else TOKENS_OF_A_TEXT) + 8)
+        texts = size // (16 if size <= SMALL else TOKENS_OF_A_TEXT)
+        super().__init__(size, max(texts, -(-size // packer.window)) + 8)
         tokens, ends = packer.arrays([np.array([packer.pad_id])], size, self.texts + 1)
         longest = min(size, packer.window)
         self.row = Row(to_device(tokens, device), Texts(to_device(ends, device), longest, []))
@@ -98,8 +105,7 @@ class Recordings:
         for size in SIZES:
             if size > most:
                 break
-            text = np.full(min(size, packer.window), packer.pad_id)
-            texts = [text] * (size // len(text))
+            texts = full(size, packer.window, packer.pad_id)
             try:
                 with torch.inference_mode(), torch.cuda.stream(self._stream):
                     self._made.append(_Recording(packer, size, device, pool))

@@ -33,7 +33,7 @@ class Tenant:
     tag: float = -math.inf  # tokens served, on the clock of the tenants
     clock: float = 0.0  # of its own requests' shares
     relief: float | None = None  # after a refusal: waiting tokens of the queue at which that ends
-    batch: int = 0  # the most tokens of a batch of the engine for which that was
+    batch: int = 0  # most tokens of a batch of the engine whose request was refused
     never_refused: bool = False  # SERVICE
 
     def serve(self, tokens: int) -> None:
@@ -75,8 +75,8 @@ class Tenants:
                 del self.active[tenant]
 
     def served(self, tokens: int) -> None:
-        """A batch of so many tokens was taken. Call this before the tenants that it leaves without
-        waiting tokens `leave`: the clock counts them too.
+        """A batch of so many tokens was taken. To be called before `leave`: tenants whose last
+        waiting tokens it took still count as active.
         """
         self._clock += tokens / len(self.active)
 

@@ -61,7 +61,7 @@ class PythonThreads:
             while batch := work.get():
                 number, engine, inputs, alone, vectors = batch
                 self._ended.append((number, compute(engine, inputs, alone, vectors)))
-                del batch, inputs, vectors  # an idle thread keeps nothing alive
+                del batch, engine, inputs, vectors  # an idle thread keeps nothing alive
                 self._idle.append(work)
                 self._collect()
 

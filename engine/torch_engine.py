@@ -34,7 +34,8 @@ def open_model(bundle: Bundle, *, device: str, precision: str, threads: int) -> 
     Raises: DeviceUnavailable, PrecisionUnavailable, BundleError.
     """
     devices = _devices(device)
-    key = bundle.path, bundle.manifest.created, tuple(devices), precision, threads
+    left_out = frozenset(bundle.manifest.left_out.get("torch", ()))  # grows, see engine/choice.py
+    key = bundle.path, bundle.manifest.created, tuple(devices), precision, left_out, threads
     model = _opened.get(key)
     if model is None:
         open_on = _open_on_cpu if devices[0].type == "cpu" else _open_on_gpus
@@ -91,7 +92,8 @@ def _open_on_gpus(bundle: Bundle, devices: Sequence[torch.device], wanted: str) 
         candidates.remove("bf16")
     tried = []
     for precision in candidates:
-        if wanted not in ("auto", precision):
+        left_out = precision in bundle.manifest.left_out.get("torch", ())
+        if wanted != precision and (wanted != "auto" or left_out):
             continue
         model, line = _try(bundle, devices, precision)
         tried.append(line)

@@ -74,11 +74,19 @@ class _Replica:
         self.running = 0  # calls
         self._streams: list[Any] = []
 
-    def record(self, most: int) -> list[int]:
-        """Record calls of up to `most` tokens, where that pays. Returns: their sizes, in tokens."""
+    @property
+    def can_record(self) -> bool:
+        """Whether calls can be recorded: the same operations for all texts, on a GPU."""
         # What leaves out a prompt's tokens waits for the device, which a recording cannot.
         still = self._stateful or self.pipeline.prompt_length
-        if self._packer is None or still or self.device.type == "cpu":
+        return self._packer is not None and not still and self.device.type != "cpu"
+
+    def record(self, most: int) -> list[int]:
+        """Record calls of up to `most` tokens, where that pays, if they can be recorded.
+
+        Returns: their sizes, in tokens.
+        """
+        if self._packer is None or not self.can_record:
             return []
         finish = self.pipeline.finish
         self._recordings = Recordings(self._packer, finish, self.device, self.texts, most)
@@ -255,6 +263,8 @@ class Model:
         """Record calls on each device, where that pays: up to the size that batches have without
         recordings. Small batches get faster, so `size_batches` has to come after this.
         """
+        if not self._replicas[0].can_record:
+            return
         most, *_ = self._sizes()
         self._recorded = [replica.record(most) for replica in self._replicas]
         log.info(

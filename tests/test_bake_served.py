@@ -252,7 +252,7 @@ def test_auto_goes_on_without_an_engine_that_is_wrong_here(
     )
     assert found.precision not in precisions or found.backend == "OpenVINO"
     assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
-        f"model model is served without own engine at {each}" for each in runnable
+        f"model model: its texts are served without own engine at {each}" for each in runnable
     ]
     assert "its vectors are wrong on this machine (bundle" in caplog.text
     assert list(bundle.manifest.left_out["own engine"]) == runnable

@@ -266,10 +266,10 @@ def test_the_default_key_is_for_this_machine(
     assert "Traceback" not in log
 
 
-# Run a command with a socket of all addresses as its file 3, as systemd does.
+# Run a command with a socket as its file 3, as systemd does.
 INHERIT = """
 import os, socket, sys
-listening = socket.create_server(("0.0.0.0", 0))
+listening = socket.create_server((sys.argv.pop(1), 0))
 os.dup2(listening.fileno(), 3)
 os.set_inheritable(3, True)
 os.environ["LISTEN_PID"] = str(os.getpid())
@@ -284,11 +284,27 @@ def test_the_default_key_is_for_this_machine_whoever_opened_the_socket(
     models_dir: pathlib.Path, tmp_path: pathlib.Path, env: dict[str, str]
 ) -> None:
     own = {"VECTOR_EMBEDDER_API_KEY": "abc123", "HOST": "127.0.0.1"}
-    prefix = (sys.executable, "-c", INHERIT)
+    prefix = (sys.executable, "-c", INHERIT, "0.0.0.0")
     code, log = start_and_end(models_dir, tmp_path, prefix, **own, **env)
     (line,) = [line for line in log.splitlines() if "cannot start" in line]
     assert code == 1 and "which everybody knows, and others can reach 0.0.0.0" in line
     assert "Traceback" not in log and "Booting worker" not in log
+
+
+def test_the_default_key_serves_an_inherited_socket_of_this_machine(
+    models_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """HOST has no part in it."""
+    prefix = (sys.executable, "-c", INHERIT, "127.0.0.1")
+    own = {"VECTOR_EMBEDDER_API_KEY": "abc123", "LISTEN_FDS": "1"}
+    process = launch(models_dir, log := tmp_path / "log", free_port(), prefix, **own)
+    try:
+        while "main: serving" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_a_name_that_is_no_address_ends_the_start_with_one_line(

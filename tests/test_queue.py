@@ -4,6 +4,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -25,6 +26,7 @@ from engine.protocol import Batch, Engine, InputRefused
 from engine.queue import CALL_OVERHEAD_TOKENS, MAX_INLINE_SECONDS, Queue
 from engine.quota import Bucket, Quota, QuotaLimits
 from engine.tenants import SERVICE
+from engine.threads import PythonThreads
 
 NEVER = 1e6
 AHEAD_TOKENS = 256  # of a batch that is ahead of its thread
@@ -1136,3 +1138,14 @@ def test_an_engine_says_how_many_calls_it_takes_at_a_time() -> None:
         assert sorted(future.result()[0][0] for future in futures) == [1, 2, 3, 4, 5, 6]
     queue.close()
     assert max(most) == 2
+
+
+def test_an_idle_thread_keeps_no_engine() -> None:
+    """One whose vectors were wrong takes memory, which the next one needs."""
+    collected, engine = threading.Event(), Echo()
+    threads, gone = PythonThreads(1, collected.set), weakref.ref(engine)
+    threads.put(0, engine, [tokens(1, 3)], False)
+    del engine
+    assert collected.wait(60)
+    assert gone() is None
+    threads.close()

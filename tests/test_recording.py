@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.recording import Room, fitting
+from engine.recording import SIZES, Room, fitting, full
 
 MADE = [Room(64, 12), Room(128, 16), Room(1024, 72), Room(24_576, 392, least=22_118)]
 
@@ -37,3 +37,13 @@ def test_the_smallest_with_room_for_tokens_and_texts(tokens: int, texts: int, si
 )
 def test_others_are_computed_without_a_recording(tokens: int, texts: int) -> None:
     assert fitting(MADE, tokens, texts) is None
+
+
+@pytest.mark.parametrize("window", [24, 62, 256, 512, 2048, 4096, 8192, 32_768])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_recording_is_timed_with_as_many_tokens_as_it_has_room_for(
+    size: int, window: int
+) -> None:
+    texts = full(size, window, 7)
+    assert sum(map(len, texts)) == size and max(map(len, texts)) <= window
+    assert len(texts) == -(-size // window) and set(texts[0]) == {7}

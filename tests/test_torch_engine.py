@@ -71,6 +71,34 @@ def open_on(bundle: Bundle, device: str = "cpu", precision: str = "fp32") -> Mod
     return open_model(bundle, device=device, precision=precision, threads=1)
 
 
+def test_what_was_left_out_is_not_chosen_again(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model that was wrong is still in use, as by texts when pictures are wrong."""
+    monkeypatch.setattr(torch_engine, "_has_amx", lambda: True)
+    own = msgspec.structs.replace(bundle.manifest, left_out={}, created="for this test")
+    changed = Bundle(bundle.path, own)
+    first = open_on(changed, precision="auto")
+    assert first.precision == "bf16" and open_on(changed, precision="auto") is first
+    own.left_out["torch"] = {"bf16": "its vectors are wrong here"}
+    assert open_on(changed, precision="auto").precision == "fp32"
+    with pytest.raises(PrecisionUnavailable):
+        open_on(changed, precision="bf16")
+
+
+def test_nor_on_gpus(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    left_out: dict[bundles.Backend, dict[Precision, str]] = {"torch": {}}
+    own = msgspec.structs.replace(bundle.manifest, left_out=left_out)
+    changed, chosen = Bundle(bundle.path, own), list[str]()
+    for _ in range(3):
+        chosen.append(torch_engine._open_on_gpus(changed, [CPU], "auto").precision)
+        left_out["torch"][chosen[-1]] = "its vectors are wrong here"  # type: ignore[index]
+    assert chosen == ["fp16", "bf16", "fp32"]
+    with pytest.raises(PrecisionUnavailable):
+        torch_engine._open_on_gpus(changed, [CPU], "auto")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_the_sample_gives_its_vectors_again(
