@@ -251,10 +251,10 @@ def test_auto_goes_on_without_an_engine_that_is_wrong_here(
         ("own engine", expected) if expected else ("OpenVINO", choose_precision("auto", bundle))
     )
     assert found.precision not in precisions or found.backend == "OpenVINO"
-    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
+    assert [record.getMessage().split(": the vectors")[0] for record in caplog.records] == [
         f"model model: its texts are served without own engine at {each}" for each in runnable
     ]
-    assert "its vectors are wrong on this machine (bundle" in caplog.text
+    assert "the vectors are wrong on this machine (bundle" in caplog.text
     assert list(bundle.manifest.left_out["own engine"]) == runnable
     assert not read(elsewhere).manifest.left_out  # in the file
     with serving(2) as queue:  # and by name it is refused as before
@@ -278,7 +278,9 @@ def test_a_start_fails_where_no_engine_is_right(
 
 
 def test_a_picture_engine_that_is_wrong_here_is_left_out(
-    clip_models_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    clip_models_dir: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (bundle,) = discover(clip_models_dir)
     if choose_precision("auto", bundle) != "bf16":
@@ -293,6 +295,7 @@ def test_a_picture_engine_that_is_wrong_here_is_left_out(
         images = main.load_embedders(bundle, Settings(inference_threads=1), queue).images
     assert images and images._engine.precision == "fp32"
     assert list(bundle.manifest.left_out["OpenVINO"]) == ["bf16"]
+    assert ": its images are served without OpenVINO at bf16: " in caplog.text  # texts keep it
 
 
 def test_an_engine_is_certified_by_its_own_vectors(tmp_path: pathlib.Path) -> None:
