@@ -42,7 +42,7 @@ def _strict_decoder(schema: type[msgspec.Struct]) -> Any:
 def _decoded(decoder: Any, body: bytes | bytearray | memoryview) -> Any:
     """Decode without garbage collections. JSON has no cycles, and a collection looks at all that is
     decoded so far: with them 9 million empty lists take 4 s instead of 0.6, in which no other
-    thread runs.
+    thread runs. Afterwards they are on, whatever they were before.
     """
     gc.disable()
     try:

@@ -31,8 +31,8 @@ class Bodies:
 
     @contextmanager
     def decoded(self, request: Request) -> Iterator[None]:
-        """Put the decoded body in place of the one that was sent, where its key was checked: what
-        is open to all reads no body.
+        """Replace the body by its decoded form, if the request's key was checked. Open routes read
+        no body, so theirs stays as it was sent.
 
         Raises: HttpError: 415 for an unknown coding; 400 for a body that is not what its coding
         says; 413 as soon as it passes the limit; 429 when too much is in memory already.
@@ -137,8 +137,8 @@ class Compression:
         self._smallest, self._static = smallest, frozenset(static)
 
     def apply(self, response: Response, request: Request) -> Response:
-        """Returns: the response, compressed where that is worth it and, if it takes a thread, one
-        is free.
+        """Returns: the response, compressed where that is worth it. A large one stays as it is when
+        no thread is free.
         """
         size = len(response.body)
         if not self._smallest or size < self._smallest:

@@ -155,6 +155,8 @@ class Router:
                 view = partial(self._decoded, view)
         else:
             self._find_caller(request)
+            if request.caller is None:
+                request.body = b""
         view = view or self._through_flask
         large = encoded or MAX_INLINE_BODY < request.length
         # Routes that are open to all read no body.
@@ -163,7 +165,9 @@ class Router:
         return view(request)
 
     def _find_caller(self, request: Request) -> None:
-        """Set the request's `caller`. Without a valid key, `check` refuses it within Flask."""
+        """Set `caller` if the key is valid. If not, `check` answers 401 later, within Flask, whose
+        hooks see no body then.
+        """
         with suppress(HttpError):
             self._key.check(request)
 

@@ -13,6 +13,9 @@ from engine import spans
 from server.messages import OWN, Request
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+EXPORTER = "OTEL_TRACES_EXPORTER"
+# The specification's name of the one that sends traces, and the Python SDK's.
+EXPORTERS = ("otlp", "otlp_proto_http")
 # The first that is set decides.
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 NAME = "vector-embedder"  # of the service, unless OTEL_SERVICE_NAME says otherwise
@@ -23,7 +26,7 @@ UNTRACED = frozenset((*health.PATHS, "/metrics"))
 def wanted(environ: Mapping[str, str]) -> bool:
     """Whether the environment asks for traces."""
     disabled = _value(environ, "OTEL_SDK_DISABLED") == "true"
-    none = _value(environ, "OTEL_TRACES_EXPORTER") == "none"
+    none = _exporters(environ) == ["none"]
     return not (disabled or none) and any(_value(environ, name) for name in ENDPOINTS)
 
 
@@ -31,10 +34,12 @@ def missing(environ: Mapping[str, str]) -> str | None:
     """What to say where traces are asked for and cannot be made; None otherwise."""
     if not wanted(environ):
         return None
+    if (exporters := _exporters(environ)) and not {*exporters} & {*EXPORTERS}:
+        value = ",".join(exporters)
+        return f"{EXPORTER}={value}: no traces are sent; the service can send otlp only"
     protocol = next((name for name in PROTOCOLS if _value(environ, name)), PROTOCOLS[0])
-    for name, taken in (("OTEL_TRACES_EXPORTER", "otlp"), (protocol, "http/protobuf")):
-        if (value := _value(environ, name)) not in ("", taken):
-            return f"{name}={value}: no traces are sent; the service can send {taken} only"
+    if (value := _value(environ, protocol)) not in ("", "http/protobuf"):
+        return f"{protocol}={value}: no traces are sent; the service can send http/protobuf only"
     names = ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
     try:
         if all(importlib.util.find_spec(name) for name in names):
@@ -45,6 +50,11 @@ def missing(environ: Mapping[str, str]) -> str | None:
         f"{ENDPOINTS[0]} is set, but OpenTelemetry is not installed: no traces are sent; "
         "pip install -r requirements-otel.txt"
     )
+
+
+def _exporters(environ: Mapping[str, str]) -> list[str]:
+    """Several may be named; the service knows one."""
+    return [name.strip() for name in _value(environ, EXPORTER).split(",") if name.strip()]
 
 
 def _value(environ: Mapping[str, str], name: str) -> str:

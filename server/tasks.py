@@ -179,8 +179,8 @@ class Tasks:
         return may
 
     def free_thread(self, whose: str | None) -> None:
-        """Give a reserved thread to the next in the queue that may have one. Another key's call
-        may then have one that was free before: this key holds one less.
+        """Release a thread, and start every queued call that may now run. Several may: this key's
+        share has shrunk too.
         """
         self._held[whose] -= 1
         self._free += 1

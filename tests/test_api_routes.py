@@ -281,6 +281,27 @@ def test_a_body_is_decoded_only_where_its_key_was_checked(
             assert answer.status_code == 401
 
 
+def test_a_hook_sees_a_body_only_with_its_key(environ: dict[str, str]) -> None:
+    seen = list[bytes]()
+
+    class Watching(main.Application):
+        def make_flask(self) -> CheckedFlask:
+            app = super().make_flask()
+            app.before_request(lambda: seen.append(flask.request.get_data()))
+            return app
+
+    application, body = Watching(environ), b'{"text": "hello"}'
+    for sent in (body, body.ljust(50_000)):
+        for headers, status, expected in (
+            (AUTH, 200, sent),
+            ({}, 401, b""),
+            ({"X-API-Key": "wrong"}, 401, b""),
+        ):
+            answer = Client(application).post("/embeddings", headers=headers, data=sent)
+            assert (answer.status_code, seen.pop()) == (status, expected)
+    application.close()
+
+
 def counted(application: main.Application, reason: str) -> float:
     text = Client(application).get("/metrics", headers=AUTH).text
     found = re.search(rf'^embedder_requests_rejected_total{{reason="{reason}"}} (.+)', text, re.M)
@@ -403,7 +424,10 @@ def test_all_that_a_request_waits_for_has_one_deadline(
     app.register_blueprint(ollama.blueprint(service))
     app.register_blueprint(openai.blueprint(service, None, 0, TextLimits()))
     request = Request(method, path, path, body=body, length=len(body))
-    current.set(request)
-    assert app.view_functions[view].direct(request).status == 200  # type: ignore[attr-defined]
+    before = current.set(request)
+    try:
+        assert app.view_functions[view].direct(request).status == 200  # type: ignore[attr-defined]
+    finally:
+        current.reset(before)
     assert loaded >= 1 and len(deadlines) == 2
     assert deadlines[0] == pytest.approx(deadlines[1], abs=0.001)

@@ -249,6 +249,7 @@ def test_without_the_packages_a_line_says_what_to_install(
         ({ENDPOINT: "http://a", "OTEL_SDK_DISABLED": "True"}, False),
         ({"OTEL_SERVICE_NAME": "a"}, False),
         ({ENDPOINT: "http://a", "OTEL_TRACES_EXPORTER": "None"}, False),
+        ({ENDPOINT: "http://a", "OTEL_TRACES_EXPORTER": " none,"}, False),
         ({ENDPOINT: "http://a", "OTEL_TRACES_EXPORTER": "otlp"}, True),
     ],
 )
@@ -263,6 +264,8 @@ OF_TRACES = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
     ("environ", "says"),
     [
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER=zipkin: .* can send otlp only"),
+        ({"OTEL_TRACES_EXPORTER": "zipkin, console"}, "OTEL_TRACES_EXPORTER=zipkin,console: "),
+        ({"OTEL_TRACES_EXPORTER": "otlp_proto_grpc"}, "OTEL_TRACES_EXPORTER=otlp_proto_grpc: "),
         (
             {"OTEL_EXPORTER_OTLP_PROTOCOL": " grpc"},
             "OTEL_EXPORTER_OTLP_PROTOCOL=grpc: no traces are sent; .* can send http/protobuf only",
@@ -284,6 +287,8 @@ def test_another_way_of_sending_is_not_taken_for_ours(environ: dict[str, str], s
     "environ",
     [
         {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
+        {"OTEL_TRACES_EXPORTER": "console, OTLP"},
+        {"OTEL_TRACES_EXPORTER": "otlp_proto_http"},
         {OF_TRACES: "HTTP/protobuf", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
     ],
     ids=str,

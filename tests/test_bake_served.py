@@ -291,7 +291,7 @@ def test_a_picture_engine_that_is_wrong_here_is_left_out(
         return right(engine, inputs) * (-1 if engine.precision == "bf16" else 1)
 
     monkeypatch.setattr(OpenVINOImageEngine, "run", run)
-    with serving(1) as queue:
+    with caplog.at_level(logging.WARNING), serving(1) as queue:
         images = main.load_embedders(bundle, Settings(inference_threads=1), queue).images
     assert images and images._engine.precision == "fp32"
     assert list(bundle.manifest.left_out["OpenVINO"]) == ["bf16"]

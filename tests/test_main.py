@@ -299,9 +299,8 @@ def test_the_default_key_serves_an_inherited_socket_of_this_machine(
     own = {"VECTOR_EMBEDDER_API_KEY": "abc123", "LISTEN_FDS": "1"}
     process = launch(models_dir, log := tmp_path / "log", free_port(), prefix, **own)
     try:
-        while "main: serving" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
+        until(lambda: "main: serving" in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
     finally:
         process.terminate()
         assert process.wait(30) == 0

@@ -254,7 +254,9 @@ def test_one_keys_calls_leave_threads_to_anothers(loop: asyncio.AbstractEventLoo
 def test_a_thread_that_is_given_back_may_let_another_keys_call_begin_too(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
-    """With one thread free, `small` may hold 7 and `large` 15: of `small`'s end both get one."""
+    """With one thread free, `small` may hold 7 and `large` 15. When one of `small`'s calls ends,
+    both keys may start one.
+    """
     running, results = Tasks(loop, threads=20, max_wait=LONG), list[str]()
     large = occupy(running, results, 11, "large")
     small = occupy(running, results, 7, "small")
