@@ -1,9 +1,8 @@
-"""Which models our own engine (engine/encoder) runs, and where their weights are in the file of the
-graph.
+"""Which models our own engine (engine/encoder) runs: their description, and their weights by the
+names that engine/encoder/weights.py reads.
 """
 
-import pathlib
-import re
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,21 +14,24 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from bake.source import modules
 from engine.bundle import Encoder
 
+Float32 = npt.NDArray[np.float32]
+Weights = dict[str, npt.NDArray[Any]]  # what is multiplied and embeddings float16, else float32
+
 # transformers' models that compute what engine/encoder does; some count positions like RoBERTa.
 _ROBERTAS = ("RobertaModel", "XLMRobertaModel", "CamembertModel")
 _MODELS = ("BertModel", *_ROBERTAS)
 _PLAIN = {"method": "forward", "method_output_name": "last_hidden_state"}
-_HALF = re.compile(r'<data element_type="f16" shape="([^"]*)" offset="(\d+)" size="(\d+)"')
 # The encoder's tiles need the width of a head to be a multiple of 32, the other widths of 64.
 _HEAD_STEP, _WIDTH_STEP = 32, 64
+_ATTENTION = [f"attention.self.{name}" for name in ("query", "key", "value")]
 
 
-def describe(model: Any, tokenizer: Any, graph: pathlib.Path) -> Encoder | None:
-    """What our own engine needs to know of a model; None for one that it cannot run.
+def describe(model: Any, tokenizer: Any) -> tuple[Encoder, Weights] | None:
+    """What our own engine needs to know of a model, and its weights; None for a model that it
+    cannot run.
 
     Args:
         model: a SentenceTransformer.
-        graph: the OpenVINO model of its text tower, as saved.
     """
     parts, _ = modules(model)
     if [type(part) for part in parts] != [Transformer, Pooling]:
@@ -46,23 +48,17 @@ def describe(model: Any, tokenizer: Any, graph: pathlib.Path) -> Encoder | None:
     config, roberta = bert.config, kind.__name__ in _ROBERTAS
     first = config.pad_token_id + 1 if roberta else 0
     largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    positions = first + model.max_seq_length
     if (
         not _runs(config)
         or largest_id >= config.vocab_size
-        or first + model.max_seq_length > config.max_position_embeddings
+        or positions > config.max_position_embeddings
     ):
         return None
-    # bake/rewrite.py has multiplied the query's weights by the scale.
-    scale = np.float32((config.hidden_size // config.num_attention_heads) ** -0.5)
-    state = {
-        name: value.numpy() * scale if ".query." in name else value.numpy()
-        for name, value in bert.state_dict().items()
-        if not name.startswith("pooler.")
-    }
-    tensors = _find(state, graph)
-    if tensors is None:
-        return None
-    return Encoder(
+    weights = _weights(bert, positions)
+    if not all(np.isfinite(values).all() for values in weights.values()):
+        return None  # too large for float16
+    encoder = Encoder(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         inner=config.intermediate_size,
@@ -72,9 +68,8 @@ def describe(model: Any, tokenizer: Any, graph: pathlib.Path) -> Encoder | None:
         first_position=first,
         pad=config.pad_token_id if roberta else None,
         pooling="mean" if pooling == "mean" else "cls",
-        query_factor=1.0,
-        tensors=tensors,
     )
+    return encoder, weights
 
 
 def _runs(config: Any) -> bool:
@@ -89,24 +84,55 @@ def _runs(config: Any) -> bool:
     )
 
 
-def _find(
-    wanted: Mapping[str, npt.NDArray[np.float32]], graph: pathlib.Path
-) -> dict[str, int] | None:
-    """Byte offsets of tensors as float16, None unless all are found. They are found by content:
-    OpenVINO keeps few of their names.
+def _weights(bert: Any, positions: int) -> Weights:
+    """The weights of a BERT, of its position embeddings the first `positions`: those are used."""
+    state = {name: value.float().numpy() for name, value in bert.state_dict().items()}
+    config = bert.config
+    # Every token has the first type, so that the sum of both is one table.
+    table = state["embeddings.position_embeddings.weight"][:positions]
+    table = table + state["embeddings.token_type_embeddings.weight"][0]
+    made: Weights = {
+        "words": _half(state["embeddings.word_embeddings.weight"]),
+        "positions": _half(table),
+        "norm": _norm(state, "embeddings.LayerNorm"),
+    }
+    # Softmax takes powers of 2.
+    factor = math.log2(math.e) / math.sqrt(config.hidden_size // config.num_attention_heads)
+    for number in range(config.num_hidden_layers):
+        theirs, ours = f"encoder.layer.{number}.", f"layers.{number}."
+        linears = {
+            "qkv": [theirs + name for name in _ATTENTION],
+            "out": [theirs + "attention.output.dense"],
+            "up": [theirs + "intermediate.dense"],
+            "down": [theirs + "output.dense"],
+        }
+        for name, sources in linears.items():
+            made |= _linear(state, ours + name, sources, factor if name == "qkv" else 1.0)
+        made[ours + "norm1"] = _norm(state, theirs + "attention.output.LayerNorm")
+        made[ours + "norm2"] = _norm(state, theirs + "output.LayerNorm")
+    return made
+
+
+def _linear(
+    state: Mapping[str, Float32], name: str, sources: list[str], factor: float
+) -> dict[str, npt.NDArray[Any]]:
+    """Products of one input, joined to one: a row of `weight` gives a value. The first is
+    multiplied by `factor`.
     """
-    file = np.memmap(graph.with_suffix(".bin"), np.uint8, "r")
-    places: dict[int, list[int]] = {}  # offsets by size, both in bytes
-    for _, offset, size in _HALF.findall(graph.read_text()):
-        places.setdefault(int(size), []).append(int(offset))
-    found: dict[str, int] = {}
-    for name, values in wanted.items():
-        with np.errstate(over="ignore"):
-            content = values.astype(np.float16).tobytes()
-        for offset in places.get(len(content), []):
-            if file[offset : offset + len(content)].tobytes() == content:
-                found[name] = offset
-                break
-        else:
-            return None
-    return found
+    weights = [state[f"{source}.weight"] for source in sources]
+    biases = [state[f"{source}.bias"] for source in sources]
+    weights[0], biases[0] = weights[0] * np.float32(factor), biases[0] * np.float32(factor)
+    return {
+        f"{name}.weight": _half(np.concatenate(weights)),
+        f"{name}.bias": np.concatenate(biases),
+    }
+
+
+def _norm(state: Mapping[str, Float32], name: str) -> Float32:
+    """Gains, then biases."""
+    return np.concatenate([state[f"{name}.weight"], state[f"{name}.bias"]])
+
+
+def _half(values: Float32) -> npt.NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16)

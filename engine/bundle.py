@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.errors import BundleError, PrecisionUnavailable
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPLACED = "replaced"  # .NAME.replaced: the earlier bundle, while the new one is moved in
@@ -52,6 +52,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 def graph_file(modality: Modality, precision: Precision) -> str:
     """Name of the graph that a precision runs; its weights have the same name with .bin."""
     return f"{modality}-int8.xml" if precision == "int8" else f"{modality}.xml"
+
+
+def weights_file(modality: Modality) -> str:
+    """Name of the file of weights that our own engine reads, see engine/encoder/tensors.py."""
+    return f"{modality}.safetensors"
 
 
 class File(msgspec.Struct, forbid_unknown_fields=True):
@@ -115,8 +120,8 @@ class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 
 
 class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A text model of BERT's architecture, for engine/encoder: its sizes, and where its weights
-    are in the text graph's file.
+    """A text model of BERT's architecture, for engine/encoder. Its weights are in `weights_file`,
+    by the names that bake/encoder.py gives them.
     """
 
     hidden: int
@@ -130,8 +135,6 @@ class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     # not counted.
     pad: int | None
     pooling: Literal["mean", "cls"]
-    query_factor: float  # queries have to be multiplied by this
-    tensors: dict[str, int]  # byte offsets of float16 tensors, by transformers' names
 
 
 class Torch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -302,7 +305,8 @@ def read(path: pathlib.Path) -> Bundle:
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format")
         if version is not None and bytes(version) != str(FORMAT).encode():
             raise BundleError(
-                f"bundle {path}: format {bytes(version).decode()} is not {FORMAT}; bake it again"
+                f"bundle {path}: format {bytes(version).decode()} is not {FORMAT}: it was baked by "
+                "another version of this service; bake it again"
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

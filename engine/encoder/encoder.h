@@ -55,8 +55,8 @@ typedef struct {
 
 typedef struct {
     const struct Kernels *kernels;
-    const uint16_t *words, *positions, *types;  // float16, in the bundle's file
-    const float *norm;                          // gains, then biases
+    const uint16_t *words, *positions;  // float16, in the bundle's file
+    const float *norm;                  // gains, then biases
     const Layer *layers;
 } Weights;
 

@@ -35,9 +35,7 @@ class Layer(ctypes.Structure):
 
 
 class Weights(ctypes.Structure):
-    _fields_ = [
-        (name, Pointer) for name in ("kernels", "words", "positions", "types", "norm", "layers")
-    ]
+    _fields_ = [(name, Pointer) for name in ("kernels", "words", "positions", "norm", "layers")]
 
 
 class Batch(ctypes.Structure):

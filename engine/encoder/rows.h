@@ -65,7 +65,7 @@ static void rows(void *argument, int number, char *memory) {
     }
 }
 
-// The sum of each token's three embeddings.
+// The sum of each token's two embeddings.
 static void embed(const Shape *shape, const Weights *weights, const int64_t *ids, int length,
                   float *x) {
     int width = shape->hidden, position = shape->first_position;
@@ -74,7 +74,7 @@ static void embed(const Shape *shape, const Weights *weights, const int64_t *ids
         long at = ids[i] == shape->pad ? shape->pad : position++;
         const uint16_t *place = weights->positions + at * width;
         for (int j = 0; j < width; j += WIDTH)
-            store(x + j, from_half(word + j) + from_half(weights->types + j) + from_half(place + j));
+            store(x + j, from_half(word + j) + from_half(place + j));
     }
 }
 
