@@ -3,7 +3,7 @@ names that engine/encoder/weights.py reads.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,19 +11,17 @@ import numpy.typing as npt
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from bake import families
+from bake.families import Family, Float32
 from bake.source import modules
 from engine.bundle import Encoder
 
-Float32 = npt.NDArray[np.float32]
 Weights = dict[str, npt.NDArray[Any]]  # what is multiplied and embeddings float16, else float32
 
-# transformers' models that compute what engine/encoder does; some count positions like RoBERTa.
-_ROBERTAS = ("RobertaModel", "XLMRobertaModel", "CamembertModel")
-_MODELS = ("BertModel", *_ROBERTAS)
 _PLAIN = {"method": "forward", "method_output_name": "last_hidden_state"}
 # The encoder's tiles need the width of a head to be a multiple of 32, the other widths of 64.
 _HEAD_STEP, _WIDTH_STEP = 32, 64
-_ATTENTION = [f"attention.self.{name}" for name in ("query", "key", "value")]
+_LOG2_E = math.log2(math.e)  # softmax takes powers of 2
 
 
 def describe(model: Any, tokenizer: Any) -> tuple[Encoder, Weights] | None:
@@ -37,90 +35,82 @@ def describe(model: Any, tokenizer: Any) -> tuple[Encoder, Weights] | None:
     if [type(part) for part in parts] != [Transformer, Pooling]:
         return None
     pooling = str(parts[1].pooling_mode)
-    if not parts[1].include_prompt:
+    if not parts[1].include_prompt or pooling not in ("mean", "cls"):
         return None
-    if pooling not in ("mean", "cls") or parts[0].modality_config["text"] != _PLAIN:
+    own, family = parts[0].model, families.find(parts[0].model)
+    if family is None or parts[0].modality_config["text"] != _PLAIN or not _runs(own):
         return None
-    bert, kind = parts[0].model, type(parts[0].model)
-    # Somebody's own class may bear the same name.
-    if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in _MODELS:
-        return None
-    config, roberta = bert.config, kind.__name__ in _ROBERTAS
-    first = config.pad_token_id + 1 if roberta else 0
+    first = own.embeddings.padding_idx + 1 if family.counts else 0
     largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
     positions = first + model.max_seq_length
-    if (
-        not _runs(config)
-        or largest_id >= config.vocab_size
-        or positions > config.max_position_embeddings
-    ):
+    vocabulary = len(own.get_submodule(family.words).weight)
+    if largest_id >= vocabulary or positions > len(own.get_submodule(family.positions).weight):
         return None
-    weights = _weights(bert, positions)
+    weights = _weights(own, family, positions, model.max_seq_length)
     if not all(np.isfinite(values).all() for values in weights.values()):
         return None  # too large for float16
+    up = own.get_submodule(f"{family.layers}.0.{family.up}")
     encoder = Encoder(
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        inner=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        epsilon=config.layer_norm_eps,
-        vocabulary=config.vocab_size,
+        hidden=own.config.hidden_size,
+        heads=own.config.num_attention_heads,
+        inner=len(up.weight),
+        layers=own.config.num_hidden_layers,
+        epsilon=own.get_submodule(family.norm).eps,
+        vocabulary=vocabulary,
         first_position=first,
-        pad=config.pad_token_id if roberta else None,
+        pad=first - 1 if family.counts else None,
         pooling="mean" if pooling == "mean" else "cls",
+        distances=family.distances is not None,
     )
-    return encoder, weights
+    return (encoder, weights) if encoder.inner % _WIDTH_STEP == 0 else None
 
 
-def _runs(config: Any) -> bool:
-    """Whether engine/encoder can run a BERT of this configuration."""
+def _runs(model: Any) -> bool:
+    """Whether engine/encoder can run a model of its families of this configuration."""
+    config = model.config
     return (
-        config.hidden_act == "gelu"
+        getattr(config, "hidden_act", getattr(config, "activation", "")) == "gelu"
         and getattr(config, "position_embedding_type", "absolute") == "absolute"
         and not getattr(config, "is_decoder", False)
         and config.hidden_size // config.num_attention_heads % _HEAD_STEP == 0
         and config.hidden_size % _WIDTH_STEP == 0
-        and config.intermediate_size % _WIDTH_STEP == 0
     )
 
 
-def _weights(bert: Any, positions: int) -> Weights:
-    """The weights of a BERT, of its position embeddings the first `positions`: those are used."""
-    state = {name: value.float().numpy() for name, value in bert.state_dict().items()}
-    config = bert.config
-    # Every token has the first type, so that the sum of both is one table.
-    table = state["embeddings.position_embeddings.weight"][:positions]
-    table = table + state["embeddings.token_type_embeddings.weight"][0]
+def _weights(model: Any, family: Family, positions: int, window: int) -> Weights:
+    """A model's weights, of its position embeddings the first `positions`: those are used."""
+    table = _values(model.get_submodule(family.positions).weight)[:positions]
+    if family.types:  # every token has the first, so that the sum of both is one table
+        table = table + _values(model.get_submodule(family.types).weight)[0]
     made: Weights = {
-        "words": _half(state["embeddings.word_embeddings.weight"]),
+        "words": _half(_values(model.get_submodule(family.words).weight)),
         "positions": _half(table),
-        "norm": _norm(state, "embeddings.LayerNorm"),
+        "norm": _norm(model, family.norm),
     }
-    # Softmax takes powers of 2.
-    factor = math.log2(math.e) / math.sqrt(config.hidden_size // config.num_attention_heads)
+    if family.distances:
+        made["distances"] = family.distances(model, window) * np.float32(_LOG2_E)
+    config = model.config
+    factor = _LOG2_E / math.sqrt(config.hidden_size // config.num_attention_heads)
     for number in range(config.num_hidden_layers):
-        theirs, ours = f"encoder.layer.{number}.", f"layers.{number}."
-        linears = {
-            "qkv": [theirs + name for name in _ATTENTION],
-            "out": [theirs + "attention.output.dense"],
-            "up": [theirs + "intermediate.dense"],
-            "down": [theirs + "output.dense"],
-        }
-        for name, sources in linears.items():
-            made |= _linear(state, ours + name, sources, factor if name == "qkv" else 1.0)
-        made[ours + "norm1"] = _norm(state, theirs + "attention.output.LayerNorm")
-        made[ours + "norm2"] = _norm(state, theirs + "output.LayerNorm")
-    return made
+        theirs, ours = f"{family.layers}.{number}.", f"layers.{number}."
+        qkv = [theirs + name for name in family.qkv]
+        made |= _linear(model, ours + "qkv", qkv, factor)
+        made |= _linear(model, ours + "out", [theirs + family.out])
+        made |= _linear(model, ours + "up", [theirs + family.up])
+        made |= _linear(model, ours + "down", [theirs + family.down])
+        made[ours + "norm1"] = _norm(model, theirs + family.norm1)
+        made[ours + "norm2"] = _norm(model, theirs + family.norm2)
+    # safetensors writes an array that is not contiguous in the order of its memory.
+    return {name: np.ascontiguousarray(values) for name, values in made.items()}
 
 
-def _linear(
-    state: Mapping[str, Float32], name: str, sources: list[str], factor: float
-) -> dict[str, npt.NDArray[Any]]:
+def _linear(model: Any, name: str, sources: Sequence[str], factor: float = 1.0) -> Weights:
     """Products of one input, joined to one: a row of `weight` gives a value. The first is
     multiplied by `factor`.
     """
-    weights = [state[f"{source}.weight"] for source in sources]
-    biases = [state[f"{source}.bias"] for source in sources]
+    parts = [model.get_submodule(source) for source in sources]
+    weights = [_values(part.weight) for part in parts]
+    biases = [_values(part.bias) for part in parts]
     weights[0], biases[0] = weights[0] * np.float32(factor), biases[0] * np.float32(factor)
     return {
         f"{name}.weight": _half(np.concatenate(weights)),
@@ -128,9 +118,15 @@ def _linear(
     }
 
 
-def _norm(state: Mapping[str, Float32], name: str) -> Float32:
+def _norm(model: Any, name: str) -> Float32:
     """Gains, then biases."""
-    return np.concatenate([state[f"{name}.weight"], state[f"{name}.bias"]])
+    norm = model.get_submodule(name)
+    return np.concatenate([_values(norm.weight), _values(norm.bias)])
+
+
+def _values(tensor: Any) -> Float32:
+    values: Float32 = tensor.detach().float().numpy()
+    return values
 
 
 def _half(values: Float32) -> npt.NDArray[np.float16]:

@@ -120,8 +120,8 @@ class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 
 
 class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A text model of BERT's architecture, for engine/encoder. Its weights are in `weights_file`,
-    by the names that bake/encoder.py gives them.
+    """A transformer for engine/encoder. Its weights are in `weights_file`, by the names that
+    bake/encoder.py gives them.
     """
 
     hidden: int
@@ -135,6 +135,8 @@ class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     # not counted.
     pad: int | None
     pooling: Literal["mean", "cls"]
+    # Something is added to a score for the distance from the query to the key.
+    distances: bool = False
 
 
 class Torch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -117,27 +117,6 @@ def test_a_file_that_ends_early(tensors: pathlib.Path, tmp_path: pathlib.Path) -
             Tensors(path).get(name, dtype, *shape)
 
 
-def too_large() -> tiny.Made:
-    """For float16."""
-    tokenizer, model = bert()
-    with torch.no_grad():
-        model.encoder.layer[0].output.dense.weight[0, 0] = 70_000
-    return tokenizer, model
-
-
-def narrow() -> tiny.Made:
-    return bert(num_attention_heads=4)
-
-
-def other_activation() -> tiny.Made:
-    return bert(hidden_act="relu")
-
-
-@pytest.mark.parametrize(
-    ("make", "pooling"),
-    [(narrow, "mean"), (other_activation, "mean"), (bert, "max"), (too_large, "mean")],
-)
-def test_what_the_engine_cannot_run_is_left_to_openvino(
-    make: Any, pooling: str, tmp_path: pathlib.Path
-) -> None:
-    assert baked(tmp_path, make, pooling)[1] is None
+def test_a_model_that_the_engine_cannot_run_has_no_weights_for_it(tmp_path: pathlib.Path) -> None:
+    bundle, encoder = baked(tmp_path, bert, "max")
+    assert encoder is None and "text.safetensors" not in bundle.manifest.files

@@ -45,6 +45,8 @@ class Attention(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("qkv", "out", "starts")),
         *((name, INT) for name in ("hidden", "heads")),
+        ("distances", POINTER),
+        ("apart", INT),
     ]
 
 
@@ -272,30 +274,43 @@ def test_layer_norm(family: Family, width: int, rng: np.random.Generator) -> Non
     assert error(family.read(out), expected) < (BF16_ROUNDING if family.bf16 else 5 * FLOAT_SUMS)
 
 
-def attention(qkv: Array, lengths: Sequence[int], heads: int) -> Array:
-    """In float64."""
+def attention(qkv: Array, lengths: Sequence[int], heads: int, distances: Array) -> Array:
+    """In float64. `distances`: what is added for them, shape (heads, 2 * LONGEST - 1)."""
     parts, first = [], 0
     for length in lengths:
         rows = qkv[first : first + length].astype(float).reshape(length, 3, heads, -1)
         q, k, v = (rows[:, i].transpose(1, 0, 2) for i in range(3))
-        powers = 2 ** (scores := q @ k.transpose(0, 2, 1)) / 2 ** scores.max(axis=2, keepdims=True)
+        places = np.arange(length) - np.arange(length)[:, None] + LONGEST - 1
+        scores = q @ k.transpose(0, 2, 1) + distances[:, places]
+        powers = 2 ** (scores - scores.max(axis=2, keepdims=True))
         shares = powers / powers.sum(axis=2, keepdims=True)
         parts.append((shares @ v).transpose(1, 0, 2).reshape(length, -1))
         first += length
     return np.concatenate(parts)
 
 
+LONGEST = 100  # text
+
+
+@pytest.mark.parametrize("distant", [False, True], ids=["", "distances"])
 @pytest.mark.parametrize(("heads", "head"), [(2, 32), (1, 64), (3, 96)])
-def test_attention(family: Family, heads: int, head: int, rng: np.random.Generator) -> None:
-    lengths = [1, 2, 12, 15, 16, 17, 31, 32, 33, 64, 65, 100, 3]
+def test_attention(
+    family: Family, heads: int, head: int, distant: bool, rng: np.random.Generator
+) -> None:
+    lengths = [1, 2, 12, 15, 16, 17, 31, 32, 33, 64, 65, LONGEST, 3]
     total, hidden = sum(lengths), heads * head
     qkv = rng.normal(size=(total, 3 * hidden)) * (0.7 * head**-0.25)
     out = family.room(total, hidden)
     starts = np.cumsum([0, *lengths], dtype=np.int32)
     held = family.activations(qkv)
-    argument = Attention(pointer(held), pointer(out), pointer(starts), hidden, heads)
+    values = np.zeros((heads, 2 * LONGEST - 1 + family.table.panel), np.float32)
+    if distant:
+        values[:, : 2 * LONGEST - 1] = rng.normal(size=(heads, 2 * LONGEST - 1)) * 2
+    middle = values.ctypes.data + 4 * (LONGEST - 1) if distant else None
+    places = pointer(held), pointer(out), pointer(starts)
+    argument = Attention(*places, hidden, heads, middle, values.shape[1])
     size = ctypes.CFUNCTYPE(LONG, INT, INT)(family.table.attention_memory)(max(lengths), head)
     family.run("attend", argument, len(lengths) * heads, size)
-    expected = attention(family.floats(qkv), lengths, heads)
+    expected = attention(family.floats(qkv), lengths, heads, values)
     tolerance = 2 * BF16_ROUNDING if family.bf16 else 5 * POLYNOMIAL
     assert error(family.read(out), expected) < tolerance

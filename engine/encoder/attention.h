@@ -99,6 +99,15 @@ INLINE void lay_out_values(uint32_t *values, const Activation *v, long stride, i
 }
 #endif
 
+// Add what keys at a distance get. `distances`: the first row's of the first key.
+INLINE void add_distances(float *scores, const float *distances, int rows, int length, int width) {
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < length; j += WIDTH) {
+            float *s = scores + i * width + j;
+            store(s, load(s) + load(distances + j - i));
+        }
+}
+
 static int attention_width(int length) { return (length + PANEL - 1) / PANEL * PANEL; }
 
 static long attention_memory(int length, int head) {
@@ -128,6 +137,9 @@ static void attend(void *argument, int number, char *memory) {
             multiply(SCORES, rows, q + row * stride, stride,
                      keys + (long)j * head * (long)sizeof(Activation) / 4, head, scores + j, width,
                      0);
+        if (p->distances)
+            add_distances(scores, p->distances + (long)(number % p->heads) * p->apart - row, rows,
+                          length, width);
         softmax(scores, shares, factors, rows, length, width);
         Activation *out = (Activation *)p->out + (first + row) * hidden + number % p->heads * head;
         for (int d = 0; d < head; d += PANEL)

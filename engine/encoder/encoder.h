@@ -39,6 +39,7 @@ typedef struct {
     int32_t precision;
     int32_t vocabulary;      // ids are below this
     int32_t window;          // most tokens of a text
+    int32_t distances;       // values of Weights.distances for a head; 0 without them
     float epsilon;           // of layer norms
 } Shape;
 
@@ -57,6 +58,9 @@ typedef struct {
     const struct Kernels *kernels;
     const uint16_t *words, *positions;  // float16, in the bundle's file
     const float *norm;                  // gains, then biases
+    // For each head, what is added to the score of a query for the key at a distance, times log2(e):
+    // of -(window - 1) first, of window - 1, and values that kernels may read behind it. Or null.
+    const float *distances;
     const Layer *layers;
 } Weights;
 
@@ -100,6 +104,8 @@ typedef struct {      // a task is one head of one text
     void *out;        // activations
     const int32_t *starts;
     int hidden, heads;
+    const float *distances;  // of a head's distance 0, the next head's `apart` behind it; or null
+    int apart;
 } Attention;
 
 typedef struct {  // layer norm, or quantisation only; a task is `chunk` rows

@@ -18,7 +18,7 @@ _SIZES = ("hidden", "heads", "inner", "layers", "first_position", "pad", "first_
 
 class Shape(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in (*_SIZES, "vocabulary", "window")),
+        *((name, ctypes.c_int32) for name in (*_SIZES, "vocabulary", "window", "distances")),
         ("epsilon", ctypes.c_float),
     ]
 
@@ -35,7 +35,9 @@ class Layer(ctypes.Structure):
 
 
 class Weights(ctypes.Structure):
-    _fields_ = [(name, Pointer) for name in ("kernels", "words", "positions", "norm", "layers")]
+    _fields_ = [
+        (name, Pointer) for name in ("kernels", "words", "positions", "norm", "distances", "layers")
+    ]
 
 
 class Batch(ctypes.Structure):

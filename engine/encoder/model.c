@@ -76,7 +76,9 @@ static void run_layers(const Batch *b, const Memory *m, Crew *crew) {
     again.gain = 0;
     Product product = {.rows = tokens, .k = width, .precision = precision, .a = m->a, .q = m->q};
     product.ahead = 1 + (crew ? b->helpers : 0);
-    Attention attention = {m->qkv, m->attended, b->starts, width, shape->heads};
+    const float *distances = b->weights->distances;
+    Attention attention = {m->qkv, m->attended, b->starts, width, shape->heads,
+                           distances ? distances + shape->window - 1 : 0, shape->distances};
     spread(crew, kernels->rows, &norm, chunks, m->local);
     for (int i = 0; i < shape->layers; i++) {
         const Layer *layer = &b->weights->layers[i];

@@ -42,11 +42,21 @@ class LaidOut:
             layer.norm1 = self._floats(f"{own}.norm1", 2 * width)
             layer.norm2 = self._floats(f"{own}.norm2", 2 * width)
         positions = encoder.first_position + bundle.manifest.max_tokens
+        self.distances = 0  # values of a head in the C code
+        distances = None
+        if encoder.distances:
+            # Kernels read a panel behind the last.
+            spare = ((0, 0), (0, kernels.panel))
+            size = encoder.heads, 2 * bundle.manifest.max_tokens - 1
+            padded = np.pad(self._tensors.get("distances", np.float32, *size), spare)
+            self._kept.append(padded)
+            self.distances, distances = padded.shape[1], _address(padded)
         self.weights = Weights(
             ctypes.addressof(kernels),
             _address(self._tensors.get("words", np.float16, encoder.vocabulary, width)),
             _address(self._tensors.get("positions", np.float16, positions, width)),
             self._floats("norm", 2 * width),
+            distances,
             ctypes.addressof(layers),
         )
 
