@@ -14,13 +14,28 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from bake import families
 from bake.families import Family, Float32
 from bake.source import modules
-from engine.bundle import Encoder
+from engine.bundle import Activation, Encoder, Pooled
 
 Weights = dict[str, npt.NDArray[Any]]  # what is multiplied and embeddings float16, else float32
 
 _PLAIN = {"method": "forward", "method_output_name": "last_hidden_state"}
 # The encoder's tiles need the width of a head to be a multiple of 32, the other widths of 64.
 _HEAD_STEP, _WIDTH_STEP = 32, 64
+# By transformers' names.
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "tanh gelu",
+    "gelu_fast": "tanh gelu",
+    "gelu_accurate": "tanh gelu",
+    "gelu_python_tanh": "tanh gelu",
+    "gelu_pytorch_tanh": "tanh gelu",
+    "quick_gelu": "quick gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+_POOLINGS: dict[str, Pooled] = {"mean": "mean", "cls": "first", "lasttoken": "last"}
 _LOG2_E = math.log2(math.e)  # softmax takes powers of 2
 
 
@@ -34,8 +49,8 @@ def describe(model: Any, tokenizer: Any) -> tuple[Encoder, Weights] | None:
     parts, _ = modules(model)
     if [type(part) for part in parts] != [Transformer, Pooling]:
         return None
-    pooling = str(parts[1].pooling_mode)
-    if not parts[1].include_prompt or pooling not in ("mean", "cls"):
+    pooling = _POOLINGS.get(str(parts[1].pooling_mode))
+    if not parts[1].include_prompt or pooling is None:
         return None
     own, family = parts[0].model, families.find(parts[0].model)
     if family is None or parts[0].modality_config["text"] != _PLAIN or not _runs(own):
@@ -55,11 +70,14 @@ def describe(model: Any, tokenizer: Any) -> tuple[Encoder, Weights] | None:
         heads=own.config.num_attention_heads,
         inner=len(up.weight),
         layers=own.config.num_hidden_layers,
-        epsilon=own.get_submodule(family.norm).eps,
+        epsilon=own.get_submodule(family.norm or family.last).eps,
         vocabulary=vocabulary,
         first_position=first,
         pad=first - 1 if family.counts else None,
-        pooling="mean" if pooling == "mean" else "cls",
+        activation=_ACTIVATIONS[_activation(own.config)],
+        norm_embeddings=family.norm is not None,
+        norm_before=family.last is not None,
+        pooling=pooling,
         distances=family.distances is not None,
     )
     return (encoder, weights) if encoder.inner % _WIDTH_STEP == 0 else None
@@ -69,12 +87,18 @@ def _runs(model: Any) -> bool:
     """Whether engine/encoder can run a model of its families of this configuration."""
     config = model.config
     return (
-        getattr(config, "hidden_act", getattr(config, "activation", "")) == "gelu"
+        _activation(config) in _ACTIVATIONS
         and getattr(config, "position_embedding_type", "absolute") == "absolute"
         and not getattr(config, "is_decoder", False)
         and config.hidden_size // config.num_attention_heads % _HEAD_STEP == 0
         and config.hidden_size % _WIDTH_STEP == 0
     )
+
+
+def _activation(config: Any) -> str:
+    """transformers' name of it; empty where it is a function of somebody's own."""
+    name = getattr(config, "hidden_act", getattr(config, "activation", ""))
+    return name if isinstance(name, str) else ""
 
 
 def _weights(model: Any, family: Family, positions: int, window: int) -> Weights:
@@ -85,8 +109,10 @@ def _weights(model: Any, family: Family, positions: int, window: int) -> Weights
     made: Weights = {
         "words": _half(_values(model.get_submodule(family.words).weight)),
         "positions": _half(table),
-        "norm": _norm(model, family.norm),
     }
+    for name, source in (("norm", family.norm), ("last", family.last)):
+        if source:
+            made[name] = _norm(model, source)
     if family.distances:
         made["distances"] = family.distances(model, window) * np.float32(_LOG2_E)
     config = model.config

@@ -18,7 +18,7 @@ class Family:
     words: str
     positions: str
     types: str | None
-    norm: str
+    norm: str | None  # of embeddings
     layers: str
     qkv: tuple[str, ...]
     out: str
@@ -26,6 +26,9 @@ class Family:
     up: str
     down: str
     norm2: str
+    # Layers norm their inputs, and the last one's output has a norm of this name; else they norm
+    # their sums with their outputs.
+    last: str | None = None
     # The padding token has the position of its own id and is not counted, as in RoBERTa.
     counts: bool = False
     # What is added to a score for the distance from the query to the key, of a model with a window:
@@ -74,6 +77,13 @@ _MPNET = replace(
     distances=_of_mpnet,
 )
 
+_ROBERTA_BEFORE = replace(
+    _ROBERTA,
+    norm1="attention.LayerNorm",
+    norm2="intermediate.LayerNorm",
+    last="LayerNorm",
+)
+
 FAMILIES = {
     "BertModel": _BERT,
     "CamembertModel": _ROBERTA,
@@ -81,6 +91,7 @@ FAMILIES = {
     "DistilBertModel": _DISTILBERT,
     "MPNetModel": _MPNET,
     "RobertaModel": _ROBERTA,
+    "RobertaPreLayerNormModel": _ROBERTA_BEFORE,
     "XLMRobertaModel": _ROBERTA,
 }
 

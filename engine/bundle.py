@@ -119,6 +119,10 @@ class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
         return result
 
 
+Pooled = Literal["mean", "first", "last", "first of"]
+Activation = Literal["gelu", "tanh gelu", "quick gelu", "relu", "silu"]
+
+
 class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """A transformer for engine/encoder. Its weights are in `weights_file`, by the names that
     bake/encoder.py gives them.
@@ -134,7 +138,15 @@ class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     # RoBERTa: the padding token has the position of its own id, wherever it is in a text, and is
     # not counted.
     pad: int | None
-    pooling: Literal["mean", "cls"]
+    activation: Activation = "gelu"
+    norm_embeddings: bool = True
+    # Layers norm their inputs, and the last one's output is normed; else they norm their sums with
+    # their outputs.
+    norm_before: bool = False
+    causal: bool = False  # no token sees those behind it
+    # Of a text's vectors: their mean, the first, the last, or that of the first token `pooled`.
+    pooling: Pooled
+    pooled: int = -1
     # Something is added to a score for the distance from the query to the key.
     distances: bool = False
 

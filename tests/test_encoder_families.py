@@ -35,6 +35,11 @@ def xlm_roberta() -> tiny.Made:
     return of_roberta_kind(transformers.XLMRobertaTokenizer, *kinds)
 
 
+def norm_before() -> tiny.Made:
+    kinds = transformers.RobertaPreLayerNormConfig, transformers.RobertaPreLayerNormModel
+    return of_roberta_kind(transformers.RobertaTokenizer, *kinds)
+
+
 def distilbert() -> tiny.Made:
     tokenizer = tiny.trained(transformers.BertTokenizer, tiny.BERT_TOKENS)
     config = transformers.DistilBertConfig(
@@ -72,6 +77,11 @@ MODELS = {
     "narrow inside": (own.bert(heads=4, hidden_size=128, intermediate_size=64), "mean", 128),
     "roberta": (roberta, "mean", 64),
     "xlm-roberta": (xlm_roberta, "cls", 64),
+    "tanh gelu": (own.bert(hidden_act="gelu_new"), "lasttoken", 64),
+    "quick gelu": (own.bert(hidden_act="quick_gelu"), "mean", 64),
+    "relu": (own.bert(hidden_act="relu"), "mean", 64),
+    "silu": (own.bert(hidden_act="silu"), "mean", 64),
+    "norm before": (norm_before, "mean", 64),
     "distilbert": (distilbert, "mean", 64),
     "mpnet": (mpnet, "mean", 64),
 }
@@ -95,7 +105,7 @@ def test_vectors_of_every_architecture(name: str, tmp_path: pathlib.Path) -> Non
 
 
 UNLIKE = {
-    "another activation": (own.bert(hidden_act="gelu_new"), "mean"),
+    "another activation": (own.bert(hidden_act="mish"), "mean"),
     "heads of 16": (own.bert(heads=4), "mean"),
     "another pooling": (own.bert(), "max"),
     "another architecture": (tiny.deberta, "mean"),

@@ -28,6 +28,10 @@ Int64 = npt.NDArray[np.int64]
 # 4 % more (int8, MiniLM, two threads on Emerald Rapids).
 AHEAD_TOKENS = 256
 
+# encoder.h has the same numbers.
+ACTIVATIONS = {"gelu": 1, "tanh gelu": 5, "quick gelu": 6, "relu": 7, "silu": 8}
+POOLINGS = ("mean", "first", "last", "first of")
+
 # Working memory above this many bytes is given back after the batch that needed it.
 KEPT_MEMORY = 32_000_000
 
@@ -88,7 +92,11 @@ class EncoderEngine(Engine):
             **{name: getattr(encoder, name) for name in ("hidden", "heads", "inner", "layers")},
             first_position=encoder.first_position,
             pad=-1 if encoder.pad is None else encoder.pad,
-            first_token=encoder.pooling == "cls",
+            pooling=POOLINGS.index(encoder.pooling),
+            pooled=encoder.pooled,
+            activation=ACTIVATIONS[encoder.activation],
+            norm_before=encoder.norm_before,
+            causal=encoder.causal,
             precision=PRECISIONS.index(precision),  # encoder.h has the same order
             vocabulary=encoder.vocabulary,
             window=manifest.max_tokens,

@@ -55,7 +55,8 @@ class LaidOut:
             ctypes.addressof(kernels),
             _address(self._tensors.get("words", np.float16, encoder.vocabulary, width)),
             _address(self._tensors.get("positions", np.float16, positions, width)),
-            self._floats("norm", 2 * width),
+            self._floats("norm", 2 * width) if encoder.norm_embeddings else None,
+            self._floats("last", 2 * width) if encoder.norm_before else None,
             distances,
             ctypes.addressof(layers),
         )
