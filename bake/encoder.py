@@ -1,10 +1,9 @@
-"""Which models our own engine (engine/encoder) runs, and where their weights are in the file of the
-graph.
+"""Which models our own engine (engine/encoder) runs: their description, and their weights by the
+names that engine/encoder/weights.py reads.
 """
 
-import pathlib
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,101 +11,150 @@ import numpy.typing as npt
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from bake import families
+from bake.families import Family, Float32
 from bake.source import modules
-from engine.bundle import Encoder
+from engine.bundle import Activation, Encoder, Pooled
 
-# transformers' models that compute what engine/encoder does; some count positions like RoBERTa.
-_ROBERTAS = ("RobertaModel", "XLMRobertaModel", "CamembertModel")
-_MODELS = ("BertModel", *_ROBERTAS)
+Weights = dict[str, npt.NDArray[Any]]  # what is multiplied and embeddings float16, else float32
+
 _PLAIN = {"method": "forward", "method_output_name": "last_hidden_state"}
-_HALF = re.compile(r'<data element_type="f16" shape="([^"]*)" offset="(\d+)" size="(\d+)"')
 # The encoder's tiles need the width of a head to be a multiple of 32, the other widths of 64.
 _HEAD_STEP, _WIDTH_STEP = 32, 64
+# By transformers' names.
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "tanh gelu",
+    "gelu_fast": "tanh gelu",
+    "gelu_accurate": "tanh gelu",
+    "gelu_python_tanh": "tanh gelu",
+    "gelu_pytorch_tanh": "tanh gelu",
+    "quick_gelu": "quick gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+_POOLINGS: dict[str, Pooled] = {"mean": "mean", "cls": "first", "lasttoken": "last"}
+_LOG2_E = math.log2(math.e)  # softmax takes powers of 2
 
 
-def describe(model: Any, tokenizer: Any, graph: pathlib.Path) -> Encoder | None:
-    """What our own engine needs to know of a model; None for one that it cannot run.
+def describe(model: Any, tokenizer: Any) -> tuple[Encoder, Weights] | None:
+    """What our own engine needs to know of a model, and its weights; None for a model that it
+    cannot run.
 
     Args:
         model: a SentenceTransformer.
-        graph: the OpenVINO model of its text tower, as saved.
     """
     parts, _ = modules(model)
     if [type(part) for part in parts] != [Transformer, Pooling]:
         return None
-    pooling = str(parts[1].pooling_mode)
-    if not parts[1].include_prompt:
+    pooling = _POOLINGS.get(str(parts[1].pooling_mode))
+    if not parts[1].include_prompt or pooling is None:
         return None
-    if pooling not in ("mean", "cls") or parts[0].modality_config["text"] != _PLAIN:
+    own, family = parts[0].model, families.find(parts[0].model)
+    if family is None or parts[0].modality_config["text"] != _PLAIN or not _runs(own):
         return None
-    bert, kind = parts[0].model, type(parts[0].model)
-    # Somebody's own class may bear the same name.
-    if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in _MODELS:
-        return None
-    config, roberta = bert.config, kind.__name__ in _ROBERTAS
-    first = config.pad_token_id + 1 if roberta else 0
+    first = own.embeddings.padding_idx + 1 if family.counts else 0
     largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    if (
-        not _runs(config)
-        or largest_id >= config.vocab_size
-        or first + model.max_seq_length > config.max_position_embeddings
-    ):
+    positions = first + model.max_seq_length
+    vocabulary = len(own.get_submodule(family.words).weight)
+    if largest_id >= vocabulary or positions > len(own.get_submodule(family.positions).weight):
         return None
-    # bake/rewrite.py has multiplied the query's weights by the scale.
-    scale = np.float32((config.hidden_size // config.num_attention_heads) ** -0.5)
-    state = {
-        name: value.numpy() * scale if ".query." in name else value.numpy()
-        for name, value in bert.state_dict().items()
-        if not name.startswith("pooler.")
-    }
-    tensors = _find(state, graph)
-    if tensors is None:
-        return None
-    return Encoder(
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        inner=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        epsilon=config.layer_norm_eps,
-        vocabulary=config.vocab_size,
+    weights = _weights(own, family, positions, model.max_seq_length)
+    if not all(np.isfinite(values).all() for values in weights.values()):
+        return None  # too large for float16
+    up = own.get_submodule(f"{family.layers}.0.{family.up}")
+    encoder = Encoder(
+        hidden=own.config.hidden_size,
+        heads=own.config.num_attention_heads,
+        inner=len(up.weight),
+        layers=own.config.num_hidden_layers,
+        epsilon=own.get_submodule(family.norm or family.last).eps,
+        vocabulary=vocabulary,
         first_position=first,
-        pad=config.pad_token_id if roberta else None,
-        pooling="mean" if pooling == "mean" else "cls",
-        query_factor=1.0,
-        tensors=tensors,
+        pad=first - 1 if family.counts else None,
+        activation=_ACTIVATIONS[_activation(own.config)],
+        norm_embeddings=family.norm is not None,
+        norm_before=family.last is not None,
+        pooling=pooling,
+        distances=family.distances is not None,
     )
+    return (encoder, weights) if encoder.inner % _WIDTH_STEP == 0 else None
 
 
-def _runs(config: Any) -> bool:
-    """Whether engine/encoder can run a BERT of this configuration."""
+def _runs(model: Any) -> bool:
+    """Whether engine/encoder can run a model of its families of this configuration."""
+    config = model.config
     return (
-        config.hidden_act == "gelu"
+        _activation(config) in _ACTIVATIONS
         and getattr(config, "position_embedding_type", "absolute") == "absolute"
         and not getattr(config, "is_decoder", False)
         and config.hidden_size // config.num_attention_heads % _HEAD_STEP == 0
         and config.hidden_size % _WIDTH_STEP == 0
-        and config.intermediate_size % _WIDTH_STEP == 0
     )
 
 
-def _find(
-    wanted: Mapping[str, npt.NDArray[np.float32]], graph: pathlib.Path
-) -> dict[str, int] | None:
-    """Byte offsets of tensors as float16, None unless all are found. They are found by content:
-    OpenVINO keeps few of their names.
+def _activation(config: Any) -> str:
+    """transformers' name of it; empty where it is a function of somebody's own."""
+    name = getattr(config, "hidden_act", getattr(config, "activation", ""))
+    return name if isinstance(name, str) else ""
+
+
+def _weights(model: Any, family: Family, positions: int, window: int) -> Weights:
+    """A model's weights, of its position embeddings the first `positions`: those are used."""
+    table = _values(model.get_submodule(family.positions).weight)[:positions]
+    if family.types:  # every token has the first, so that the sum of both is one table
+        table = table + _values(model.get_submodule(family.types).weight)[0]
+    made: Weights = {
+        "words": _half(_values(model.get_submodule(family.words).weight)),
+        "positions": _half(table),
+    }
+    for name, source in (("norm", family.norm), ("last", family.last)):
+        if source:
+            made[name] = _norm(model, source)
+    if family.distances:
+        made["distances"] = family.distances(model, window) * np.float32(_LOG2_E)
+    config = model.config
+    factor = _LOG2_E / math.sqrt(config.hidden_size // config.num_attention_heads)
+    for number in range(config.num_hidden_layers):
+        theirs, ours = f"{family.layers}.{number}.", f"layers.{number}."
+        qkv = [theirs + name for name in family.qkv]
+        made |= _linear(model, ours + "qkv", qkv, factor)
+        made |= _linear(model, ours + "out", [theirs + family.out])
+        made |= _linear(model, ours + "up", [theirs + family.up])
+        made |= _linear(model, ours + "down", [theirs + family.down])
+        made[ours + "norm1"] = _norm(model, theirs + family.norm1)
+        made[ours + "norm2"] = _norm(model, theirs + family.norm2)
+    # safetensors writes an array that is not contiguous in the order of its memory.
+    return {name: np.ascontiguousarray(values) for name, values in made.items()}
+
+
+def _linear(model: Any, name: str, sources: Sequence[str], factor: float = 1.0) -> Weights:
+    """Products of one input, joined to one: a row of `weight` gives a value. The first is
+    multiplied by `factor`.
     """
-    file = np.memmap(graph.with_suffix(".bin"), np.uint8, "r")
-    places: dict[int, list[int]] = {}  # offsets by size, both in bytes
-    for _, offset, size in _HALF.findall(graph.read_text()):
-        places.setdefault(int(size), []).append(int(offset))
-    found: dict[str, int] = {}
-    for name, values in wanted.items():
-        with np.errstate(over="ignore"):
-            content = values.astype(np.float16).tobytes()
-        for offset in places.get(len(content), []):
-            if file[offset : offset + len(content)].tobytes() == content:
-                found[name] = offset
-                break
-        else:
-            return None
-    return found
+    parts = [model.get_submodule(source) for source in sources]
+    weights = [_values(part.weight) for part in parts]
+    biases = [_values(part.bias) for part in parts]
+    weights[0], biases[0] = weights[0] * np.float32(factor), biases[0] * np.float32(factor)
+    return {
+        f"{name}.weight": _half(np.concatenate(weights)),
+        f"{name}.bias": np.concatenate(biases),
+    }
+
+
+def _norm(model: Any, name: str) -> Float32:
+    """Gains, then biases."""
+    norm = model.get_submodule(name)
+    return np.concatenate([_values(norm.weight), _values(norm.bias)])
+
+
+def _values(tensor: Any) -> Float32:
+    values: Float32 = tensor.detach().float().numpy()
+    return values
+
+
+def _half(values: Float32) -> npt.NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16)

@@ -5,11 +5,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from safetensors.numpy import save_file
+
 from bake import CannotTrace, Options, encoder, stage
 from bake.export import compress, export, running, trace_pictures, trace_texts
 from bake.parity import enter, leave_out, measure, write_sample
 from bake.samples import Sample
-from engine.bundle import SAMPLE, Backend, Bundle, Manifest, Precision, Preprocessing, graph_file
+from engine.bundle import (
+    SAMPLE,
+    Backend,
+    Bundle,
+    Manifest,
+    Precision,
+    Preprocessing,
+    graph_file,
+    weights_file,
+)
 from engine.certificate import BelowFloor
 from engine.choice import runs
 from engine.encoder.encoder_engine import EncoderEngine
@@ -42,8 +53,11 @@ def complete(
     files = export("text", trace, bundle.path)
     if preprocessing:
         files += export("image", partial(trace_pictures, model, preprocessing), bundle.path)
-    graph = bundle.file(graph_file("text", "fp32"))
-    manifest.encoder = encoder.describe(model, tokenizer, graph)
+    if described := encoder.describe(model, tokenizer):
+        manifest.encoder, weights = described
+        files.append(weights_file("text"))
+        save_file(weights, bundle.file(files[-1]))
+        del described, weights
     model.to("meta")  # give its memory back: what follows needs as much
     if "int8" in manifest.precisions:
         for modality in manifest.modalities:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.errors import BundleError, PrecisionUnavailable
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REPLACED = "replaced"  # .NAME.replaced: the earlier bundle, while the new one is moved in
@@ -52,6 +52,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 def graph_file(modality: Modality, precision: Precision) -> str:
     """Name of the graph that a precision runs; its weights have the same name with .bin."""
     return f"{modality}-int8.xml" if precision == "int8" else f"{modality}.xml"
+
+
+def weights_file(modality: Modality) -> str:
+    """Name of the file of weights that our own engine reads, see engine/encoder/tensors.py."""
+    return f"{modality}.safetensors"
 
 
 class File(msgspec.Struct, forbid_unknown_fields=True):
@@ -114,9 +119,13 @@ class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
         return result
 
 
+Pooled = Literal["mean", "first", "last", "first of"]
+Activation = Literal["gelu", "tanh gelu", "quick gelu", "relu", "silu"]
+
+
 class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A text model of BERT's architecture, for engine/encoder: its sizes, and where its weights
-    are in the text graph's file.
+    """A transformer for engine/encoder. Its weights are in `weights_file`, by the names that
+    bake/encoder.py gives them.
     """
 
     hidden: int
@@ -129,9 +138,17 @@ class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     # RoBERTa: the padding token has the position of its own id, wherever it is in a text, and is
     # not counted.
     pad: int | None
-    pooling: Literal["mean", "cls"]
-    query_factor: float  # queries have to be multiplied by this
-    tensors: dict[str, int]  # byte offsets of float16 tensors, by transformers' names
+    activation: Activation = "gelu"
+    norm_embeddings: bool = True
+    # Layers norm their inputs, and the last one's output is normed; else they norm their sums with
+    # their outputs.
+    norm_before: bool = False
+    causal: bool = False  # no token sees those behind it
+    # Of a text's vectors: their mean, the first, the last, or that of the first token `pooled`.
+    pooling: Pooled
+    pooled: int = -1
+    # Something is added to a score for the distance from the query to the key.
+    distances: bool = False
 
 
 class Torch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -302,7 +319,8 @@ def read(path: pathlib.Path) -> Bundle:
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format")
         if version is not None and bytes(version) != str(FORMAT).encode():
             raise BundleError(
-                f"bundle {path}: format {bytes(version).decode()} is not {FORMAT}; bake it again"
+                f"bundle {path}: format {bytes(version).decode()} is not {FORMAT}: it was baked by "
+                "another version of this service; bake it again"
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

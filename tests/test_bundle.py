@@ -160,7 +160,7 @@ def test_files_in_folders_are_checked_too(tmp_path: pathlib.Path) -> None:
         (b"{", "manifest.json is damaged"),
         (b'"\xff"', "manifest.json is damaged"),
         (b"{}", "manifest.json is damaged"),
-        ({"format": 1}, "format 1 is not 2"),
+        ({"format": 2}, "format 2 is not 3: it was baked by another version"),
         ({"surprise": 1}, "unknown field `surprise`"),
         ({"dimensions": "384"}, "Expected `int`"),
         ({"files": {"../x": {"sha256": "", "size": 0}}}, "a file outside the bundle: '../x'"),

@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import own_engine
 import pytest
 import tiny_models as tiny
-import torch
-import transformers
 from conftest import NAME, WIDE
-from sentence_transformers import SentenceTransformer
 
 import bake_model
 from engine import bundle as bundles
@@ -32,7 +30,6 @@ from engine.encoder.encoder_engine import AHEAD_TOKENS, EncoderEngine, EncoderTh
 from engine.openvino_backend import OpenVINOTextEngine, available_precisions
 from engine.protocol import InputRefused
 from settings import Settings
-from tokens import load_tokenizer
 
 # Coverage takes a sixth of its time; other tests cover the same lines.
 pytestmark = pytest.mark.no_cover
@@ -59,109 +56,16 @@ def ids(count: int, seed: int = 0) -> Int64:
     return np.random.default_rng([count, seed]).integers(1000, 30000, count)
 
 
-# Architectures.
-
-
-def sizes(tokenizer: Any, positions: int, heads: int = 2, **options: Any) -> dict[str, Any]:
-    """Heads of 32, and the smallest that it takes; weights that make attention sharp."""
-    wide = {"hidden_size": 64, "num_attention_heads": heads, "intermediate_size": 128}
-    return tiny.sizes(tokenizer, positions, **{**wide, "initializer_range": 0.2, **options})
-
-
-def taught(tokenizer: Any, model: Any) -> tiny.Made:
-    """Biases are 0 and gains 1 before a model has learnt, which OpenVINO leaves out."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return tokenizer, model
-
-
-def bert(**options: Any) -> Callable[[], tiny.Made]:
-    def make() -> tiny.Made:
-        tokenizer = tiny.trained(transformers.BertTokenizer, tiny.BERT_TOKENS)
-        config = transformers.BertConfig(**sizes(tokenizer, tiny.WINDOW, **options))
-        return taught(tokenizer, transformers.BertModel(config))
-
-    return make
-
-
-def of_roberta_kind(tokenizer_kind: Any, config_kind: Any, model_kind: Any) -> tiny.Made:
-    tokenizer = tiny.trained(tokenizer_kind, tiny.ROBERTA_TOKENS)
-    return taught(tokenizer, model_kind(config_kind(**sizes(tokenizer, tiny.WINDOW + 2))))
-
-
-def roberta() -> tiny.Made:
-    kinds = transformers.RobertaTokenizer, transformers.RobertaConfig, transformers.RobertaModel
-    return of_roberta_kind(*kinds)
-
-
-def xlm_roberta() -> tiny.Made:
-    kinds = transformers.XLMRobertaConfig, transformers.XLMRobertaModel
-    return of_roberta_kind(transformers.XLMRobertaTokenizer, *kinds)
-
-
 def bake(folder: pathlib.Path, *options: str) -> Bundle:
     bake_model.main([str(folder), "--output", str(folder.parent / "models"), *options])
     return read(folder.parent / "models" / folder.name)
 
 
 @needs_the_cpu
-@pytest.mark.parametrize(
-    ("make", "pooling", "width"),
-    [
-        (bert(), "mean", 64),
-        (bert(heads=1), "cls", 64),  # a head of 64
-        (bert(heads=4, hidden_size=128, intermediate_size=64), "mean", 128),
-        (roberta, "mean", 64),
-        (xlm_roberta, "cls", 64),
-    ],
-    ids=["bert", "wide heads", "narrow inside", "roberta", "xlm-roberta"],
-)
-def test_vectors_of_every_architecture(
-    make: Callable[[], tiny.Made], pooling: str, width: int, tmp_path: pathlib.Path
-) -> None:
-    folder = tiny.save(tmp_path / "model", make, pooling, width=width)
-    bundle = bake(folder)
-    tokenizer, pad_id, pad_left = load_tokenizer(bundle)
-    # The padding token within a text moves RoBERTa's positions, and no others.
-    texts = [*tiny.TEXTS, "the river <pad> rose [PAD] after <pad> three days", ""]
-    inputs = [np.array(tokenizer.encode(text).ids) for text in texts]
-    assert len({len(each) for each in inputs}) > 5
-    expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
-    assert cosines(expected[1:], expected[:-1]).max() < 0.99, "too alike to tell right from wrong"
-    for family in cpu.runnable():
-        for precision in family.precisions:
-            options = {"pad_id": pad_id, "pad_left": pad_left, "streams": 1, "isa": family.name}
-            engine = text_engine(bundle, precision, **options)
-            assert isinstance(engine, EncoderEngine)
-            assert (engine.precision, engine.isa) == (precision, family.name)
-            vectors = engine.run(inputs)
-            assert cosines(vectors, expected).min() >= PARITY_FLOOR[precision]
-
-
-UNLIKE = {
-    "another activation": (bert(hidden_act="gelu_new"), "mean"),
-    "heads of 16": (bert(heads=4), "mean"),
-    "another pooling": (bert(), "max"),
-    "another architecture": (tiny.mpnet, "mean"),
-    "inner sizes that are no multiple of 64": (bert(intermediate_size=96), "mean"),
-}
-
-
-@pytest.mark.parametrize("name", UNLIKE)
-def test_what_is_computed_otherwise_is_left_to_openvino(name: str, tmp_path: pathlib.Path) -> None:
-    make, pooling = UNLIKE[name]
-    width = tiny.WIDTH if make is tiny.mpnet else 64
-    bundle = bake(tiny.save(tmp_path / "model", make, pooling, width=width), "--precisions", "fp32")
-    assert bundle.manifest.encoder is None
-
-
-@needs_the_cpu
 def test_a_model_whose_vectors_it_does_not_give_is_left_to_openvino(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tiny.save(tmp_path / "model", bert(), width=64)
+    folder = tiny.save(tmp_path / "model", own_engine.bert(), width=64)
     right = EncoderThreads.put
 
     def wrong(

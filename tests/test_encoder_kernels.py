@@ -2,7 +2,7 @@
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ Float32 = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
 TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT = range(3)
+TANH_GELU, QUICK_GELU, RELU, SILU = range(5, 9)
 GROUP, SPARE_ROWS = 64, 16
 # Largest error, relative to the largest value: of float32 sums, and of one rounding to bf16.
 FLOAT_SUMS, BF16_ROUNDING = 2e-6, 2**-8
@@ -44,13 +45,15 @@ class Product(ctypes.Structure):
 class Attention(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("qkv", "out", "starts")),
-        *((name, INT) for name in ("hidden", "heads")),
+        *((name, INT) for name in ("hidden", "heads", "causal")),
+        ("distances", POINTER),
+        ("apart", INT),
     ]
 
 
 class Rows(ctypes.Structure):
     _fields_ = [
-        *((name, INT) for name in ("rows", "width", "precision", "chunk")),
+        *((name, INT) for name in ("rows", "width", "precision", "chunk", "keep")),
         *((name, POINTER) for name in ("x", "gain", "activations")),
         ("q", Quantised),
         ("epsilon", FLOAT),
@@ -110,7 +113,7 @@ class Family:
         self.kept += [codes, scales, start]
         q = Quantised(*map(pointer, (codes, scales, start)))
         source = self.activations(values)
-        argument = Rows(rows, width, precision, rows, None, None, pointer(source), q, 0.0)
+        argument = Rows(rows, width, precision, rows, 0, None, None, pointer(source), q, 0.0)
         self.run("rows", argument, 1)
         return q, codes, scales
 
@@ -134,6 +137,20 @@ def gelu(x: Array) -> Array:
     erf = np.frompyfunc(math.erf, 1, 1)
     result: Array = x * 0.5 * (1 + erf(x / np.sqrt(2)).astype(np.float64))
     return result
+
+
+def logistic(x: Array) -> Array:
+    result: Array = 1 / (1 + np.exp(-x))
+    return result
+
+
+ACTIVATIONS: dict[int, Callable[[Array], Array]] = {
+    GELU_TO_ACTIVATION: gelu,
+    TANH_GELU: lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    QUICK_GELU: lambda x: x * logistic(1.702 * x),
+    RELU: lambda x: np.maximum(x, 0),
+    SILU: lambda x: x * logistic(x),
+}
 
 
 CASES = [(family.name, precision) for family in cpu.FAMILIES for precision in family.precisions]
@@ -192,12 +209,12 @@ def multiply(
     argument = Product(mode, rows, k, of, pointer(activations), q, linear, pointer(c), n, 1)
     family.run("product", argument, n // family.table.panel)
     expected = left.astype(float) @ right.astype(float).T + bias
-    if mode == GELU_TO_ACTIVATION:
-        expected = gelu(expected)
+    if mode in ACTIVATIONS:
+        expected = ACTIVATIONS[mode](expected)
     return (c, expected + before) if mode == ADD_TO_FLOAT else (family.read(c), expected)
 
 
-@pytest.mark.parametrize("mode", [TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT])
+@pytest.mark.parametrize("mode", [TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT, SILU])
 @pytest.mark.parametrize(("name", "precision"), CASES)
 def test_products(name: str, precision: Precision, mode: int, rng: np.random.Generator) -> None:
     family = kernels(name)
@@ -206,7 +223,7 @@ def test_products(name: str, precision: Precision, mode: int, rng: np.random.Gen
         a, w = rng.normal(size=(rows, k)), rng.normal(size=(n, k)) / np.sqrt(k)
         bias, before = rng.normal(size=n).astype(np.float32), rng.normal(size=(rows, n))
         actual, expected = multiply(family, precision, mode, a, w, bias, before)
-        tolerance = FLOAT_SUMS if mode != GELU_TO_ACTIVATION else POLYNOMIAL
+        tolerance = FLOAT_SUMS if mode not in ACTIVATIONS else POLYNOMIAL
         if family.bf16 and mode != ADD_TO_FLOAT:
             tolerance = BF16_ROUNDING
         assert error(actual, expected) < tolerance, (rows, k, n)
@@ -224,15 +241,17 @@ def test_rounding_to_codes(family: Family, rng: np.random.Generator) -> None:
     assert codes.max() == 127 and not codes[2, :GROUP].any()
 
 
-def test_gelu(family: Family) -> None:
+@pytest.mark.parametrize("mode", ACTIVATIONS)
+def test_activations(family: Family, mode: int) -> None:
     x = np.concatenate([np.linspace(-12, 12, 4032), [0.0, -0.0, 1e30, -1e30, 1e-30, -5, 5] * 8])
     x = x[: len(x) // 32 * 32].astype(np.float32)
     y = np.empty_like(x)
-    run = ctypes.CFUNCTYPE(None, POINTER, POINTER, LONG)(family.table.gelu)
-    run(pointer(x), pointer(y), len(x))
+    run = ctypes.CFUNCTYPE(None, INT, POINTER, POINTER, LONG)(family.table.activate)
+    run(mode, pointer(x), pointer(y), len(x))
     wide = np.abs(x) > 1e6
-    assert (y[wide] == np.maximum(x[wide], 0)).all()
-    assert np.abs(y - gelu(x.astype(float)))[~wide].max() < POLYNOMIAL
+    np.testing.assert_allclose(y[wide], np.maximum(x[wide], 0), rtol=1e-6, atol=1e-6)
+    exact = ACTIVATIONS[mode](x[~wide].astype(float))
+    assert np.abs(y[~wide] - exact).max() < POLYNOMIAL * (1 if mode == GELU_TO_ACTIVATION else 3)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 100, 129])
@@ -255,8 +274,9 @@ def test_softmax(family: Family, length: int, rng: np.random.Generator) -> None:
     assert error(1 / factors, powers.sum(axis=1)) < POLYNOMIAL
 
 
+@pytest.mark.parametrize("keep", [0, 1], ids=["", "keep"])
 @pytest.mark.parametrize("width", [64, 384, 768])
-def test_layer_norm(family: Family, width: int, rng: np.random.Generator) -> None:
+def test_layer_norm(family: Family, width: int, keep: int, rng: np.random.Generator) -> None:
     rows = 7
     x = (rng.normal(size=(rows, width)) * 3 + 10).astype(np.float32)
     x[3] = 4.0  # no variance
@@ -264,38 +284,56 @@ def test_layer_norm(family: Family, width: int, rng: np.random.Generator) -> Non
     out, held = family.room(rows, width), x.astype(float)
     precision = 1 if family.bf16 else 0
     places = pointer(x), pointer(gain), pointer(out)
-    argument = Rows(rows, width, precision, 3, *places, Quantised(), 1e-12)
+    argument = Rows(rows, width, precision, 3, keep, *places, Quantised(), 1e-12)
     family.run("rows", argument, 3)  # of 3, 3 and 1 rows
     mean, variance = held.mean(axis=1, keepdims=True), held.var(axis=1, keepdims=True)
     expected = (held - mean) / np.sqrt(variance + 1e-12) * gain[:width] + gain[width:]
-    assert error(x, expected) < 5 * FLOAT_SUMS
+    assert (x == held).all() if keep else error(x, expected) < 5 * FLOAT_SUMS
     assert error(family.read(out), expected) < (BF16_ROUNDING if family.bf16 else 5 * FLOAT_SUMS)
 
 
-def attention(qkv: Array, lengths: Sequence[int], heads: int) -> Array:
-    """In float64."""
+def attention(
+    qkv: Array, lengths: Sequence[int], heads: int, distances: Array, causal: bool
+) -> Array:
+    """In float64. `distances`: what is added for them, shape (heads, 2 * LONGEST - 1)."""
     parts, first = [], 0
     for length in lengths:
         rows = qkv[first : first + length].astype(float).reshape(length, 3, heads, -1)
         q, k, v = (rows[:, i].transpose(1, 0, 2) for i in range(3))
-        powers = 2 ** (scores := q @ k.transpose(0, 2, 1)) / 2 ** scores.max(axis=2, keepdims=True)
+        places = np.arange(length) - np.arange(length)[:, None] + LONGEST - 1
+        scores = q @ k.transpose(0, 2, 1) + distances[:, places]
+        if causal:
+            scores[:, np.triu(np.ones((length, length), bool), 1)] = -np.inf
+        powers = 2 ** (scores - scores.max(axis=2, keepdims=True))
         shares = powers / powers.sum(axis=2, keepdims=True)
         parts.append((shares @ v).transpose(1, 0, 2).reshape(length, -1))
         first += length
     return np.concatenate(parts)
 
 
+LONGEST = 100  # text
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("distant", [False, True], ids=["", "distances"])
 @pytest.mark.parametrize(("heads", "head"), [(2, 32), (1, 64), (3, 96)])
-def test_attention(family: Family, heads: int, head: int, rng: np.random.Generator) -> None:
-    lengths = [1, 2, 12, 15, 16, 17, 31, 32, 33, 64, 65, 100, 3]
+def test_attention(
+    family: Family, heads: int, head: int, distant: bool, causal: bool, rng: np.random.Generator
+) -> None:
+    lengths = [1, 2, 12, 15, 16, 17, 31, 32, 33, 64, 65, LONGEST, 3]
     total, hidden = sum(lengths), heads * head
     qkv = rng.normal(size=(total, 3 * hidden)) * (0.7 * head**-0.25)
     out = family.room(total, hidden)
     starts = np.cumsum([0, *lengths], dtype=np.int32)
     held = family.activations(qkv)
-    argument = Attention(pointer(held), pointer(out), pointer(starts), hidden, heads)
+    values = np.zeros((heads, 2 * LONGEST - 1 + family.table.panel), np.float32)
+    if distant:
+        values[:, : 2 * LONGEST - 1] = rng.normal(size=(heads, 2 * LONGEST - 1)) * 2
+    middle = values.ctypes.data + 4 * (LONGEST - 1) if distant else None
+    places = pointer(held), pointer(out), pointer(starts)
+    argument = Attention(*places, hidden, heads, causal, middle, values.shape[1])
     size = ctypes.CFUNCTYPE(LONG, INT, INT)(family.table.attention_memory)(max(lengths), head)
     family.run("attend", argument, len(lengths) * heads, size)
-    expected = attention(family.floats(qkv), lengths, heads)
+    expected = attention(family.floats(qkv), lengths, heads, values, causal)
     tolerance = 2 * BF16_ROUNDING if family.bf16 else 5 * POLYNOMIAL
     assert error(family.read(out), expected) < tolerance

@@ -77,7 +77,7 @@ KINDS: dict[str, Kind] = {
     "CamemBERT": of(
         "Camembert", models.camembert, max_position_embeddings=models.ROBERTA_POSITIONS
     ),
-    "DistilBERT": Kind(saved(tiny.distilbert, width=tiny.WIDTH)),
+    "DistilBERT": of("DistilBert", models.wordpiece, hidden_dim=128),
     "MPNet": of("MPNet", lambda: tiny.mpnet()[0], max_position_embeddings=models.ROBERTA_POSITIONS),
     "ALBERT": of("Albert", models.albert, embedding_size=32),
     "ELECTRA": of("Electra", models.wordpiece, embedding_size=32),

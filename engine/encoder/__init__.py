@@ -1,1 +1,1 @@
-"""Our own engine for text models of BERT's architecture: C code and its Python binding."""
+"""Our own engine for transformers, which encode texts: C code and its Python binding."""

@@ -1,9 +1,10 @@
 // Attention. Queries are scaled so that softmax takes powers of 2.
 
-// Turn each row of scores into 2^(score - largest). `factors` are 1 / their sums.
+// Turn each row of scores into 2^(score - largest). `factors` are 1 / their sums. `length` scores of
+// the first row count, and `more` of each next one; the shares of others are 0.
 INLINE void softmax(float *scores, Activation *shares, float *factors, int rows, int length,
-                    int width) {
-    for (int i = 0; i < rows; i++) {
+                    int more, int width) {
+    for (int i = 0; i < rows; i++, length += more) {
         float *s = scores + (long)i * width;
         F most = set(-__builtin_inff()), sum = {};
         for (int j = 0; j < length; j += WIDTH) {
@@ -99,6 +100,15 @@ INLINE void lay_out_values(uint32_t *values, const Activation *v, long stride, i
 }
 #endif
 
+// Add what keys at a distance get. `distances`: the first row's of the first key.
+INLINE void add_distances(float *scores, const float *distances, int rows, int length, int width) {
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < length; j += WIDTH) {
+            float *s = scores + i * width + j;
+            store(s, load(s) + load(distances + j - i));
+        }
+}
+
 static int attention_width(int length) { return (length + PANEL - 1) / PANEL * PANEL; }
 
 static long attention_memory(int length, int head) {
@@ -124,15 +134,19 @@ static void attend(void *argument, int number, char *memory) {
     begin_products();
     for (int row = 0, rows; row < length; row += rows) {
         rows = next_rows(length - row);
-        for (int j = 0; j < width; j += PANEL)
+        int seen = p->causal ? row + rows : length, columns = attention_width(seen);
+        for (int j = 0; j < columns; j += PANEL)
             multiply(SCORES, rows, q + row * stride, stride,
-                     keys + (long)j * head * (long)sizeof(Activation) / 4, head, scores + j, width,
-                     0);
-        softmax(scores, shares, factors, rows, length, width);
+                     keys + (long)j * head * (long)sizeof(Activation) / 4, head, scores + j,
+                     columns, 0);
+        if (p->distances)
+            add_distances(scores, p->distances + (long)(number % p->heads) * p->apart - row, rows,
+                          seen, columns);
+        softmax(scores, shares, factors, rows, p->causal ? row + 1 : length, p->causal, columns);
         Activation *out = (Activation *)p->out + (first + row) * hidden + number % p->heads * head;
         for (int d = 0; d < head; d += PANEL)
-            multiply(WEIGHTED, rows, shares, width,
-                     values + (long)d * width * (long)sizeof(Activation) / 4, width, out + d,
+            multiply(WEIGHTED, rows, shares, columns,
+                     values + (long)d * width * (long)sizeof(Activation) / 4, columns, out + d,
                      hidden, factors);
     }
     end_products();

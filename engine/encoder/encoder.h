@@ -1,4 +1,4 @@
-// A transformer encoder of BERT's kind on CPUs: token ids in, one vector a text out. library.py
+// Transformers that encode texts, on CPUs: token ids in, one vector a text out. library.py
 // declares the same structures for Python and compares sizes and offsets when it loads the library.
 //
 // The tokens of all texts of a batch lie one behind the other, so nothing is padded. Matrix
@@ -9,7 +9,7 @@
 // amx.c), which is compiled with that family's instructions. It sets a few macros and includes
 // kernels.h, which includes the code that all families share:
 //   arithmetic.h  on WIDTH values at once: GELU, powers of 2, conversions
-//   products.h    matrix products, tiles.h those by AMX
+//   products.h    matrix products, tiles.h those by AMX, activations.h what becomes of their sums
 //   attention.h   attention of one head of one text
 //   rows.h        layer norm, quantisation, embedding, pooling: row by row
 //   panels.h      the layout of the weights
@@ -35,10 +35,15 @@ typedef struct {
     int32_t hidden, heads, inner, layers;
     int32_t first_position;  // of a text's first token
     int32_t pad;             // RoBERTa: this token has position `pad` and is not counted; else -1
-    int32_t first_token;     // pooling: 1 takes the first token, 0 the mean of all
+    int32_t pooling;
+    int32_t pooled;          // for FIRST_OF: the first token of this id, or the first of all
     int32_t precision;
     int32_t vocabulary;      // ids are below this
     int32_t window;          // most tokens of a text
+    int32_t activation;      // what becomes of the sums between the two products behind attention
+    int32_t norm_before;     // layers norm their inputs; else their sums with the outputs
+    int32_t causal;          // no token sees those behind it
+    int32_t distances;       // values of Weights.distances for a head; 0 without them
     float epsilon;           // of layer norms
 } Shape;
 
@@ -55,8 +60,12 @@ typedef struct {
 
 typedef struct {
     const struct Kernels *kernels;
-    const uint16_t *words, *positions, *types;  // float16, in the bundle's file
-    const float *norm;                          // gains, then biases
+    const uint16_t *words, *positions;  // float16, in the bundle's file
+    const float *norm;  // of embeddings: gains, then biases; or null
+    const float *last;  // behind the last layer, the same
+    // For each head, what is added to the score of a query for the key at a distance, times log2(e):
+    // of -(window - 1) first, of window - 1, and values that kernels may read behind it. Or null.
+    const float *distances;
     const Layer *layers;
 } Weights;
 
@@ -77,7 +86,12 @@ typedef struct {
 
 typedef void Task(void *argument, int number, char *memory);
 
-enum { TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT, SCORES, WEIGHTED };  // what becomes of sums
+// What becomes of sums. Those from TANH_GELU_TO_ACTIVATION on take a longer way, see activations.h.
+enum {
+    TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT, SCORES, WEIGHTED,
+    TANH_GELU_TO_ACTIVATION, QUICK_GELU_TO_ACTIVATION, RELU_TO_ACTIVATION, SILU_TO_ACTIVATION
+};
+enum { MEAN, FIRST, LAST, FIRST_OF };  // pooling: of all tokens, or that of one
 
 typedef struct {   // int8 activations
     void *values;  // of Kernels.code_size bytes each
@@ -99,15 +113,18 @@ typedef struct {      // a task is one head of one text
     const void *qkv;  // activations: rows of queries, keys and values
     void *out;        // activations
     const int32_t *starts;
-    int hidden, heads;
+    int hidden, heads, causal;
+    const float *distances;  // of a head's distance 0, the next head's `apart` behind it; or null
+    int apart;
 } Attention;
 
 typedef struct {  // layer norm, or quantisation only; a task is `chunk` rows
     int rows, width, precision;
     int chunk;
+    int keep;           // norm: `x` stays as it is
     float *x;           // norm: in and out
     const float *gain;  // then biases; null: quantise `activations` only
-    void *activations;  // norm: out, unless int8; quantise: in
+    void *activations;  // norm: out, unless int8 and not `keep`; quantise: in
     Quantised q;        // out, for int8
     float epsilon;
 } Rows;
@@ -118,13 +135,13 @@ typedef struct Kernels {
     Task *product, *attend, *rows;
     long (*attention_memory)(int length, int head);
     void (*embed)(const Shape *, const Weights *, const int64_t *ids, int length, float *x);
-    void (*pool)(const Shape *, const float *x, int length, float *out);
+    void (*pool)(const Shape *, const int64_t *ids, const float *x, int length, float *out);
     // n rows of k float16 values (n a multiple of 32, k of 64), multiplied by `factor`, to panels of
     // float32 or bf16 (the activations' type), or int8 with a scale for each row.
     void (*lay_out)(void *to, const uint16_t *from, long n, long k, float factor);
     void (*lay_out_int8)(void *to, float *scales, const uint16_t *from, long n, long k, float factor);
     // Kernels one by one, for tests: n is a multiple of 2 * the vector's width.
-    void (*gelu)(const float *x, float *y, long n);
+    void (*activate)(int mode, const float *x, float *y, long n);
     void (*softmax)(float *scores, void *shares, float *factors, int rows, int length, int width);
 } Kernels;
 

@@ -1,4 +1,4 @@
-"""Our own engine for BERT's architecture, on x86 CPUs from AVX2 on.
+"""Our own engine for the transformers that bake/families.py names, on x86 CPUs from AVX2 on.
 
 OpenVINO runs everything else. It takes 1.3 times as long at bf16 and 1.7 times at int8 (MiniLM, Zen
 4), and twice as long for a single query: here nothing is padded, no shapes are inferred, and one
@@ -27,6 +27,10 @@ Int64 = npt.NDArray[np.int64]
 # At 512, short texts beside long ones wait 240 ms in place of 100; at 128, texts of 128 tokens cost
 # 4 % more (int8, MiniLM, two threads on Emerald Rapids).
 AHEAD_TOKENS = 256
+
+# encoder.h has the same numbers.
+ACTIVATIONS = {"gelu": 1, "tanh gelu": 5, "quick gelu": 6, "relu": 7, "silu": 8}
+POOLINGS = ("mean", "first", "last", "first of")
 
 # Working memory above this many bytes is given back after the batch that needed it.
 KEPT_MEMORY = 32_000_000
@@ -82,18 +86,23 @@ class EncoderEngine(Engine):
         self.name, self.dimensions, self.precision = manifest.name, manifest.dimensions, precision
         self.streams = streams
         self._library, self._quick = library.load()
+        kernels = library.kernels(self._library, family.name)
+        self._laid_out = LaidOut(bundle, encoder, kernels, int8=precision == "int8")
         self._shape = Shape(
             **{name: getattr(encoder, name) for name in ("hidden", "heads", "inner", "layers")},
             first_position=encoder.first_position,
             pad=-1 if encoder.pad is None else encoder.pad,
-            first_token=encoder.pooling == "cls",
+            pooling=POOLINGS.index(encoder.pooling),
+            pooled=encoder.pooled,
+            activation=ACTIVATIONS[encoder.activation],
+            norm_before=encoder.norm_before,
+            causal=encoder.causal,
             precision=PRECISIONS.index(precision),  # encoder.h has the same order
             vocabulary=encoder.vocabulary,
             window=manifest.max_tokens,
+            distances=self._laid_out.distances,
             epsilon=encoder.epsilon,
         )
-        kernels = library.kernels(self._library, family.name)
-        self._laid_out = LaidOut(bundle, encoder, kernels, int8=precision == "int8")
         structures = self._shape, self._laid_out.weights
         self._addresses = [Pointer(ctypes.addressof(each)) for each in structures]
         self._local = threading.local()

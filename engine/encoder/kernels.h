@@ -12,23 +12,25 @@
 
 #include "arithmetic.h"
 
+#include "activations.h"
+
 #include "products.h"
 
 #include "attention.h"
 #include "rows.h"
 #include "panels.h"
 
-static void gelu_all(const float *x, float *y, long n) {
-    for (long i = 0; i < n; i += WIDTH) store(y + i, gelu(load(x + i)));
+static void activate_all(int mode, const float *x, float *y, long n) {
+    for (long i = 0; i < n; i += WIDTH) store(y + i, activate(mode, load(x + i)));
 }
 
 static void softmax_all(float *scores, void *shares, float *factors, int rows, int length,
                         int width) {
-    softmax(scores, shares, factors, rows, length, width);
+    softmax(scores, shares, factors, rows, length, 0, width);
 }
 
 #define JOIN(a, b) a##b
 #define TABLE(family) JOIN(encoder_, family)
 const Kernels TABLE(FAMILY) = {
     sizeof(Activation), sizeof(Code), PANEL,      product, attend,       rows,     attention_memory,
-    embed,              pool,         lay_out,    lay_out_int8, gelu_all, softmax_all};
+    embed,              pool,         lay_out,    lay_out_int8, activate_all, softmax_all};

@@ -13,12 +13,14 @@ _CACHE_LINE = 64
 Pointer = ctypes.c_void_p
 
 
-_SIZES = ("hidden", "heads", "inner", "layers", "first_position", "pad", "first_token", "precision")
+_SIZES = ("hidden", "heads", "inner", "layers")
+_NUMBERS = ("first_position", "pad", "pooling", "pooled", "precision", "vocabulary", "window")
+_OPTIONS = ("activation", "norm_before", "causal", "distances")
 
 
 class Shape(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in (*_SIZES, "vocabulary", "window")),
+        *((name, ctypes.c_int32) for name in (*_SIZES, *_NUMBERS, *_OPTIONS)),
         ("epsilon", ctypes.c_float),
     ]
 
@@ -36,7 +38,8 @@ class Layer(ctypes.Structure):
 
 class Weights(ctypes.Structure):
     _fields_ = [
-        (name, Pointer) for name in ("kernels", "words", "positions", "types", "norm", "layers")
+        (name, Pointer)
+        for name in ("kernels", "words", "positions", "norm", "last", "distances", "layers")
     ]
 
 
@@ -55,7 +58,7 @@ class Kernels(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("activation_size", "code_size", "panel")),
         *((name, Pointer) for name in ("product", "attend", "rows", "attention_memory")),
         *((name, Pointer) for name in ("embed", "pool", "lay_out", "lay_out_int8")),
-        *((name, Pointer) for name in ("gelu", "softmax")),
+        *((name, Pointer) for name in ("activate", "softmax")),
     ]
 
 

@@ -64,22 +64,31 @@ int longest_text(const Batch *b) {
     return longest;
 }
 
+// Norm all rows of `work`; keep: leaves the sums as they are, and only its output is normed.
+static void run_norm(Crew *crew, const Kernels *kernels, Rows *work, const float *gain, int keep,
+                     char *local) {
+    work->gain = gain, work->keep = keep;
+    spread(crew, kernels->rows, work, (work->rows + work->chunk - 1) / work->chunk, local);
+}
+
 static void run_layers(const Batch *b, const Memory *m, Crew *crew) {
     const Shape *shape = b->shape;
     int tokens = b->starts[b->texts], width = shape->hidden, inner = shape->inner;
     int chunk = crew ? 16 : tokens, chunks = (tokens + chunk - 1) / chunk;
-    int precision = shape->precision, int8 = precision == INT8;
+    int precision = shape->precision, int8 = precision == INT8, before = shape->norm_before;
     const Kernels *kernels = b->weights->kernels;
-    Rows norm = {tokens, width, precision, chunk, m->x, b->weights->norm, m->a, m->q,
-                 shape->epsilon};
-    Rows again = norm;  // quantises the outputs of attention and of GELU
-    again.gain = 0;
+    Rows norm = {.rows = tokens, .width = width, .precision = precision, .chunk = chunk, .x = m->x,
+                 .activations = m->a, .q = m->q, .epsilon = shape->epsilon};
+    Rows again = norm;  // quantises the outputs of attention and of the activation
     Product product = {.rows = tokens, .k = width, .precision = precision, .a = m->a, .q = m->q};
     product.ahead = 1 + (crew ? b->helpers : 0);
-    Attention attention = {m->qkv, m->attended, b->starts, width, shape->heads};
-    spread(crew, kernels->rows, &norm, chunks, m->local);
+    const float *distances = b->weights->distances;
+    Attention attention = {m->qkv, m->attended, b->starts, width, shape->heads, shape->causal,
+                           distances ? distances + shape->window - 1 : 0, shape->distances};
+    if (b->weights->norm) run_norm(crew, kernels, &norm, b->weights->norm, 0, m->local);
     for (int i = 0; i < shape->layers; i++) {
         const Layer *layer = &b->weights->layers[i];
+        if (before) run_norm(crew, kernels, &norm, layer->norm1, 1, m->local);
         product.mode = TO_ACTIVATION, product.k = width, product.a = m->a;
         product.linear = layer->qkv, product.c = m->qkv, product.ldc = 3L * width;
         spread(crew, kernels->product, &product, 3 * width / kernels->panel, m->local);
@@ -91,9 +100,8 @@ static void run_layers(const Batch *b, const Memory *m, Crew *crew) {
         product.mode = ADD_TO_FLOAT, product.a = m->attended;
         product.linear = layer->out, product.c = m->x, product.ldc = width;
         spread(crew, kernels->product, &product, width / kernels->panel, m->local);
-        norm.gain = layer->norm1;
-        spread(crew, kernels->rows, &norm, chunks, m->local);
-        product.mode = GELU_TO_ACTIVATION, product.a = m->a;
+        run_norm(crew, kernels, &norm, before ? layer->norm2 : layer->norm1, before, m->local);
+        product.mode = shape->activation, product.a = m->a;
         product.linear = layer->up, product.c = m->h, product.ldc = inner;
         spread(crew, kernels->product, &product, inner / kernels->panel, m->local);
         if (int8) {
@@ -103,9 +111,9 @@ static void run_layers(const Batch *b, const Memory *m, Crew *crew) {
         product.mode = ADD_TO_FLOAT, product.a = m->h, product.k = inner;
         product.linear = layer->down, product.c = m->x, product.ldc = width;
         spread(crew, kernels->product, &product, width / kernels->panel, m->local);
-        norm.gain = layer->norm2;
-        spread(crew, kernels->rows, &norm, chunks, m->local);
+        if (!before) run_norm(crew, kernels, &norm, layer->norm2, 0, m->local);
     }
+    if (b->weights->last) run_norm(crew, kernels, &norm, b->weights->last, 0, m->local);
 }
 
 // Embed a batch, with its crew unless another batch has that. `memory` begins at a cache line and
@@ -123,6 +131,6 @@ void encoder_run(const Batch *b, char *memory) {
     run_layers(b, &m, crew);
     if (crew) release(crew);
     for (int i = 0; i < b->texts; i++)
-        kernels->pool(shape, m.x + b->starts[i] * width, b->starts[i + 1] - b->starts[i],
+        kernels->pool(shape, b->ids + b->starts[i], m.x + b->starts[i] * width, b->starts[i + 1] - b->starts[i],
              b->out + i * width);
 }

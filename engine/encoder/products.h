@@ -20,6 +20,7 @@ INLINE void put(int mode, void *c, long at, F low, F high, const float *bias) {
         store(p + WIDTH, high + load(p + WIDTH));
         return;
     }
+    if (mode > WEIGHTED) return put_activated(mode, (Activation *)c + at, low, high);
     if (mode == GELU_TO_ACTIVATION) low = gelu(low), high = gelu(high);
     store_activations((Activation *)c + at, low, high);
 }
@@ -185,20 +186,27 @@ static void product(void *argument, int number, char *memory) {
     const long size = p->mode == ADD_TO_FLOAT ? 4 : sizeof(Activation);
     char *c = (char *)p->c + column * size;
     const float *bias = p->linear.bias + column;
+    int other = p->mode > WEIGHTED, mode = other ? ADD_TO_FLOAT : p->mode;
+    long ldc = other ? PANEL : p->ldc;
     for (int row = 0, rows; row < p->rows; row += rows) {
         rows = block_rows(p->rows - row, most);
         const char *fetch = row + rows == p->rows ? next : w;
         long at = row * (long)p->k;
-        char *to = c + row * p->ldc * size;
+        float sums[ROWS][PANEL];
+        if (other) memset(sums, 0, sizeof sums);
+        void *to = other ? (void *)sums : c + row * p->ldc * size;
         if (int8)
-            tiles_int8[p->mode][rows - 1](
+            tiles_int8[mode][rows - 1](
                 (const uint32_t *)((const Code *)p->q.values + at), p->k / CODES, w,
-                p->q.scales + row * groups, p->q.start + row * groups, to, p->ldc, bias,
+                p->q.scales + row * groups, p->q.start + row * groups, to, ldc, bias,
                 p->linear.scale + column, fetch);
         else
-            tiles[p->mode][rows - 1]((const uint32_t *)((const Activation *)p->a + at),
-                                     p->k / DEPTH, (const uint32_t *)w, p->k / DEPTH, to, p->ldc,
+            tiles[mode][rows - 1]((const uint32_t *)((const Activation *)p->a + at),
+                                     p->k / DEPTH, (const uint32_t *)w, p->k / DEPTH, to, ldc,
                                      bias, fetch);
+        for (int i = 0; other && i < rows; i++)
+            put_activated(p->mode, (Activation *)c + (row + i) * p->ldc, load(sums[i]),
+                          load(sums[i] + WIDTH));
     }
 }
 #endif

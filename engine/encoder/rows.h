@@ -47,9 +47,9 @@ static void norm_row(const Rows *p, long row) {
         for (int h = 0; h < 2; h++) {
             int at = i + WIDTH * h;
             y[h] = (load(x + at) - mean) * factor * load(p->gain + at) + load(p->gain + width + at);
-            store(x + at, y[h]);
+            if (!p->keep) store(x + at, y[h]);
         }
-        if (p->precision != INT8)
+        if (p->precision != INT8 || p->keep)
             store_activations((Activation *)p->activations + row * width + i, y[0], y[1]);
     }
 }
@@ -57,15 +57,17 @@ static void norm_row(const Rows *p, long row) {
 // Norm rows and quantise them, or only quantise them.
 static void rows(void *argument, int number, char *memory) {
     const Rows *p = argument;
+    Rows of = *p;  // what is quantised
+    if (p->keep) of.gain = 0;
     (void)memory;
     for (long row = (long)number * p->chunk; row < p->rows && row < (number + 1L) * p->chunk;
          row++) {
         if (p->gain) norm_row(p, row);
-        if (p->precision == INT8) quantise_row(p, row);
+        if (p->precision == INT8) quantise_row(&of, row);
     }
 }
 
-// The sum of each token's three embeddings.
+// The sum of each token's two embeddings.
 static void embed(const Shape *shape, const Weights *weights, const int64_t *ids, int length,
                   float *x) {
     int width = shape->hidden, position = shape->first_position;
@@ -74,16 +76,22 @@ static void embed(const Shape *shape, const Weights *weights, const int64_t *ids
         long at = ids[i] == shape->pad ? shape->pad : position++;
         const uint16_t *place = weights->positions + at * width;
         for (int j = 0; j < width; j += WIDTH)
-            store(x + j, from_half(word + j) + from_half(weights->types + j) + from_half(place + j));
+            store(x + j, from_half(word + j) + from_half(place + j));
     }
 }
 
-// A text's vector: its first row, or the mean of its rows.
-static void pool(const Shape *shape, const float *x, int length, float *out) {
-    int width = shape->hidden;
+// A text's vector: one of its rows, or their mean.
+static void pool(const Shape *shape, const int64_t *ids, const float *x, int length, float *out) {
+    int width = shape->hidden, first = 0;
+    if (shape->pooling == LAST) first = length - 1;
+    if (shape->pooling == FIRST_OF) {
+        while (first < length && ids[first] != shape->pooled) first++;
+        if (first == length) first = 0;
+    }
+    x += (long)first * width;
     for (int j = 0; j < width; j += WIDTH) {
         F sum = load(x + j);
-        if (!shape->first_token) {
+        if (shape->pooling == MEAN) {
             for (long i = 1; i < length; i++) sum += load(x + i * width + j);
             sum *= 1.0f / (float)length;
         }

@@ -89,7 +89,8 @@ static void product(void *argument, int number, char *memory) {
     begin_products();
     if (p->mode == TO_ACTIVATION) all_rows(TO_ACTIVATION, p, w, c, bias, next);
     else if (p->mode == GELU_TO_ACTIVATION) all_rows(GELU_TO_ACTIVATION, p, w, c, bias, next);
-    else all_rows(ADD_TO_FLOAT, p, w, (float *)p->c + column, bias, next);
+    else if (p->mode == ADD_TO_FLOAT) all_rows(ADD_TO_FLOAT, p, w, (float *)p->c + column, bias, next);
+    else all_rows(p->mode, p, w, c, bias, next);
     end_products();
 }
 

@@ -1,31 +1,30 @@
 """Reads a bundle's weights and lays them out for the C code."""
 
 import ctypes
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.bundle import Bundle, Encoder, graph_file
+from engine.bundle import Bundle, Encoder, weights_file
 from engine.encoder.library import Kernels, Layer, Linear, Pointer, Weights, aligned
-from engine.errors import BundleError
+from engine.encoder.tensors import Tensors
 
-# A token's embedding is the sum of its rows in these.
-TABLES = ("word", "position", "token_type")
 _SIZES = (ctypes.c_long, ctypes.c_long, ctypes.c_float)
 _LAY_OUT = ctypes.CFUNCTYPE(None, Pointer, Pointer, *_SIZES)
 _LAY_OUT_INT8 = ctypes.CFUNCTYPE(None, Pointer, Pointer, Pointer, *_SIZES)
 
 
 class LaidOut:
-    """The weights of a model. `weights` is valid as long as this object lives."""
+    """The weights of a model. `weights` is valid as long as this object lives.
+
+    What is multiplied is copied, in the order in which it is read; C reads the rest in the file.
+    """
 
     def __init__(self, bundle: Bundle, encoder: Encoder, kernels: Kernels, *, int8: bool) -> None:
-        self._encoder, self._kernels, self._int8 = encoder, kernels, int8
+        """Raises: BundleError when the bundle does not hold them."""
+        self._kernels, self._int8 = kernels, int8
         self._size = 1 if int8 else kernels.activation_size  # of a value, in bytes
-        self._file = np.memmap(
-            bundle.file(graph_file("text", "bf16")).with_suffix(".bin"), np.uint8, "r"
-        )
+        self._tensors = Tensors(bundle.file(weights_file("text")))
         self._kept: list[object] = []  # C holds pointers to these
         width, inner = encoder.hidden, encoder.inner
         values = encoder.layers * (4 * width + 2 * inner) * width
@@ -34,70 +33,54 @@ class LaidOut:
         self._free = int(self._panels.ctypes.data)
         layers = (Layer * encoder.layers)()
         self._kept.append(layers)
-        # Softmax takes powers of 2, so queries are scaled by log2(e).
-        factor = encoder.query_factor * float(np.log2(np.e))
         for number, layer in enumerate(layers):
-            own = f"encoder.layer.{number}"
-            parts = [f"{own}.attention.self.{name}" for name in ("query", "key", "value")]
-            layer.qkv = self._linear(width, width, parts, factor)
-            layer.out = self._linear(width, width, [f"{own}.attention.output.dense"])
-            layer.up = self._linear(inner, width, [f"{own}.intermediate.dense"])
-            layer.down = self._linear(width, inner, [f"{own}.output.dense"])
-            layer.norm1 = self._norm(f"{own}.attention.output")
-            layer.norm2 = self._norm(f"{own}.output")
+            own = f"layers.{number}"
+            layer.qkv = self._linear(f"{own}.qkv", 3 * width, width)
+            layer.out = self._linear(f"{own}.out", width, width)
+            layer.up = self._linear(f"{own}.up", inner, width)
+            layer.down = self._linear(f"{own}.down", width, inner)
+            layer.norm1 = self._floats(f"{own}.norm1", 2 * width)
+            layer.norm2 = self._floats(f"{own}.norm2", 2 * width)
         positions = encoder.first_position + bundle.manifest.max_tokens
-        rows = zip(TABLES, (encoder.vocabulary, positions, 1))
-        tables = [
-            self._address(f"embeddings.{name}_embeddings.weight", count * width)
-            for name, count in rows
-        ]
+        self.distances = 0  # values of a head in the C code
+        distances = None
+        if encoder.distances:
+            # Kernels read a panel behind the last.
+            spare = ((0, 0), (0, kernels.panel))
+            size = encoder.heads, 2 * bundle.manifest.max_tokens - 1
+            padded = np.pad(self._tensors.get("distances", np.float32, *size), spare)
+            self._kept.append(padded)
+            self.distances, distances = padded.shape[1], _address(padded)
         self.weights = Weights(
-            ctypes.addressof(kernels), *tables, self._norm("embeddings"), ctypes.addressof(layers)
+            ctypes.addressof(kernels),
+            _address(self._tensors.get("words", np.float16, encoder.vocabulary, width)),
+            _address(self._tensors.get("positions", np.float16, positions, width)),
+            self._floats("norm", 2 * width) if encoder.norm_embeddings else None,
+            self._floats("last", 2 * width) if encoder.norm_before else None,
+            distances,
+            ctypes.addressof(layers),
         )
 
-    def _start(self, tensor: str, values: int) -> int:
-        """A tensor's offset. Raises: BundleError if the file does not hold so many values of it."""
-        start = self._encoder.tensors.get(tensor, -1)
-        if not 0 <= start <= len(self._file) - 2 * values:
-            raise BundleError(f"{self._file.filename} does not hold {tensor}: bake the model again")
-        return start
+    def _floats(self, name: str, length: int) -> int:
+        """The address of a tensor of float32 values."""
+        return _address(self._tensors.get(name, np.float32, length))
 
-    def _address(self, tensor: str, values: int) -> int:
-        return int(self._file.ctypes.data) + self._start(tensor, values)
-
-    def _floats(self, length: int, tensors: Sequence[str], factor: float = 1.0) -> int:
-        """Join float16 tensors of `length` values as float32; the first is multiplied by `factor`.
-
-        Returns: their address.
-        """
-        starts = [self._start(name, length) for name in tensors]
-        halves = [self._file[start : start + 2 * length].tobytes() for start in starts]
-        joined = np.frombuffer(b"".join(halves), np.float16).astype(np.float32)
-        joined[:length] *= np.float32(factor)
-        return self._keep(joined)
-
-    def _keep(self, array: npt.NDArray[np.float32]) -> int:
-        self._kept.append(array)
-        return int(array.ctypes.data)
-
-    def _linear(self, rows: int, columns: int, names: Sequence[str], factor: float = 1.0) -> Linear:
-        """Products of one input, computed as one; the first is multiplied by `factor`."""
-        biases = self._floats(rows, [f"{name}.bias" for name in names], factor)
-        scales = self._keep(np.zeros(rows * len(names), np.float32))
-        made = Linear(self._free, biases, scales)
-        for number, name in enumerate(names):
-            source = Pointer(self._address(f"{name}.weight", rows * columns))
-            size = ctypes.c_long(rows), ctypes.c_long(columns)
-            by = ctypes.c_float(1 if number else factor)
-            to = Pointer(self._free)
-            if self._int8:
-                scale = Pointer(scales + 4 * rows * number)
-                _LAY_OUT_INT8(self._kernels.lay_out_int8)(to, scale, source, *size, by)
-            else:
-                _LAY_OUT(self._kernels.lay_out)(to, source, *size, by)
-            self._free += rows * columns * self._size
+    def _linear(self, name: str, rows: int, columns: int) -> Linear:
+        """Lay out a linear layer: its product has `rows` values for each of `columns`."""
+        weight = self._tensors.get(f"{name}.weight", np.float16, rows, columns)
+        scales = np.zeros(rows, np.float32)
+        self._kept.append(scales)
+        made = Linear(self._free, self._floats(f"{name}.bias", rows), _address(scales))
+        to, source = Pointer(self._free), Pointer(_address(weight))
+        size = ctypes.c_long(rows), ctypes.c_long(columns), ctypes.c_float(1)
+        if self._int8:
+            at = Pointer(_address(scales))
+            _LAY_OUT_INT8(self._kernels.lay_out_int8)(to, at, source, *size)
+        else:
+            _LAY_OUT(self._kernels.lay_out)(to, source, *size)
+        self._free += rows * columns * self._size
         return made
 
-    def _norm(self, name: str) -> int:
-        names = f"{name}.LayerNorm.weight", f"{name}.LayerNorm.bias"
-        return self._floats(self._encoder.hidden, names)
+
+def _address(array: npt.NDArray[np.generic]) -> int:
+    return int(array.ctypes.data)
