@@ -353,6 +353,7 @@ def load_embedder(
         settings.inference_threads,
         cosine,
     )
+    _say_what_int8_costs(bundle, engine)
     limits = text_limits(settings)
     return TextEmbedder(bundle, tokenizer, engine, queue, limits, cache, truncation)
 
@@ -388,6 +389,23 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
         message = "model %s: the bake could not run %s with pictures at %s; the %s's cosine is %.5f"
         log.info(message, bundle.manifest.name, engine.backend, engine.precision, what, cosine)
     return ImageEmbedder(bundle, engine.preprocessing, engine, queue, limits)
+
+
+def _say_what_int8_costs(bundle: Bundle, engine: Engine) -> None:
+    parity = engine.measured or bundle.manifest.parity.get(engine.backend, {}).get("int8")
+    if engine.precision != "int8" or not parity:
+        return
+    log.info(
+        "model %s at int8: smallest cosine to the model's own vectors %.5f, mean %.5f%s",
+        bundle.manifest.name,
+        parity.minimum,
+        parity.mean,
+        (
+            ""
+            if parity.nearest is None
+            else f"; {parity.nearest:.1%} of the nearest ten texts stay so"
+        ),
+    )
 
 
 def _of_the_service(bundle: Bundle) -> dict[str, Any]:

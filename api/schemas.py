@@ -126,6 +126,8 @@ class Certificate(msgspec.Struct):
     cases: int  # vectors compared
     alone: float  # the smallest of texts that were computed alone
     threads: list[int]  # numbers of threads that computed
+    # The share of each text's ten nearest others, by the model's own vectors, that stays so.
+    nearest: float | None
     measured: Literal["bake", "start"]
 
 

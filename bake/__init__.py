@@ -120,6 +120,8 @@ def describe(parities: Sequence[Parity]) -> str:
     """The certificates of texts and of pictures, as a user reads them."""
     return "; ".join(
         f"cosine at least {parity.minimum:.6f} (alone {parity.alone:.6f}), mean {parity.mean:.6f} "
-        f"over {parity.cases} {inputs}; threads: {', '.join(map(str, parity.threads))}"
+        f"over {parity.cases} {inputs}"
+        + ("" if parity.nearest is None else f", {parity.nearest:.1%} of the nearest ten the same")
+        + f"; threads: {', '.join(map(str, parity.threads))}"
         for parity, inputs in zip(parities, ("vectors", "vectors of pictures"))
     )

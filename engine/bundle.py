@@ -41,6 +41,8 @@ PARITY_FLOOR: dict[Precision, float] = {
     "bf16": 0.9998,
     "int8": 0.99,
 }
+# Smallest and mean cosine of a certificate with which PRECISION=auto takes int8.
+TRUSTED = (0.9995, 0.9998)
 # Fields of a manifest that decide what vectors a request gets.
 _OF_VECTORS = (
     *("dimensions", "default_dimensions", "max_tokens", "normalized", "layer_norm", "prompts"),
@@ -79,6 +81,15 @@ class Parity(msgspec.Struct, forbid_unknown_fields=True):
     cases: int  # vectors compared: of inputs in company, and of some alone
     alone: float  # the smallest of inputs that were alone
     threads: list[int]  # numbers of threads that computed
+    # Of each text's ten nearest others by the model's own vectors, the share that is still nearest
+    # when the text's vector is the engine's: what a search would find. None where few were
+    # compared.
+    nearest: float | None = None
+
+    @property
+    def trusted(self) -> bool:
+        """Whether PRECISION=auto may take an engine with it at int8."""
+        return self.minimum >= TRUSTED[0] and self.mean >= TRUSTED[1]
 
 
 class Preprocessing(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

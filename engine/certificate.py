@@ -24,6 +24,8 @@ from engine.tenants import SERVICE
 # shapes. A text of more than LONG tokens has a batch to itself in any case.
 MIXED, PAIRED, SHORTEST, ALONE, LONG = 8, 16, 24, 12, 512
 A_DAY = 24 * 3600.0  # seconds
+NEAREST = 10  # texts that a search would find, see Parity.nearest
+SAME = 1e-6  # difference of cosines below which texts are as near
 
 
 class BelowFloor(BundleError):
@@ -142,6 +144,7 @@ class Compared:
     def __init__(self, bundle: Bundle, expected: Float32) -> None:
         """`expected`: sentence-transformers' own, shape (inputs, dimensions)."""
         self._normalized, self._expected = bundle.manifest.normalized, expected
+        self._actual: dict[int, Float32] = {}  # of whole samples
         self.cosines: list[Float32] = []
         self.apart = (
             0.0  # how far lengths are off at most, as a share; models that normalise have 0
@@ -150,10 +153,32 @@ class Compared:
     def add(self, numbers: Sequence[int], actual: Float32) -> None:
         """The engine's vectors of the inputs of these numbers."""
         expected = self._expected[list(numbers)]
+        self._actual |= dict(zip(numbers, actual))
         lengths = np.linalg.norm(actual, axis=1), np.linalg.norm(expected, axis=1)
         self.cosines.append(cosines(actual, expected))
         if not self._normalized:
             self.apart = max(self.apart, float(np.abs(lengths[0] / lengths[1] - 1).max()))
+
+    def nearest(self) -> float | None:
+        """See Parity.nearest; None unless all of the sample was compared."""
+        count = len(self._expected)
+        if count <= NEAREST + 1 or len(self._actual) < count:
+            return None
+        index = _unit(self._expected)
+        own, found = (
+            rows @ index.T
+            for rows in (index, _unit(np.stack([self._actual[at] for at in range(count)])))
+        )
+        for scores in (own, found):
+            np.fill_diagonal(scores, -np.inf)
+        least = np.sort(own, axis=1)[:, -NEAREST, None] - SAME
+        first = np.argsort(-found, axis=1)[:, :NEAREST]
+        return float((np.take_along_axis(own, first, axis=1) >= least).mean())
+
+
+def _unit(rows: Float32) -> Float32:
+    scaled: Float32 = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    return scaled
 
 
 def certify(
@@ -177,7 +202,7 @@ def certify(
     if not apart <= (2 - 2 * floor) ** 0.5:
         raise BelowFloor(f"{wrong}: their lengths are off by up to {apart:.2%} ({engine.backend})")
     minimum, mean, smallest = map(float, (every.min(), every.mean(), alone.min()))
-    return Parity(minimum, mean, len(every), smallest, [threads])
+    return Parity(minimum, mean, len(every), smallest, [threads], company.nearest())
 
 
 def merged(parities: Sequence[Parity]) -> Parity:
@@ -189,4 +214,5 @@ def merged(parities: Sequence[Parity]) -> Parity:
         cases=cases,
         alone=min(each.alone for each in parities),
         threads=sorted({count for each in parities for count in each.threads}),
+        nearest=min((each.nearest for each in parities if each.nearest is not None), default=None),
     )

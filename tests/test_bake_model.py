@@ -35,7 +35,8 @@ def test_the_summary_names_what_was_made(baked: Baked) -> None:
         "prompts": "query='query: ', passage='passage: '",
         **{name: f"{file.size / 1e6:.1f} MB" for name, file in files.items()},
         "fp32, OpenVINO": f"cosine at least {parity.minimum:.6f} (alone {parity.alone:.6f}), "
-        f"mean {parity.mean:.6f} over {parity.cases} vectors; threads: {threads}",
+        f"mean {parity.mean:.6f} over {parity.cases} vectors, {parity.nearest:.1%} of the nearest "
+        f"ten the same; threads: {threads}",
         "bf16": "not baked",
         "int8": "not baked",
     }

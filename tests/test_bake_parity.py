@@ -3,9 +3,11 @@
 import pathlib
 import re
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tiny_code
 import tiny_models as tiny
@@ -75,6 +77,31 @@ def test_a_cosine_that_is_no_number_is_the_smallest() -> None:
     vectors = right, np.array([np.nan, 1]), np.array([np.inf, 0]), large, 0 * right
     found = certificate.cosines(np.array(vectors, np.float32), np.tile(right, (len(vectors), 1)))
     assert found == pytest.approx([1, -1, -1, -1, 0])
+
+
+def test_the_share_of_the_nearest_ten_that_stays(baked: Baked) -> None:
+    """20 texts in a row on a circle; then one's vector is where the last one is."""
+    angles = np.linspace(0, 3, 20)
+    expected = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    def nearest(actual: npt.NDArray[np.float32], numbers: Sequence[int]) -> float | None:
+        compared = certificate.Compared(baked.bundle, expected)
+        compared.add(numbers, actual[list(numbers)])
+        return compared.nearest()
+
+    numbers = range(20)
+    assert nearest(expected, numbers) == 1 and nearest(3 * expected, numbers[::-1]) == 1
+    moved = expected.copy()
+    moved[0] = expected[19]  # finds texts 10 to 19, whose own nearest are 1 to 10
+    assert nearest(moved, numbers) == pytest.approx((19 * 10 + 1) / 200)
+    assert nearest(expected, numbers[1:]) is None  # not all of them
+    twins = np.repeat(expected[:10], 2, axis=0)  # each has a twin that is as near
+    compared = certificate.Compared(baked.bundle, twins)
+    compared.add(numbers, twins[[at ^ 1 for at in numbers]])
+    assert compared.nearest() == 1
+    few = certificate.Compared(baked.bundle, expected[:11])
+    few.add(range(11), expected[:11])
+    assert few.nearest() is None
 
 
 def test_a_text_that_has_no_vector_in_company_is_computed_alone(

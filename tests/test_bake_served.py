@@ -307,7 +307,7 @@ def test_an_engine_is_certified_by_its_own_vectors(tmp_path: pathlib.Path) -> No
             assert PARITY_FLOOR[precision] <= parity.minimum <= parity.alone
             assert parity.minimum <= parity.mean <= 1.0001 and parity.cases > 240
     manifest = json.loads(bundle.file("manifest.json").read_bytes())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     assert manifest["parity"]["OpenVINO"]["fp32"]["threads"] == thread_counts()
 
 

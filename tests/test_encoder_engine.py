@@ -22,7 +22,7 @@ from conftest import NAME, WIDE
 
 import bake_model
 from engine import bundle as bundles
-from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Precision, read
+from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Parity, Precision, read
 from engine.choice import text_engine
 from engine.encoder import cpu, encoder_engine, library
 from engine.encoder.build import build
@@ -351,6 +351,25 @@ def test_which_precision_serves(bundle: Bundle, pretend: Callable[[str], None]) 
     assert chosen(without) == OURS
     other = Bundle(bundle.path, Manifest(**manifest(bundle, encoder=None)))
     assert chosen(other) == dict.fromkeys(WANTED)
+
+
+@pytest.mark.parametrize(
+    ("minimum", "mean", "auto"),
+    [(0.9995, 0.9998, "int8"), (0.9994, 0.9999, "bf16"), (0.9996, 0.9997, "bf16")],
+)
+def test_auto_takes_int8_that_is_exact_enough(
+    bundle: Bundle, pretend: Callable[[str], None], minimum: float, mean: float, auto: Precision
+) -> None:
+    pretend("bf16")
+    parity = {"own engine": {"int8": Parity(minimum, mean, 330, minimum, [1])}}
+    other = Bundle(bundle.path, Manifest(**manifest(bundle, parity=parity)))
+    assert chosen(other) == {**WITH_BF16, "auto": auto}
+    pretend("avx512")  # where int8 is as fast as fp32
+    assert chosen(other) == OURS
+    left_out = {"own engine": {"int8": "it is wrong here"}}
+    other = Bundle(bundle.path, Manifest(**manifest(bundle, parity=parity, left_out=left_out)))
+    pretend("bf16")
+    assert chosen(other)["auto"] == "bf16"
 
 
 def test_the_setting_takes_every_family() -> None:

@@ -53,6 +53,9 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
         precisions = ["bf16", "fp32"]
         if isa == "auto" and cpu.slow_at_bf16():
             precisions.reverse()
+        certificate = bundle.manifest.parity.get("own engine", {}).get("int8")
+        if certificate and certificate.trusted and cpu.quick_at_int8(isa):
+            precisions.insert(0, "int8")
     for precision in precisions:
         if "own engine" in bundle.backends(precision) and runs(precision, isa):
             return precision
