@@ -4,7 +4,7 @@ names that engine/encoder/weights.py reads.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +39,17 @@ _POOLINGS: dict[str, Pooled] = {"mean": "mean", "cls": "first", "lasttoken": "la
 _LOG2_E = math.log2(math.e)  # softmax takes powers of 2
 
 
-def describe(model: Any, tokenizer: Any) -> tuple[Encoder, Weights] | None:
-    """What our own engine needs to know of a model, and its weights; None for a model that it
-    cannot run.
+class Described(NamedTuple):
+    """A model that our own engine runs."""
+
+    encoder: Encoder
+    weights: Weights
+    # For each linear layer in `weights`, a module of the model that gets the same input.
+    inputs: dict[str, Any]
+
+
+def describe(model: Any, tokenizer: Any) -> Described | None:
+    """What our own engine needs to know of a model; None for a model that it cannot run.
 
     Args:
         model: a SentenceTransformer.
@@ -61,7 +69,7 @@ def describe(model: Any, tokenizer: Any) -> tuple[Encoder, Weights] | None:
     vocabulary = len(own.get_submodule(family.words).weight)
     if largest_id >= vocabulary or positions > len(own.get_submodule(family.positions).weight):
         return None
-    weights = _weights(own, family, positions, model.max_seq_length)
+    weights, inputs = _weights(own, family, positions, model.max_seq_length)
     if not all(np.isfinite(values).all() for values in weights.values()):
         return None  # too large for float16
     up = own.get_submodule(f"{family.layers}.0.{family.up}")
@@ -80,7 +88,7 @@ def describe(model: Any, tokenizer: Any) -> tuple[Encoder, Weights] | None:
         pooling=pooling,
         distances=family.distances is not None,
     )
-    return (encoder, weights) if encoder.inner % _WIDTH_STEP == 0 else None
+    return Described(encoder, weights, inputs) if encoder.inner % _WIDTH_STEP == 0 else None
 
 
 def _runs(model: Any) -> bool:
@@ -101,8 +109,13 @@ def _activation(config: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _weights(model: Any, family: Family, positions: int, window: int) -> Weights:
-    """A model's weights, of its position embeddings the first `positions`: those are used."""
+def _weights(
+    model: Any, family: Family, positions: int, window: int
+) -> tuple[Weights, dict[str, Any]]:
+    """A model's weights, of its position embeddings the first `positions`: those are used.
+
+    Returns: also the inputs, see Described.
+    """
     table = _values(model.get_submodule(family.positions).weight)[:positions]
     if family.types:  # every token has the first, so that the sum of both is one table
         table = table + _values(model.get_submodule(family.types).weight)[0]
@@ -115,22 +128,26 @@ def _weights(model: Any, family: Family, positions: int, window: int) -> Weights
             made[name] = _norm(model, source)
     if family.distances:
         made["distances"] = family.distances(model, window) * np.float32(_LOG2_E)
-    config = model.config
+    config, inputs = model.config, dict[str, Any]()
     factor = _LOG2_E / math.sqrt(config.hidden_size // config.num_attention_heads)
     for number in range(config.num_hidden_layers):
         theirs, ours = f"{family.layers}.{number}.", f"layers.{number}."
-        qkv = [theirs + name for name in family.qkv]
-        made |= _linear(model, ours + "qkv", qkv, factor)
-        made |= _linear(model, ours + "out", [theirs + family.out])
-        made |= _linear(model, ours + "up", [theirs + family.up])
-        made |= _linear(model, ours + "down", [theirs + family.down])
+        linears = {
+            "qkv": [theirs + name for name in family.qkv],
+            "out": [theirs + family.out],
+            "up": [theirs + family.up],
+            "down": [theirs + family.down],
+        }
+        for name, sources in linears.items():
+            inputs[ours + name] = model.get_submodule(sources[0])
+            made |= _linear(model, ours + name, sources, factor if name == "qkv" else 1.0)
         made[ours + "norm1"] = _norm(model, theirs + family.norm1)
         made[ours + "norm2"] = _norm(model, theirs + family.norm2)
     # safetensors writes an array that is not contiguous in the order of its memory.
-    return {name: np.ascontiguousarray(values) for name, values in made.items()}
+    return {name: np.ascontiguousarray(values) for name, values in made.items()}, inputs
 
 
-def _linear(model: Any, name: str, sources: Sequence[str], factor: float = 1.0) -> Weights:
+def _linear(model: Any, name: str, sources: Sequence[str], factor: float) -> Weights:
     """Products of one input, joined to one: a row of `weight` gives a value. The first is
     multiplied by `factor`.
     """

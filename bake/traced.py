@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from bake import CannotTrace, Options, encoder, stage
+from bake import CannotTrace, Options, encoder, rounding, stage
 from bake.export import compress, export, running, trace_pictures, trace_texts
 from bake.parity import enter, leave_out, measure, write_sample
 from bake.samples import Sample
@@ -54,10 +54,13 @@ def complete(
     if preprocessing:
         files += export("image", partial(trace_pictures, model, preprocessing), bundle.path)
     if described := encoder.describe(model, tokenizer):
-        manifest.encoder, weights = described
+        manifest.encoder = described.encoder
+        if "int8" in manifest.precisions:
+            with stage("rounding weights to int8"):
+                rounding.add_codes(model, tokenizer, described.weights, described.inputs)
         files.append(weights_file("text"))
-        save_file(weights, bundle.file(files[-1]))
-        del described, weights
+        save_file(described.weights, bundle.file(files[-1]))
+        del described
     model.to("meta")  # give its memory back: what follows needs as much
     if "int8" in manifest.precisions:
         for modality in manifest.modalities:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
 
 import bake_model
-from bake import Options, encoder, source
+from bake import Options, encoder, rounding, source
 from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Probe, weights_file
 from engine.encoder import cpu
 from engine.encoder.encoder_engine import EncoderEngine
@@ -56,12 +56,13 @@ def loaded(folder: pathlib.Path) -> SentenceTransformer:
 
 def described(model: SentenceTransformer, folder: pathlib.Path) -> Bundle | None:
     """A bundle of our own engine in `folder`; None for a model that it does not run."""
-    found = encoder.describe(model, source.tokenizer(model, None))
+    tokenizer = source.tokenizer(model, None)
+    found = encoder.describe(model, tokenizer)
     if found is None:
         return None
     folder.mkdir()
-    description, weights = found
-    save_file(weights, folder / weights_file("text"))
+    rounding.add_codes(model, tokenizer, found.weights, found.inputs)
+    save_file(found.weights, folder / weights_file("text"))
     manifest = Manifest(
         name=folder.name,
         source="",
@@ -78,7 +79,7 @@ def described(model: SentenceTransformer, folder: pathlib.Path) -> Bundle | None
         versions={},
         probe=Probe("", []),
         parity={},
-        encoder=description,
+        encoder=found.encoder,
     )
     return Bundle(folder, manifest)
 

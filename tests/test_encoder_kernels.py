@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT = range(3)
 TANH_GELU, QUICK_GELU, RELU, SILU = range(5, 9)
-GROUP, SPARE_ROWS = 64, 16
+SPARE_ROWS = 16
 # Largest error, relative to the largest value: of float32 sums, and of one rounding to bf16.
 FLOAT_SUMS, BF16_ROUNDING = 2e-6, 2**-8
 POLYNOMIAL = 1e-5  # of GELU and of powers of two
@@ -66,6 +66,7 @@ class Family:
     def __init__(self, name: str) -> None:
         # Zeros around what the kernels may read beyond the end are kept alive here.
         self.kept: list[Array] = []
+        self.name = name
         self.table: Kernels = library.kernels(library.load()[0], name)
         self.bf16 = self.table.activation_size == 2
 
@@ -99,7 +100,8 @@ class Family:
 
     def codes_of_weights(self, panels: Array, n: int, k: int) -> Array:
         """The codes of n columns of k weights, from their layout in panels."""
-        together, offset = (4, 128) if self.table.code_size == 1 else (2, 0)
+        together = 4 if self.table.code_size == 1 else 2
+        offset = 128 if together == 4 and self.name != "amx" else 0
         codes = panels.view(np.uint8 if offset else np.int8).astype(int) - offset
         parts = codes.reshape(n // self.table.panel, k // together, self.table.panel, together)
         return parts.transpose(0, 2, 1, 3).reshape(n, k)
@@ -107,9 +109,8 @@ class Family:
     def quantise(self, values: Array, precision: int = 2) -> tuple[Quantised, Array, Array]:
         """Codes and scales of rows of activations."""
         rows, width = values.shape
-        codes = np.zeros((rows, width), np.int8 if self.table.code_size == 1 else np.int16)
-        scales = np.zeros((rows, width // GROUP), np.float32)
-        start = np.zeros((rows, width // GROUP), np.int32)
+        codes = self.room(rows, width, np.int8 if self.table.code_size == 1 else np.int16)
+        scales, start = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
         self.kept += [codes, scales, start]
         q = Quantised(*map(pointer, (codes, scales, start)))
         source = self.activations(values)
@@ -126,6 +127,15 @@ def to_bf16(values: Array) -> Array:
 
 def from_bf16(values: Array) -> Float32:
     return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def rotated(rows: Array) -> Array:
+    """Blocks of rows times a Hadamard matrix that is divided by its norm."""
+    size = 64 if rows.shape[1] % 128 else 128
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (rows.reshape(len(rows), -1, size) @ (matrix / np.sqrt(size))).reshape(rows.shape)
 
 
 def error(actual: Array, expected: Array) -> float:
@@ -182,25 +192,23 @@ def multiply(
     int8 = precision == "int8"
     # What lies behind a panel is prefetched only.
     panels = aligned(n * k * (1 if int8 else family.table.activation_size))
-    columns = np.zeros(n, np.float32)
-    to, source, sizes = pointer(panels), pointer(half), (LONG(n), LONG(k), FLOAT(0.5))
+    columns = np.linspace(0.01, 0.02, n, dtype=np.float32)  # scales, int8 only
+    to, source, sizes = pointer(panels), pointer(half), (LONG(n), LONG(k))
     linear = Linear(to.value, pointer(bias).value, pointer(columns).value)
-    shape = POINTER, LONG, LONG, FLOAT
     if int8:
-        lay_out = ctypes.CFUNCTYPE(None, POINTER, POINTER, *shape)(family.table.lay_out_int8)
-        lay_out(to, pointer(columns), source, *sizes)
-        q, codes, scales = family.quantise(a)
-        left = (codes.reshape(rows, -1, GROUP) * scales[:, :, None].astype(float)).reshape(rows, k)
-        whole = family.codes_of_weights(panels, n, k)
-        exact = half.astype(float)
-        largest = np.abs(exact).max(axis=1, keepdims=True)
-        assert np.abs(whole - exact / largest * 127).max() <= 0.5 + 1e-4
-        assert error(columns[:, None], largest / 127 * 0.5) < FLOAT_SUMS
-        right = whole * columns[:, None].astype(float)
+        codes = np.clip(np.round(half.astype(float) * 500), -127, 127).astype(np.int8)
+        lay_out = ctypes.CFUNCTYPE(None, POINTER, POINTER, LONG, LONG)(family.table.lay_out_int8)
+        lay_out(to, pointer(codes), *sizes)
+        assert (family.codes_of_weights(panels, n, k) == codes).all()
+        q, rounded, scales = family.quantise(a)
+        left, right = rounded * scales[:, None].astype(float), codes * columns[:, None].astype(
+            float
+        )
     else:
-        ctypes.CFUNCTYPE(None, POINTER, *shape)(family.table.lay_out)(to, source, *sizes)
+        lay_out = ctypes.CFUNCTYPE(None, POINTER, POINTER, LONG, LONG)(family.table.lay_out)
+        lay_out(to, source, *sizes)
         q, left = Quantised(), family.floats(a)
-        right = family.floats(half.astype(np.float32) * np.float32(0.5))
+        right = family.floats(half.astype(np.float32))
     activations = family.activations(a)
     c = family.room(rows, n, np.float32 if mode == ADD_TO_FLOAT else None)
     if mode == ADD_TO_FLOAT:
@@ -229,16 +237,28 @@ def test_products(name: str, precision: Precision, mode: int, rng: np.random.Gen
         assert error(actual, expected) < tolerance, (rows, k, n)
 
 
-def test_rounding_to_codes(family: Family, rng: np.random.Generator) -> None:
-    values = rng.normal(size=(5, 192)) * np.repeat([[1e-3, 1, 100]], GROUP, axis=1)
-    values[2, :GROUP] = 0  # a group of zeros has no scale
+@pytest.mark.parametrize("width", [64, 192, 384, 1536])
+def test_rounding_to_codes(family: Family, width: int, rng: np.random.Generator) -> None:
+    values = rng.normal(size=(6, width)) * np.geomspace(1e-3, 100, 6)[:, None]
+    values[1, 5] = 1e4  # one that is much larger than its row
+    values[2] = 0  # has no scale
     _, codes, scales = family.quantise(values)
-    groups = family.floats(values).reshape(5, 3, GROUP)
-    largest = np.abs(groups).max(axis=2)
+    exact = rotated(family.floats(values).astype(float))
+    largest = np.abs(exact).max(axis=1)
     assert error(scales, largest / 127) < FLOAT_SUMS
-    expected = groups / np.where(largest, largest, 1)[:, :, None] * 127
-    assert np.abs(codes.reshape(groups.shape) - expected).max() <= 0.5 + 1e-4
-    assert codes.max() == 127 and not codes[2, :GROUP].any()
+    expected = exact / np.where(largest, largest, 1)[:, None] * 127
+    assert np.abs(codes - expected).max() <= 0.5 + 1e-3
+    assert not codes[2].any() and (np.abs(codes).max(axis=1)[[0, 1, 3, 4, 5]] == 127).all()
+
+
+@pytest.mark.parametrize("width", [64, 192, 384, 1536])
+def test_rotation(family: Family, width: int, rng: np.random.Generator) -> None:
+    values = rng.normal(size=(1, width)).astype(np.float32)
+    found = values.copy()
+    run = ctypes.CFUNCTYPE(None, POINTER, LONG)(family.table.rotate)
+    run(pointer(found), width)
+    norm = (64 if width % 128 else 128) ** 0.5
+    assert error(found / norm, rotated(values.astype(float))) < FLOAT_SUMS
 
 
 @pytest.mark.parametrize("mode", ACTIVATIONS)

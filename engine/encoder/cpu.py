@@ -21,6 +21,7 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _VNNI = _AVX512 | {"avx512_vnni"}
 _BF16 = _VNNI | {"avx512_bf16"}
 _V4_BF16 = "x86_64_v4+avx512vnni+avx512bf16"
+_TILES = "+amx_tile+amx_bf16+amx_int8"
 
 # The later of two that this CPU has is the faster, at the precisions that it has.
 FAMILIES = (
@@ -30,7 +31,7 @@ FAMILIES = (
     Family("avx512", "x86_64_v4", _AVX512, ("fp32", "int8")),
     Family("vnni", "x86_64_v4+avx512vnni", _VNNI, ("int8",)),
     Family("bf16", _V4_BF16, _BF16, ("bf16", "int8")),
-    Family("amx", f"{_V4_BF16}+amx_tile+amx_bf16", _BF16 | {"amx_tile", "amx_bf16"}, ("bf16",)),
+    Family("amx", f"{_V4_BF16}{_TILES}", _BF16 | set(_TILES[1:].split("+")), ("bf16", "int8")),
 )
 NAMES = tuple(family.name for family in FAMILIES)
 

@@ -2,8 +2,9 @@
 // declares the same structures for Python and compares sizes and offsets when it loads the library.
 //
 // The tokens of all texts of a batch lie one behind the other, so nothing is padded. Matrix
-// products are computed in float32, in bf16, or in int8 with a scale for every GROUP activations
-// and for every column of the weights. Sums, layer norms and softmax are float32.
+// products are computed in float32, in bf16, or in int8 with a scale for every row of activations and
+// for every column of the weights; both are rotated before they are rounded, see rows.h. Sums, layer
+// norms and softmax are float32.
 //
 // Each CPU family has a file of its own (portable.c, avx2.c, avxvnni.c, avx512.c, vnni.c, bf16.c,
 // amx.c), which is compiled with that family's instructions. It sets a few macros and includes
@@ -26,7 +27,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#define GROUP 64      // activations with one scale, int8 only
 #define SPARE_ROWS 16  // rows behind the last that kernels may read
 
 enum { FLOAT32, BF16, INT8 };  // precision of products
@@ -95,8 +95,8 @@ enum { MEAN, FIRST, LAST, FIRST_OF };  // pooling: of all tokens, or that of one
 
 typedef struct {   // int8 activations
     void *values;  // of Kernels.code_size bytes each
-    float *scales;   // [rows][groups]
-    int32_t *start;  // [rows][groups]: what sums begin with, see products.h
+    float *scales;   // [rows]
+    int32_t *start;  // [rows]: what sums begin with, see products.h
 } Quantised;
 
 typedef struct {  // A times the weights; a task is one panel
@@ -136,13 +136,14 @@ typedef struct Kernels {
     long (*attention_memory)(int length, int head);
     void (*embed)(const Shape *, const Weights *, const int64_t *ids, int length, float *x);
     void (*pool)(const Shape *, const int64_t *ids, const float *x, int length, float *out);
-    // n rows of k float16 values (n a multiple of 32, k of 64), multiplied by `factor`, to panels of
-    // float32 or bf16 (the activations' type), or int8 with a scale for each row.
-    void (*lay_out)(void *to, const uint16_t *from, long n, long k, float factor);
-    void (*lay_out_int8)(void *to, float *scales, const uint16_t *from, long n, long k, float factor);
+    // n rows of k float16 values (n a multiple of 32, k of 64) to panels of float32 or bf16 (the
+    // activations' type), and codes of weights to panels of codes.
+    void (*lay_out)(void *to, const uint16_t *from, long n, long k);
+    void (*lay_out_int8)(void *to, const int8_t *from, long n, long k);
     // Kernels one by one, for tests: n is a multiple of 2 * the vector's width.
     void (*activate)(int mode, const float *x, float *y, long n);
     void (*softmax)(float *scores, void *shares, float *factors, int rows, int length, int width);
+    void (*rotate)(float *x, long n);  // n values in place, see rows.h
 } Kernels;
 
 // -- crew.c

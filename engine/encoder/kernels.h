@@ -6,7 +6,7 @@
 // and as the family has it
 //   BF16_ACTIVATIONS  it multiplies bf16; else float32
 //   DPBUSD            it has VPDPBUSD; else MADD multiplies pairs of 16 bits
-//   TILES             it multiplies bf16 by AMX
+//   TILES             it multiplies bf16 and int8 by AMX
 
 #include "encoder.h"
 
@@ -24,6 +24,8 @@ static void activate_all(int mode, const float *x, float *y, long n) {
     for (long i = 0; i < n; i += WIDTH) store(y + i, activate(mode, load(x + i)));
 }
 
+static void rotate_all(float *x, long n) { rotate_row(x, x, n); }
+
 static void softmax_all(float *scores, void *shares, float *factors, int rows, int length,
                         int width) {
     softmax(scores, shares, factors, rows, length, 0, width);
@@ -33,4 +35,4 @@ static void softmax_all(float *scores, void *shares, float *factors, int rows, i
 #define TABLE(family) JOIN(encoder_, family)
 const Kernels TABLE(FAMILY) = {
     sizeof(Activation), sizeof(Code), PANEL,      product, attend,       rows,     attention_memory,
-    embed,              pool,         lay_out,    lay_out_int8, activate_all, softmax_all};
+    embed,              pool,         lay_out,    lay_out_int8, activate_all, softmax_all, rotate_all};

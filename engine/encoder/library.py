@@ -58,7 +58,7 @@ class Kernels(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("activation_size", "code_size", "panel")),
         *((name, Pointer) for name in ("product", "attend", "rows", "attention_memory")),
         *((name, Pointer) for name in ("embed", "pool", "lay_out", "lay_out_int8")),
-        *((name, Pointer) for name in ("activate", "softmax")),
+        *((name, Pointer) for name in ("activate", "softmax", "rotate")),
     ]
 
 

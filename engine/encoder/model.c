@@ -28,9 +28,9 @@ static uintptr_t divide(Memory *m, uintptr_t at, const Shape *shape, const Kerne
     m->a = m->attended = carve(&at, rows * row);
     m->qkv = m->h = carve(&at, rows * most_row);
     if (shape->precision != INT8) return at;
-    m->q.values = carve(&at, tokens * most * kernels->code_size);
-    m->q.scales = carve(&at, tokens * most / GROUP * 4);
-    m->q.start = carve(&at, tokens * most / GROUP * 4);
+    m->q.values = carve(&at, rows * most * kernels->code_size);
+    m->q.scales = carve(&at, tokens * 4);
+    m->q.start = carve(&at, tokens * 4);
     return at;
 }
 

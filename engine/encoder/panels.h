@@ -1,12 +1,12 @@
 // The layout of weights in panels, which products.h reads; see Kernels.
 
-static void lay_out(void *to, const uint16_t *from, long n, long k, float factor) {
+static void lay_out(void *to, const uint16_t *from, long n, long k) {
     for (long column = 0; column < n; column++) {
         Activation *panel = (Activation *)to + column / PANEL * PANEL * k;
         for (long i = 0; i < k; i += 2 * WIDTH) {
             Activation values[2 * WIDTH];
             const uint16_t *p = from + column * k + i;
-            store_activations(values, from_half(p) * factor, from_half(p + WIDTH) * factor);
+            store_activations(values, from_half(p), from_half(p + WIDTH));
             for (long j = 0; j < 2 * WIDTH / DEPTH; j++)
                 memcpy(panel + ((i / DEPTH + j) * PANEL + column % PANEL) * DEPTH,
                        values + j * DEPTH, DEPTH * sizeof(Activation));
@@ -14,24 +14,11 @@ static void lay_out(void *to, const uint16_t *from, long n, long k, float factor
     }
 }
 
-static void lay_out_int8(void *to, float *scales, const uint16_t *from, long n, long k,
-                         float factor) {
+static void lay_out_int8(void *to, const int8_t *from, long n, long k) {
     for (long column = 0; column < n; column++) {
-        F most = {};
-        for (long i = 0; i < k; i += WIDTH) {
-            F x = from_half(from + column * k + i);
-            most = max(most, max(x, -x));
-        }
-        float largest = largest_of(most);
-        F inverse = set(largest > 0 ? 127.0f / largest : 0.0f);
-        scales[column] = largest / 127.0f * factor;
-        char *panel = (char *)to + column / PANEL * PANEL * k + column % PANEL * CODES;
-        for (long i = 0; i < k; i += WIDTH) {
-            I whole = to_int(from_half(from + column * k + i) * inverse) + OFFSET;
-            typedef int8_t Codes __attribute__((vector_size(WIDTH)));
-            Codes codes = __builtin_convertvector(whole, Codes);
-            for (long j = 0; j < WIDTH / CODES; j++)
-                memcpy(panel + (i / CODES + j) * PANEL * CODES, (char *)&codes + j * CODES, CODES);
-        }
+        int8_t *panel = (int8_t *)to + column / PANEL * PANEL * k + column % PANEL * CODES;
+        for (long i = 0; i < k; i += CODES)
+            for (long j = 0; j < CODES; j++)
+                panel[i * PANEL + j] = (int8_t)(from[column * k + i + j] + OFFSET);
     }
 }

@@ -68,10 +68,13 @@ INLINE void tile(int mode, int rows, const uint32_t *a, long lda, const uint32_t
 #endif
 
 // int8: a code is a rounded value. VPDPBUSD needs one unsigned operand, so weights are stored with
-// 128 added there; `start`, of each row and group, subtracts it again. Without VPDPBUSD pairs of
-// 16 bits are multiplied; codes of activations are stored with 16 bits.
-#define ROWS_INT8 6
-#ifdef DPBUSD
+// 128 added there; `start`, of each row, subtracts it again. Without VPDPBUSD pairs of 16 bits are
+// multiplied; codes of activations are stored with 16 bits. AMX multiplies signed bytes.
+#ifdef TILES
+#define CODES 4
+#define OFFSET 0
+typedef int8_t Code;
+#elif defined DPBUSD
 #define CODES 4  // in 32 bits
 #define OFFSET 128
 typedef int8_t Code;
@@ -94,33 +97,28 @@ INLINE I dot(I sum, uint32_t codes, Weights8 w) { return sum + MADD((U){} + code
 #endif
 
 #ifndef TILES
-// Multiply in int8, `words` of 32 bits of codes a row of A.
+// Multiply in int8, `words` of 32 bits of codes a row of A. `scales` and `start` are of its rows,
+// `columns` are the scales of the panel's columns.
 INLINE void tile_int8(int mode, int rows, const uint32_t *a, long words, const char *w,
                       const float *scales, const int32_t *start, void *c, long ldc,
                       const float *bias, const float *columns, const char *next) {
-    const long group = GROUP / CODES, groups = words / group, bytes = WIDTH * CODES;
-    F sums[ROWS_INT8][2];
-    UNROLL for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = (F){};
-    for (long g = 0; g < groups; g++) {
-        I part[ROWS_INT8][2];
-        UNROLL for (int i = 0; i < rows; i++)
-            part[i][0] = part[i][1] = (I){} + (OFFSET ? start[i * groups + g] : 0);
-        for (long k = g * group; k < (g + 1) * group; k++) {
-            Weights8 low = load_codes(w + 2 * k * bytes), high = load_codes(w + (2 * k + 1) * bytes);
-            for (long at = 0; at < 2 * bytes; at += 64)
-                __builtin_prefetch(next + 2 * k * bytes + at, 0, 2);
-            UNROLL for (int i = 0; i < rows; i++) {
-                part[i][0] = dot(part[i][0], a[i * words + k], low);
-                part[i][1] = dot(part[i][1], a[i * words + k], high);
-            }
-        }
+    const long bytes = WIDTH * CODES;
+    I sums[ROWS][2];
+    UNROLL for (int i = 0; i < rows; i++)
+        sums[i][0] = sums[i][1] = (I){} + (OFFSET ? start[i] : 0);
+    for (long k = 0; k < words; k++) {
+        Weights8 low = load_codes(w + 2 * k * bytes), high = load_codes(w + (2 * k + 1) * bytes);
+        for (long at = 0; at < 2 * bytes; at += 64)
+            __builtin_prefetch(next + 2 * k * bytes + at, 0, 2);
         UNROLL for (int i = 0; i < rows; i++) {
-            sums[i][0] += to_float(part[i][0]) * scales[i * groups + g];
-            sums[i][1] += to_float(part[i][1]) * scales[i * groups + g];
+            sums[i][0] = dot(sums[i][0], a[i * words + k], low);
+            sums[i][1] = dot(sums[i][1], a[i * words + k], high);
         }
     }
     F low = load(columns), high = load(columns + WIDTH);
-    UNROLL for (int i = 0; i < rows; i++) put(mode, c, i * ldc, sums[i][0] * low, sums[i][1] * high, bias);
+    UNROLL for (int i = 0; i < rows; i++)
+        put(mode, c, i * ldc, to_float(sums[i][0]) * scales[i] * low,
+            to_float(sums[i][1]) * scales[i] * high, bias);
 }
 
 typedef void Tile(const uint32_t *, long, const uint32_t *, long, void *, long, const float *,
@@ -166,22 +164,22 @@ INLINE void multiply(int mode, int rows, const Activation *a, long lda, const ui
 INLINE void begin_products(void) {}
 INLINE void end_products(void) {}
 
-// Rows of the next block of at most `most`, of those left: blocks of about the same size.
-INLINE int block_rows(int left, int most) { return left / ((left + most - 1) / most); }
-INLINE int next_rows(int left) { return block_rows(left, ROWS); }
+// Rows of the next block of at most ROWS, of those left: blocks of about the same size.
+INLINE int next_rows(int left) { return left / ((left + ROWS - 1) / ROWS); }
 
-TO_6(TILE_INT8, TO_ACTIVATION) TO_6(TILE_INT8, GELU_TO_ACTIVATION) TO_6(TILE_INT8, ADD_TO_FLOAT)
-static TileInt8 *const tiles_int8[][ROWS_INT8] = {{TO_6(NAME_INT8, TO_ACTIVATION)},
-                                                  {TO_6(NAME_INT8, GELU_TO_ACTIVATION)},
-                                                  {TO_6(NAME_INT8, ADD_TO_FLOAT)}};
+TO_ROWS(TILE_INT8, TO_ACTIVATION) TO_ROWS(TILE_INT8, GELU_TO_ACTIVATION)
+TO_ROWS(TILE_INT8, ADD_TO_FLOAT)
+static TileInt8 *const tiles_int8[][ROWS] = {{TO_ROWS(NAME_INT8, TO_ACTIVATION)},
+                                             {TO_ROWS(NAME_INT8, GELU_TO_ACTIVATION)},
+                                             {TO_ROWS(NAME_INT8, ADD_TO_FLOAT)}};
 
 // Multiply all rows with panel `number`.
 static void product(void *argument, int number, char *memory) {
     const Product *p = argument;
     (void)memory;
-    int int8 = p->precision == INT8, most = int8 ? ROWS_INT8 : ROWS;
+    int int8 = p->precision == INT8;
     long bytes = p->k * PANEL * (int8 ? 1 : (long)sizeof(Activation));
-    long groups = p->k / GROUP, column = (long)number * PANEL;
+    long column = (long)number * PANEL;
     const char *w = (const char *)p->linear.weights + number * bytes, *next = w + p->ahead * bytes;
     const long size = p->mode == ADD_TO_FLOAT ? 4 : sizeof(Activation);
     char *c = (char *)p->c + column * size;
@@ -189,7 +187,7 @@ static void product(void *argument, int number, char *memory) {
     int other = p->mode > WEIGHTED, mode = other ? ADD_TO_FLOAT : p->mode;
     long ldc = other ? PANEL : p->ldc;
     for (int row = 0, rows; row < p->rows; row += rows) {
-        rows = block_rows(p->rows - row, most);
+        rows = next_rows(p->rows - row);
         const char *fetch = row + rows == p->rows ? next : w;
         long at = row * (long)p->k;
         float sums[ROWS][PANEL];
@@ -198,7 +196,7 @@ static void product(void *argument, int number, char *memory) {
         if (int8)
             tiles_int8[mode][rows - 1](
                 (const uint32_t *)((const Code *)p->q.values + at), p->k / CODES, w,
-                p->q.scales + row * groups, p->q.start + row * groups, to, ldc, bias,
+                p->q.scales + row, p->q.start + row, to, ldc, bias,
                 p->linear.scale + column, fetch);
         else
             tiles[mode][rows - 1]((const uint32_t *)((const Activation *)p->a + at),

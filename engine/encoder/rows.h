@@ -1,34 +1,94 @@
 // Whatever treats each row of activations, which is a token, alone.
 
-INLINE void quantise_group(const F x[GROUP / WIDTH], Code *codes, float *scale, int32_t *start) {
+// int8: rows are rotated before they are rounded, in blocks of 128 values (64 where the width is no
+// multiple of that) by a Hadamard matrix, not divided by its norm. It is orthogonal: weights that
+// are rotated alike give the same products. It spreads large values over their block, so that one
+// scale suits the whole row. Ashkboos et al. 2024, "QuaRot".
+
+// Lane i of x in lane i ^ `step`, and -1 in the lanes that have this bit.
+#define PAIR(i, step) (i) ^ (step), ((i) + 1) ^ (step)
+#define FOUR(i, step) PAIR(i, step), PAIR((i) + 2, step)
+#define EIGHT(i, step) FOUR(i, step), FOUR((i) + 4, step)
+#if WIDTH == 4
+#define LANES(step) FOUR(0, step)
+#elif WIDTH == 8
+#define LANES(step) EIGHT(0, step)
+#else
+#define LANES(step) EIGHT(0, step), EIGHT(8, step)
+#endif
+INLINE F signs(int step) {
+    float lanes[WIDTH];
+    for (int i = 0; i < WIDTH; i++) lanes[i] = i & step ? -1 : 1;
+    return load(lanes);
+}
+#define ADD_LANES(step) \
+    for (int i = 0; i < count; i++) \
+        x[i] = x[i] * signs(step) + __builtin_shufflevector(x[i], x[i], LANES(step));
+
+// Rotate a block of `count` vectors: the Walsh-Hadamard transform, in log2 of its size steps.
+INLINE void rotate(F *x, int count) {
+    UNROLL for (int step = 1; step < count; step *= 2)
+        UNROLL for (int i = 0; i < count; i++)
+            if (!(i & step)) {
+                F sum = x[i] + x[i + step];
+                x[i + step] = x[i] - x[i + step];
+                x[i] = sum;
+            }
+    ADD_LANES(1)
+    ADD_LANES(2)
+#if WIDTH >= 8
+    ADD_LANES(4)
+#endif
+#if WIDTH == 16
+    ADD_LANES(8)
+#endif
+}
+
+INLINE int rotation(long n) { return n % 128 ? 64 : 128; }
+
+INLINE void rotate_block(float *to, const float *from, int size) {
+    F x[128 / WIDTH];
+    UNROLL for (int i = 0; i < size / WIDTH; i++) x[i] = load(from + WIDTH * i);
+    rotate(x, size / WIDTH);
+    UNROLL for (int i = 0; i < size / WIDTH; i++) store(to + WIDTH * i, x[i]);
+}
+
+static void rotate_row(float *to, const float *from, long n) {
+    if (rotation(n) == 128)
+        for (long at = 0; at < n; at += 128) rotate_block(to + at, from + at, 128);
+    else
+        for (long at = 0; at < n; at += 64) rotate_block(to + at, from + at, 64);
+}
+
+// Rotate and round a row, of the residual stream or of activations.
+static void quantise_row(const Rows *p, long row) {
+    long width = p->width;
+    float rotated[width] __attribute__((aligned(64)));
+    if (p->gain) {
+        rotate_row(rotated, p->x + row * width, width);
+    } else {
+        const Activation *a = (const Activation *)p->activations + row * width;
+        for (long i = 0; i < width; i += WIDTH) store(rotated + i, from_activation(a + i));
+        rotate_row(rotated, rotated, width);
+    }
     F most = {};
-    for (int i = 0; i < GROUP / WIDTH; i++) most = max(most, max(x[i], -x[i]));
+    for (long i = 0; i < width; i += WIDTH) {
+        F x = load(rotated + i);
+        most = max(most, max(x, -x));
+    }
     float largest = largest_of(most);
     F factor = set(largest > 0 ? 127.0f / largest : 0.0f);
     I sum = {};
-    for (int i = 0; i < GROUP / WIDTH; i++) {
-        I whole = to_int(x[i] * factor);
+    Code *codes = (Code *)p->q.values + row * width;
+    for (long i = 0; i < width; i += WIDTH) {
+        I whole = to_int(load(rotated + i) * factor);
         sum += whole;
         typedef Code CodesAt __attribute__((vector_size(sizeof(Code) * WIDTH), aligned(1), may_alias));
         typedef Code Codes __attribute__((vector_size(sizeof(Code) * WIDTH)));
-        *(CodesAt *)(codes + WIDTH * i) = __builtin_convertvector(whole, Codes);
+        *(CodesAt *)(codes + i) = __builtin_convertvector(whole, Codes);
     }
-    *scale = largest / 127.0f;
-    *start = -OFFSET * sum_of_ints(sum);
-}
-
-static void quantise_row(const Rows *p, long row) {
-    long groups = p->width / GROUP;
-    for (long g = 0; g < groups; g++) {
-        F x[GROUP / WIDTH];
-        for (int i = 0; i < GROUP / WIDTH; i++) {
-            long at = row * p->width + g * GROUP + WIDTH * i;
-            x[i] = p->gain ? load(p->x + at)
-                           : from_activation((const Activation *)p->activations + at);
-        }
-        quantise_group(x, (Code *)p->q.values + row * p->width + g * GROUP,
-                       p->q.scales + row * groups + g, p->q.start + row * groups + g);
-    }
+    p->q.scales[row] = largest / (127.0f * __builtin_sqrtf((float)rotation(width)));
+    p->q.start[row] = -OFFSET * sum_of_ints(sum);
 }
 
 static void norm_row(const Rows *p, long row) {

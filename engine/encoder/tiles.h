@@ -1,4 +1,4 @@
-// Products in bf16 by AMX: eight tiles of 16 rows of 64 bytes. Tiles 0 to 3 hold sums of 32 rows
+// Products in bf16 and int8 by AMX: eight tiles of 16 rows of 64 bytes. Tiles 0 to 3 hold sums of 32 rows
 // and 32 columns, 4 and 5 rows of A, 6 and 7 a panel's columns.
 
 typedef struct {
@@ -15,18 +15,26 @@ INLINE void begin_products(void) {
 }
 INLINE void end_products(void) { _tile_release(); }
 
-// Add the products of columns `step` to `step` + 31 of A, of 32 rows or the first 16, and a panel.
-INLINE void multiply_step(int both, const Activation *a, long lda, const uint32_t *w, long step) {
-    const uint32_t *columns = w + step / 2 * PANEL;
+// Add a tile's product of rows of A and columns of a panel.
+#define DOT(int8, sums, a, w) \
+    if (int8) _tile_dpbssd(sums, a, w); \
+    else _tile_dpbf16ps(sums, a, w);
+
+// Add the products of 64 bytes from `step` on of each of 32 rows of A, or of the first 16, and a
+// panel. Rows are `stride` bytes apart.
+INLINE void multiply_step(int both, int int8, const void *a, long stride, const uint32_t *w,
+                          long step) {
+    const uint32_t *columns = w + step / 4 * PANEL;
+    const char *row = (const char *)a + step;
     _tile_loadd(6, columns, 4 * PANEL);
     _tile_loadd(7, columns + WIDTH, 4 * PANEL);
-    _tile_loadd(4, a + step, 2 * lda);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(4, row, stride);
+    DOT(int8, 0, 4, 6)
+    DOT(int8, 1, 4, 7)
     if (!both) return;
-    _tile_loadd(5, a + 16 * lda + step, 2 * lda);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(5, row + 16 * stride, stride);
+    DOT(int8, 2, 5, 6)
+    DOT(int8, 3, 5, 7)
 }
 
 INLINE void clear_sums(void) {
@@ -48,30 +56,41 @@ INLINE void store_sums(int both, float *c, long ldc) {
 // Rows of the next block, of those left. Full blocks first: 17 rows cost as much as 32.
 INLINE int next_rows(int left) { return left < ROWS ? left : ROWS; }
 
-// Multiply all rows with a panel. The sums of a block of rows are finished (bias, GELU, rounding)
-// while the tiles multiply the next block.
-INLINE void all_rows(int mode, const Product *p, const uint32_t *w, void *c, const float *bias,
+// Finish the sums of one row of a panel that begins at `column`. In int8 they are integers.
+INLINE void finish(int mode, int int8, const Product *p, long column, long row, const float *sums,
+                   void *c) {
+    F low = load(sums), high = load(sums + WIDTH);
+    if (int8) {
+        const float *columns = p->linear.scale + column;
+        F scale = set(p->q.scales[row]);
+        low = to_float((I)low) * scale * load(columns);
+        high = to_float((I)high) * scale * load(columns + WIDTH);
+    }
+    put(mode, c, row * p->ldc, low, high, p->linear.bias + column);
+}
+
+// Multiply all rows with the panel of columns from `column` on. The sums of a block of rows are
+// finished (bias, GELU, rounding) while the tiles multiply the next block.
+INLINE void all_rows(int mode, int int8, const Product *p, long column, const uint32_t *w, void *c,
                      const char *next) {
     float sums[2][ROWS][PANEL] __attribute__((aligned(64)));
-    const Activation *a = p->a;
-    long k = p->k, first = 0;           // row of the block whose sums are to be finished
-    int waiting = 0, share = (int)((ROWS * 32 + k - 1) / k);  // rows to be finished in a step
+    const char *a = int8 ? p->q.values : p->a;
+    long k = p->k * (int8 ? 1L : 2L);  // bytes of a row
+    long first = 0;                    // row of the block whose sums are to be finished
+    int waiting = 0, share = (int)((ROWS * 64 + k - 1) / k);  // rows to be finished in a step
     for (int row = 0, number = 0; row < p->rows || waiting; number ^= 1) {
         int rows = next_rows(p->rows - row), both = rows > 16, done = 0;
         const float(*ready)[PANEL] = sums[number ^ 1];
         if (rows) clear_sums();
-        for (long step = 0; rows && step < k; step += 32) {
-            if (both) multiply_step(1, a + row * k, k, w, step);
-            else multiply_step(0, a + row * k, k, w, step);
+        for (long step = 0; rows && step < k; step += 64) {
+            if (both) multiply_step(1, int8, a + row * k, k, w, step);
+            else multiply_step(0, int8, a + row * k, k, w, step);
             if (row + rows == p->rows)
-                for (long i = step / 2; i < step / 2 + 16; i++) prefetch(next, i);
+                for (long i = step / 4; i < step / 4 + 16; i++) prefetch(next, i);
             for (int end = done + share; done < end && done < waiting; done++)
-                put(mode, c, (first + done) * p->ldc, load(ready[done]),
-                    load(ready[done] + WIDTH), bias);
+                finish(mode, int8, p, column, first + done, ready[done], c);
         }
-        for (; done < waiting; done++)
-            put(mode, c, (first + done) * p->ldc, load(ready[done]), load(ready[done] + WIDTH),
-                bias);
+        for (; done < waiting; done++) finish(mode, int8, p, column, first + done, ready[done], c);
         if (rows) store_sums(both, sums[number][0], PANEL);
         first = row, waiting = rows, row += rows;
     }
@@ -81,16 +100,22 @@ INLINE void all_rows(int mode, const Product *p, const uint32_t *w, void *c, con
 static void product(void *argument, int number, char *memory) {
     const Product *p = argument;
     (void)memory;
-    long column = (long)number * PANEL, words = (long)p->k * PANEL / 2;
+    int int8 = p->precision == INT8;
+    long column = (long)number * PANEL, words = (long)p->k * PANEL / (int8 ? 4 : 2);
     const uint32_t *w = (const uint32_t *)p->linear.weights + number * words;
     const char *next = (const char *)(w + p->ahead * words);
-    const float *bias = p->linear.bias + column;
     Activation *c = (Activation *)p->c + column;
+    float *sum = (float *)p->c + column;
     begin_products();
-    if (p->mode == TO_ACTIVATION) all_rows(TO_ACTIVATION, p, w, c, bias, next);
-    else if (p->mode == GELU_TO_ACTIVATION) all_rows(GELU_TO_ACTIVATION, p, w, c, bias, next);
-    else if (p->mode == ADD_TO_FLOAT) all_rows(ADD_TO_FLOAT, p, w, (float *)p->c + column, bias, next);
-    else all_rows(p->mode, p, w, c, bias, next);
+    if (int8 && p->mode == TO_ACTIVATION) all_rows(TO_ACTIVATION, 1, p, column, w, c, next);
+    else if (p->mode == TO_ACTIVATION) all_rows(TO_ACTIVATION, 0, p, column, w, c, next);
+    else if (int8 && p->mode == ADD_TO_FLOAT) all_rows(ADD_TO_FLOAT, 1, p, column, w, sum, next);
+    else if (p->mode == ADD_TO_FLOAT) all_rows(ADD_TO_FLOAT, 0, p, column, w, sum, next);
+    else if (int8 && p->mode == GELU_TO_ACTIVATION)
+        all_rows(GELU_TO_ACTIVATION, 1, p, column, w, c, next);
+    else if (p->mode == GELU_TO_ACTIVATION) all_rows(GELU_TO_ACTIVATION, 0, p, column, w, c, next);
+    else if (int8) all_rows(p->mode, 1, p, column, w, c, next);
+    else all_rows(p->mode, 0, p, column, w, c, next);
     end_products();
 }
 
@@ -102,9 +127,9 @@ INLINE void multiply(int mode, int rows, const Activation *a, long lda, const ui
     float sums[ROWS][PANEL] __attribute__((aligned(64)));
     int both = rows > 16;
     clear_sums();
-    for (long step = 0; step < k; step += 32)
-        if (both) multiply_step(1, a, lda, w, step);
-        else multiply_step(0, a, lda, w, step);
+    for (long step = 0; step < 2 * k; step += 64)
+        if (both) multiply_step(1, 0, a, 2 * lda, w, step);
+        else multiply_step(0, 0, a, 2 * lda, w, step);
     if (mode == SCORES) return store_sums(both, c, ldc);
     store_sums(both, sums[0], PANEL);
     for (int i = 0; i < rows; i++)

@@ -9,9 +9,7 @@ from engine.bundle import Bundle, Encoder, weights_file
 from engine.encoder.library import Kernels, Layer, Linear, Pointer, Weights, aligned
 from engine.encoder.tensors import Tensors
 
-_SIZES = (ctypes.c_long, ctypes.c_long, ctypes.c_float)
-_LAY_OUT = ctypes.CFUNCTYPE(None, Pointer, Pointer, *_SIZES)
-_LAY_OUT_INT8 = ctypes.CFUNCTYPE(None, Pointer, Pointer, Pointer, *_SIZES)
+_LAY_OUT = ctypes.CFUNCTYPE(None, Pointer, Pointer, ctypes.c_long, ctypes.c_long)
 
 
 class LaidOut:
@@ -67,17 +65,16 @@ class LaidOut:
 
     def _linear(self, name: str, rows: int, columns: int) -> Linear:
         """Lay out a linear layer: its product has `rows` values for each of `columns`."""
-        weight = self._tensors.get(f"{name}.weight", np.float16, rows, columns)
-        scales = np.zeros(rows, np.float32)
-        self._kept.append(scales)
-        made = Linear(self._free, self._floats(f"{name}.bias", rows), _address(scales))
-        to, source = Pointer(self._free), Pointer(_address(weight))
-        size = ctypes.c_long(rows), ctypes.c_long(columns), ctypes.c_float(1)
+        bias, scales = self._floats(f"{name}.bias", rows), 0
         if self._int8:
-            at = Pointer(_address(scales))
-            _LAY_OUT_INT8(self._kernels.lay_out_int8)(to, at, source, *size)
+            weight = self._tensors.get(f"{name}.codes", np.int8, rows, columns)
+            scales = self._floats(f"{name}.scales", rows)
+            lay_out = _LAY_OUT(self._kernels.lay_out_int8)
         else:
-            _LAY_OUT(self._kernels.lay_out)(to, source, *size)
+            weight = self._tensors.get(f"{name}.weight", np.float16, rows, columns)
+            lay_out = _LAY_OUT(self._kernels.lay_out)
+        made = Linear(self._free, bias, scales)
+        lay_out(Pointer(self._free), Pointer(_address(weight)), rows, columns)
         self._free += rows * columns * self._size
         return made
 
