@@ -375,8 +375,9 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
         (embedding,) = probe.embed([probe_picture()], **_of_the_service(bundle))
         return _check_probe(bundle, engine, what, expected, embedding.vector)
 
+    isa = settings.encoder_isa
     make = functools.partial(
-        image_engine, bundle, settings.precision, streams=streams, device=device
+        image_engine, bundle, settings.precision, streams=streams, isa=isa, device=device
     )
     engine, cosine = right_engine(bundle, settings.precision, make, check)
     limits = ImageLimits(

@@ -29,6 +29,7 @@ class Family:
     # Layers norm their inputs, and the last one's output has a norm of this name; else they norm
     # their sums with their outputs.
     last: str | None = None
+    causal: bool = False  # no token sees those behind it
     # The padding token has the position of its own id and is not counted, as in RoBERTa.
     counts: bool = False
     # What is added to a score for the distance from the query to the key, of a model with a window:
@@ -84,6 +85,24 @@ _ROBERTA_BEFORE = replace(
     last="LayerNorm",
 )
 
+CLIP_TEXT = Family(
+    words="embeddings.token_embedding",
+    positions="embeddings.position_embedding",
+    types=None,
+    norm=None,
+    layers="encoder.layers",
+    qkv=tuple(f"self_attn.{name}_proj" for name in "qkv"),
+    out="self_attn.out_proj",
+    norm1="layer_norm1",
+    up="mlp.fc1",
+    down="mlp.fc2",
+    norm2="layer_norm2",
+    last="final_layer_norm",
+    causal=True,
+)
+# transformers spells it so.
+CLIP_VISION = replace(CLIP_TEXT, norm="pre_layrnorm", last="post_layernorm", causal=False)
+
 FAMILIES = {
     "BertModel": _BERT,
     "CamembertModel": _ROBERTA,
@@ -96,10 +115,26 @@ FAMILIES = {
 }
 
 
+def _of_transformers(model: Any) -> str:
+    """The name of transformers' own class; somebody's own may bear the same name."""
+    kind = type(model)
+    return kind.__name__ if kind.__module__.startswith("transformers.models.") else ""
+
+
 def find(model: Any) -> Family | None:
     """The family of a model of transformers; None for one that our own engine does not run."""
-    kind = type(model)
-    # Somebody's own class may bear the same name.
-    if not kind.__module__.startswith("transformers.models."):
-        return None
-    return FAMILIES.get(kind.__name__)
+    return FAMILIES.get(_of_transformers(model))
+
+
+def is_clip(part: Any) -> bool:
+    """Whether a module of sentence-transformers is CLIP, and gives both towers' projections."""
+    methods = {
+        modality: config.get("method")
+        for modality, config in getattr(part, "modality_config", {}).items()
+        if isinstance(config, dict)
+    }
+    return (
+        _of_transformers(getattr(part, "model", None)) == "CLIPModel"
+        and methods.get("text") == "get_text_features"
+        and methods.get("image") == "get_image_features"
+    )

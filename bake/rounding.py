@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from bake import windows
+from bake.samples import drawing, photo
+from engine.bundle import Modality
 
 LARGEST = 127  # code
 # GPTQ: what is added to the diagonal, as a share of its mean; columns that are rounded before their
@@ -26,10 +29,15 @@ SHARES = torch.linspace(0.7, 1.0, 16)
 # None of them is in the sample that the certificate is measured over.
 PASSAGES, CHARACTERS = 40, (60, 150, 300, 700)
 DRAWN, WORDS = 50, (1, 2, 5, 20, 60, 120)
+PICTURES = 12  # of each kind
 
 
 def add_codes(
-    model: Any, tokenizer: Any, weights: dict[str, npt.NDArray[Any]], inputs: Mapping[str, Any]
+    model: Any,
+    tokenizer: Any,
+    modality: Modality,
+    weights: dict[str, npt.NDArray[Any]],
+    inputs: Mapping[str, Any],
 ) -> None:
     """Add `NAME.codes`, int8 as `NAME.weight`, and `NAME.scales`, float32 of shape (rows,), for
     each linear layer.
@@ -39,17 +47,17 @@ def add_codes(
         weights: `NAME.weight` of shape (outputs, inputs).
         inputs: for each NAME, a module of `model` that gets the same input.
     """
-    texts = calibration(tokenizer)
+    samples = pictures() if modality == "image" else texts(tokenizer)
     with _moments(inputs.values()) as moments:
-        windows.embed(model, texts, 1)
+        windows.embed(model, samples, 1)
     for name, module in inputs.items():
         weight = torch.from_numpy(weights[f"{name}.weight"].astype(np.float32))
         codes, scales = rounded(rotated(weight), _inverse(moments.pop(module)))
         weights |= {f"{name}.codes": codes.numpy(), f"{name}.scales": scales.numpy()}
 
 
-def calibration(tokenizer: Any) -> list[str]:
-    """The texts, the same for every bake of a model."""
+def texts(tokenizer: Any) -> list[str]:
+    """Texts, the same for every bake of a model."""
     draw = random.Random(1)
     prose = " ".join(" ".join(topics.values()).split())
     starts = [draw.randrange(len(prose) - max(CHARACTERS)) for _ in range(PASSAGES)]
@@ -57,6 +65,12 @@ def calibration(tokenizer: Any) -> list[str]:
     ids = sorted(tokenizer.get_vocab(with_added_tokens=False).values())
     drawn = [tokenizer.decode(draw.choices(ids, k=draw.choice(WORDS))) for _ in range(DRAWN)]
     return [text for text in passages + drawn if text.strip()]
+
+
+def pictures() -> list[Image.Image]:
+    """Noise that looks like photographs, and drawings, other than the certificate's."""
+    random = np.random.default_rng(11)
+    return [make(random, 320, 240) for make in (photo, drawing) for _ in range(PICTURES)]
 
 
 def rotated(rows: torch.Tensor) -> torch.Tensor:

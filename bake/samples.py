@@ -105,26 +105,27 @@ def sample_pictures() -> list[bytes]:
     """
     random = np.random.default_rng(5)
     shapes = ((400, 300), (300, 400), (640, 480), (225, 223), (32, 32), (900, 260))
-    pictures = [_photo(random, *shape) for shape in shapes]
-    pictures += [_lines(random, *shape) for shape in shapes]
-    clear = _photo(random, 300, 200).convert("RGBA")
-    clear.putalpha(_photo(random, 300, 200).convert("L"))
+    pictures = [photo(random, *shape) for shape in shapes]
+    pictures += [drawing(random, *shape) for shape in shapes]
+    clear = photo(random, 300, 200).convert("RGBA")
+    clear.putalpha(photo(random, 300, 200).convert("L"))
     pictures += [clear, clear.convert("LA"), clear.convert("P")]
-    pictures += [_lines(random, 250, 250).convert("1"), _photo(random, 300, 300).convert("L")]
-    pictures += [_photo(random, 260, 300).quantize(8)]
+    pictures += [drawing(random, 250, 250).convert("1"), photo(random, 300, 300).convert("L")]
+    pictures += [photo(random, 260, 300).quantize(8)]
     pictures += [Image.new("RGB", (1, 1), "red"), Image.new("RGB", (240, 240), "navy")]
-    pictures += [_photo(random, 4, 900), _photo(random, 900, 4)]
-    pictures += [_lines(random, 1500, 10), _lines(random, 2, 300)]
+    pictures += [photo(random, 4, 900), photo(random, 900, 4)]
+    pictures += [drawing(random, 1500, 10), drawing(random, 2, 300)]
     files = [
         _file(picture, "BMP" if picture.mode == "RGB" and number % 3 == 0 else "PNG")
         for number, picture in enumerate(pictures)
     ]
-    jpegs = [_photo(random, *shape) for shape in ((120, 100), (90, 125), (120, 90), (99, 99))]
+    jpegs = [photo(random, *shape) for shape in ((120, 100), (90, 125), (120, 90), (99, 99))]
     jpegs[2] = jpegs[2].convert("CMYK")
     return [probe_picture(), *files, *(_file(each, "JPEG", quality=90) for each in jpegs)]
 
 
-def _photo(random: np.random.Generator, width: int, height: int) -> Image.Image:
+def photo(random: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Noise with the spectrum of a photograph."""
     pixels = np.zeros((height, width, 3))
     for octave in range(2, 9):
         detail = random.normal(0, 160 / octave**1.5, (2**octave, 2**octave, 3)).astype(np.float32)
@@ -135,7 +136,8 @@ def _photo(random: np.random.Generator, width: int, height: int) -> Image.Image:
     return Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
 
 
-def _lines(random: np.random.Generator, width: int, height: int) -> Image.Image:
+def drawing(random: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Lines on white."""
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     for _ in range(25):

@@ -23,7 +23,7 @@ from engine.bundle import (
 )
 from engine.certificate import BelowFloor
 from engine.choice import runs
-from engine.encoder.encoder_engine import EncoderEngine
+from engine.encoder.encoder_engine import EncoderEngine, EncoderImageEngine
 from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine
 from engine.protocol import Engine
 from tokens import load_tokenizer
@@ -53,14 +53,7 @@ def complete(
     files = export("text", trace, bundle.path)
     if preprocessing:
         files += export("image", partial(trace_pictures, model, preprocessing), bundle.path)
-    if described := encoder.describe(model, tokenizer):
-        manifest.encoder = described.encoder
-        if "int8" in manifest.precisions:
-            with stage("rounding weights to int8"):
-                rounding.add_codes(model, tokenizer, described.weights, described.inputs)
-        files.append(weights_file("text"))
-        save_file(described.weights, bundle.file(files[-1]))
-        del described
+    files += _describe(bundle, model, tokenizer, preprocessing)
     model.to("meta")  # give its memory back: what follows needs as much
     if "int8" in manifest.precisions:
         for modality in manifest.modalities:
@@ -69,6 +62,24 @@ def complete(
     bundle.record([*files, SAMPLE])
     certify(bundle, options, samples, note)
     return manifest
+
+
+def _describe(
+    bundle: Bundle, model: Any, tokenizer: Any, preprocessing: Preprocessing | None
+) -> list[str]:
+    """Give our own engine a model that it can run. Returns: the names of the files."""
+    shape = preprocessing.shape if preprocessing else (0, 0)
+    towers = encoder.describe(model, tokenizer, shape)
+    if found := towers.get("text"):
+        bundle.manifest.encoder = found.encoder
+    if found := towers.get("image"):
+        bundle.manifest.image_encoder = found.encoder
+    for modality, tower in towers.items():
+        if "int8" in bundle.manifest.precisions:
+            with stage(f"rounding weights of {modality}s to int8"):
+                rounding.add_codes(model, tokenizer, modality, tower.weights, tower.inputs)
+        save_file(tower.weights, bundle.file(weights_file(modality)))
+    return list(map(weights_file, towers))
 
 
 def certify(
@@ -119,6 +130,8 @@ def makers(bundle: Bundle, backend: Backend, precision: Precision) -> list[Calla
         return OpenVINOTextEngine(bundle, precision, **pad, streams=threads)
 
     def image(threads: int) -> Engine:
+        if backend == "own engine":
+            return EncoderImageEngine(bundle, precision, streams=threads)
         return OpenVINOImageEngine(bundle, precision, streams=threads)
 
     return [image if each == "image" else text for each in bundle.manifest.modalities]

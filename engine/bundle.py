@@ -46,7 +46,7 @@ TRUSTED = (0.9995, 0.9998)
 # Fields of a manifest that decide what vectors a request gets.
 _OF_VECTORS = (
     *("dimensions", "default_dimensions", "max_tokens", "normalized", "layer_norm", "prompts"),
-    *("default_prompt", "encoder", "torch"),
+    *("default_prompt", "encoder", "image_encoder", "torch"),
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -135,7 +135,7 @@ Activation = Literal["gelu", "tanh gelu", "quick gelu", "relu", "silu"]
 
 
 class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A transformer for engine/encoder. Its weights are in `weights_file`, by the names that
+    """A tower for engine/encoder. Its weights are in `weights_file`, by the names that
     bake/encoder.py gives them.
     """
 
@@ -144,11 +144,16 @@ class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     inner: int
     layers: int
     epsilon: float  # of layer norms
-    vocabulary: int
-    first_position: int  # of a text's first token
+    vocabulary: int  # 0 in a tower of pictures
+    first_position: int = 0  # of a text's first token
     # RoBERTa: the padding token has the position of its own id, wherever it is in a text, and is
     # not counted.
-    pad: int | None
+    pad: int | None = None
+    # Of a tower of pictures: the pixels of a patch's side, and patches side by side. A class token
+    # comes before the patches.
+    patch: int = 0
+    across: int = 0
+    outputs: int = 0  # numbers that a linear layer makes of the pooled vector; 0 without it
     activation: Activation = "gelu"
     norm_embeddings: bool = True
     # Layers norm their inputs, and the last one's output is normed; else they norm their sums with
@@ -209,7 +214,9 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     # `image_embeddings.probe_picture()`.
     image_parity: dict[Backend, dict[Precision, Parity]] = {}
     image_probe: list[float] | None = None
+    # Our own engine runs all of a bundle's modalities, or none.
     encoder: Encoder | None = None
+    image_encoder: Encoder | None = None
     torch: Torch | None = None
 
     @property

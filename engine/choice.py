@@ -1,5 +1,5 @@
-"""Chooses the engine that computes a bundle: torch where it was baked for it; else, for texts, our
-own where it can; else OpenVINO.
+"""Chooses the engine that computes a bundle: torch where it was baked for it; else our own where it
+can; else OpenVINO.
 
 Engines are imported only where they are chosen: that takes as long as the rest of a start.
 """
@@ -72,11 +72,16 @@ def text_engine(
     return OpenVINOTextEngine(bundle, precision, pad_id=pad_id, pad_left=pad_left, streams=streams)
 
 
-def image_engine(bundle: Bundle, wanted: str, *, streams: int, device: str = "auto") -> Any:
-    """The engine for pictures, with their `preprocessing`. Raises: as `text_engine`."""
+def image_engine(
+    bundle: Bundle, wanted: str, *, streams: int, isa: str = "auto", device: str = "auto"
+) -> Any:
+    """The engine for pictures, with their `preprocessing`. Arguments, raises: as `text_engine`."""
     if bundle.manifest.torch:
         return _torch().TorchImageEngine(_open(bundle, wanted, streams, device))
     _check_for_cpu(bundle, wanted, device)
+    precision = encoder_engine.choose(wanted, bundle, isa)
+    if precision:
+        return encoder_engine.EncoderImageEngine(bundle, precision, streams=streams, isa=isa)
     from engine.openvino_backend import OpenVINOImageEngine, choose_precision
 
     return OpenVINOImageEngine(bundle, choose_precision(wanted, bundle), streams=streams)

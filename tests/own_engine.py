@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import tiny_models as tiny
@@ -15,10 +16,10 @@ from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
 
 import bake_model
-from bake import Options, encoder, rounding, source
-from engine.bundle import PARITY_FLOOR, Bundle, Manifest, Probe, weights_file
+from bake import Options, encoder, pictures, rounding, source
+from engine.bundle import PARITY_FLOOR, PREPROCESSING, Bundle, Manifest, Probe, weights_file
 from engine.encoder import cpu
-from engine.encoder.encoder_engine import EncoderEngine
+from engine.encoder.encoder_engine import EncoderEngine, _Tower
 
 Float32 = npt.NDArray[np.float32]
 
@@ -56,20 +57,26 @@ def loaded(folder: pathlib.Path) -> SentenceTransformer:
 
 def described(model: SentenceTransformer, folder: pathlib.Path) -> Bundle | None:
     """A bundle of our own engine in `folder`; None for a model that it does not run."""
-    tokenizer = source.tokenizer(model, None)
-    found = encoder.describe(model, tokenizer)
-    if found is None:
-        return None
     folder.mkdir()
-    rounding.add_codes(model, tokenizer, found.weights, found.inputs)
-    save_file(found.weights, folder / weights_file("text"))
+    preprocessing = pictures.read_processor(model) if "image" in model.modalities else None
+    if preprocessing:
+        (folder / PREPROCESSING).write_bytes(msgspec.json.encode(preprocessing))
+    shape = preprocessing.shape if preprocessing else (0, 0)
+    tokenizer = source.tokenizer(model, None)
+    towers = encoder.describe(model, tokenizer, shape)
+    if not towers:
+        return None
+    for modality, tower in towers.items():
+        rounding.add_codes(model, tokenizer, modality, tower.weights, tower.inputs)
+        save_file(tower.weights, folder / weights_file(modality))
+    description = towers["text"].encoder
     manifest = Manifest(
         name=folder.name,
         source="",
         revision=None,
         created="",
-        modalities=["text"],
-        dimensions=int(model.get_embedding_dimension() or 0),
+        modalities=list(towers),
+        dimensions=description.outputs or description.hidden,
         max_tokens=model.max_seq_length,
         normalized=False,
         similarity=None,
@@ -79,16 +86,19 @@ def described(model: SentenceTransformer, folder: pathlib.Path) -> Bundle | None
         versions={},
         probe=Probe("", []),
         parity={},
-        encoder=found.encoder,
+        encoder=description,
+        image_encoder=towers["image"].encoder if preprocessing else None,
     )
     return Bundle(folder, manifest)
 
 
-def check(bundle: Bundle, inputs: Sequence[Any], expected: Float32) -> None:
+def check(
+    bundle: Bundle, inputs: Sequence[Any], expected: Float32, kind: type[_Tower] = EncoderEngine
+) -> None:
     """Compare the engine's vectors with `expected`, in company and alone."""
     for family in cpu.runnable():
         for precision in family.precisions:
-            engine = EncoderEngine(bundle, precision, streams=1, isa=family.name)
+            engine = kind(bundle, precision, streams=1, isa=family.name)
             assert (engine.precision, engine.isa) == (precision, family.name)
             company = engine.run(inputs)
             alone = np.concatenate([engine.run([one]) for one in inputs])

@@ -78,8 +78,8 @@ def test_second_moments_are_means_over_texts() -> None:
 
 def test_texts_are_of_prose_and_of_all_of_the_vocabulary() -> None:
     tokenizer, _ = own.bert()()
-    texts = rounding.calibration(tokenizer.backend_tokenizer)
-    assert texts == rounding.calibration(tokenizer.backend_tokenizer)
+    texts = rounding.texts(tokenizer.backend_tokenizer)
+    assert texts == rounding.texts(tokenizer.backend_tokenizer)
     assert len(texts) > rounding.PASSAGES and all(text.strip() for text in texts)
     ids = {each for text in texts for each in tokenizer(text).input_ids}
     assert len(ids) > 0.9 * len(tokenizer.get_vocab())

@@ -1,16 +1,21 @@
 """engine/encoder: which architectures it runs, and that it gives their vectors."""
 
 import pathlib
+import random
 from typing import Any
 
 import numpy as np
 import own_engine as own
 import pytest
+import tiny_clip
 import tiny_models as tiny
 import torch
 import transformers
 
+import image_embeddings
+from engine.bundle import Bundle
 from engine.encoder import cpu
+from engine.encoder.encoder_engine import EncoderImageEngine
 
 # Coverage takes a sixth of its time; other tests cover the same lines.
 pytestmark = pytest.mark.no_cover
@@ -102,6 +107,45 @@ def test_vectors_of_every_architecture(name: str, tmp_path: pathlib.Path) -> Non
     assert own.cosines(expected[1:], expected[:-1]).max() < 0.99, "too alike to tell"
     own.check(bundle, inputs, expected)
     assert own.cosines(expected, model.encode(texts, batch_size=1)).min() > 0.9999
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Bundle]:
+    folder = tmp_path_factory.mktemp("clip")
+    # A patch of 3 * 8 * 8 values needs no padding; one of 12 has 432 values, and needs some.
+    tiny_clip.save(folder / "model", trained=False, image_size=48, patch_size=12)
+    model = own.loaded(folder / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += (0.1 if parameter.ndim == 1 else 0.05) * torch.randn_like(parameter)
+    bundle = own.described(model, folder / "bundle")
+    assert bundle and bundle.manifest.modalities == ["text", "image"]
+    return model, bundle
+
+
+@needs_the_cpu
+def test_clip_texts(clip: tuple[Any, Bundle]) -> None:
+    model, bundle = clip
+    texts = [tiny_clip.caption(*kind) for kind in tiny_clip.KINDS[::3]] + ["a", "red " * 60]
+    texts += ["a red<|endoftext|> square is not seen"]
+    inputs = [np.array(model.tokenizer(text)["input_ids"]) for text in texts]
+    expected = model.encode(texts, batch_size=1)
+    assert own.cosines(expected[1:], expected[:-1]).min() < 0.98
+    own.check(bundle, inputs, expected)
+
+
+@needs_the_cpu
+def test_clip_pictures(clip: tuple[Any, Bundle]) -> None:
+    model, bundle = clip
+    chance = random.Random(0)
+    images = [tiny_clip.picture(*kind, chance) for kind in tiny_clip.KINDS[::5]]
+    steps = bundle.preprocessing()
+    inputs = [image_embeddings.preprocess(image, steps) for image in images]
+    pixels = torch.from_numpy(steps.normalize(np.stack(inputs)))
+    with torch.no_grad():
+        expected = model[0].model.get_image_features(pixels).pooler_output.numpy()
+    assert own.cosines(expected[1:], expected[:-1]).min() < 0.98
+    own.check(bundle, inputs, expected, EncoderImageEngine)
 
 
 UNLIKE = {

@@ -90,9 +90,9 @@ def tokenizer() -> Any:
     return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=WINDOW)
 
 
-def untrained(words: Any, **vision: Any) -> Any:
+def untrained(words: Any, *, heads: int = 2, **vision: Any) -> Any:
     """transformers' own CLIPModel, small."""
-    both = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    both = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": heads}
     marks = {name: words.convert_tokens_to_ids(token) for name, token in (("bos_token_id", _BOS),)}
     marks["eos_token_id"] = marks["pad_token_id"] = words.convert_tokens_to_ids(_EOS)
     text = {"vocab_size": len(words), "max_position_embeddings": WINDOW, "num_hidden_layers": 2}

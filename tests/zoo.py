@@ -236,7 +236,7 @@ def _baked(row: Row) -> list[str]:
         alone, least, _ = precisions[precision]["cosines"]
         cells.append(f"{_cut(alone)} / {_cut(least)}")
     cost = f"{row['seconds']:.0f} s, {row['megabytes']:,} MB"
-    engine = " and ".join(engines) + ("; pictures by OpenVINO" if row["pictures"] else "")
+    engine = " and ".join(engines) + (", pictures too" if row["pictures"] else "")
     return [row["kind"], f"{row['window']:,}", engine, *cells, cost]
 
 

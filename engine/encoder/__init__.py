@@ -1,1 +1,1 @@
-"""Our own engine for transformers, which encode texts: C code and its Python binding."""
+"""Our own engine for transformers that encode texts and pictures: C code and its Python binding."""

@@ -1,4 +1,4 @@
-// Transformers that encode texts, on CPUs: token ids in, one vector a text out. library.py
+// Transformers that encode texts and pictures, on CPUs: one vector each. library.py
 // declares the same structures for Python and compares sizes and offsets when it loads the library.
 //
 // The tokens of all texts of a batch lie one behind the other, so nothing is padded. Matrix
@@ -13,6 +13,7 @@
 //   products.h    matrix products, tiles.h those by AMX, activations.h what becomes of their sums
 //   attention.h   attention of one head of one text
 //   rows.h        layer norm, quantisation, embedding, pooling: row by row
+//   pictures.h    pixels to rows of activations
 //   panels.h      the layout of the weights
 // These files belong to no family:
 //   crew.c        several cores work on one batch
@@ -38,11 +39,14 @@ typedef struct {
     int32_t pooling;
     int32_t pooled;          // for FIRST_OF: the first token of this id, or the first of all
     int32_t precision;
-    int32_t vocabulary;      // ids are below this
-    int32_t window;          // most tokens of a text
+    int32_t vocabulary;      // ids are below this; 0 for pictures
+    int32_t window;          // most tokens of a text, or those of each picture
     int32_t activation;      // what becomes of the sums between the two products behind attention
     int32_t norm_before;     // layers norm their inputs; else their sums with the outputs
     int32_t causal;          // no token sees those behind it
+    int32_t patch, across;   // pictures: pixels of a patch's side, patches side by side; or 0
+    int32_t patch_values;    // 3 * patch * patch, and zeros up to a multiple of 64
+    int32_t outputs;         // of Weights.head; 0 without it
     int32_t distances;       // values of Weights.distances for a head; 0 without them
     float epsilon;           // of layer norms
 } Shape;
@@ -66,16 +70,21 @@ typedef struct {
     // For each head, what is added to the score of a query for the key at a distance, times log2(e):
     // of -(window - 1) first, of window - 1, and values that kernels may read behind it. Or null.
     const float *distances;
+    const float *pixels;  // pictures: a factor for each value of a patch, then what is added
+    // Not in int8: patches of pictures to embeddings; pooled vectors to the results.
+    Linear patches, head;
     const Layer *layers;
 } Weights;
 
-// A batch of `texts` texts: text i has the ids ids[starts[i]] to ids[starts[i + 1] - 1].
+// A batch of `texts` texts: text i has the ids ids[starts[i]] to ids[starts[i + 1] - 1]. Or of
+// pictures, which are treated as texts of `window` tokens.
 typedef struct {
     const Shape *shape;
     const Weights *weights;
     const int64_t *ids;
+    const uint8_t *pixels;  // pictures: [texts][height][width][3]
     const int32_t *starts;  // texts + 1 of them
-    float *out;             // [texts][hidden], not normalised
+    float *out;             // [texts][outputs, or hidden], not normalised
     struct Crew *crew;      // helps with this batch; null: one core computes it
     _Atomic int64_t nanoseconds;  // 0 until the batch has ended; -1: there was no memory for it
     int32_t texts, helpers;
@@ -135,7 +144,10 @@ typedef struct Kernels {
     Task *product, *attend, *rows;
     long (*attention_memory)(int length, int head);
     void (*embed)(const Shape *, const Weights *, const int64_t *ids, int length, float *x);
-    void (*pool)(const Shape *, const int64_t *ids, const float *x, int length, float *out);
+    void (*unfold)(const Shape *, const Weights *, const uint8_t *pixels, float *x, void *rows);
+    // To floats, or to activations where those are given.
+    void (*pool)(const Shape *, const int64_t *ids, const float *x, int length, float *out,
+                 void *activations);
     // n rows of k float16 values (n a multiple of 32, k of 64) to panels of float32 or bf16 (the
     // activations' type), and codes of weights to panels of codes.
     void (*lay_out)(void *to, const uint16_t *from, long n, long k);

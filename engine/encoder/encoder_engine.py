@@ -15,13 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine.bundle import PRECISIONS, Bundle, Precision
+from engine.bundle import PRECISIONS, Bundle, Encoder, Modality, Precision
 from engine.encoder import cpu, library
 from engine.encoder.library import Batch, Bytes, Pointer, Shape, aligned, pointer
-from engine.encoder.weights import LaidOut
-from engine.protocol import Engine, Float32, InputRefused
-
-Int64 = npt.NDArray[np.int64]
+from engine.encoder.weights import LaidOut, patches
+from engine.protocol import Array, Engine, Float32, InputRefused
 
 # Most tokens of a batch that is put before a thread is free; what comes later cannot overtake it.
 # At 512, short texts beside long ones wait 240 ms in place of 100; at 128, texts of 128 tokens cost
@@ -31,6 +29,8 @@ AHEAD_TOKENS = 256
 # encoder.h has the same numbers.
 ACTIVATIONS = {"gelu": 1, "tanh gelu": 5, "quick gelu": 6, "relu": 7, "silu": 8}
 POOLINGS = ("mean", "first", "last", "first of")
+
+_TOLD_OTHERWISE = ("pad", "pooling", "activation", "distances")  # in Encoder and in Shape
 
 # Working memory above this many bytes is given back after the batch that needed it.
 KEPT_MEMORY = 32_000_000
@@ -62,11 +62,11 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
     return None
 
 
-class EncoderEngine(Engine):
-    """A bundle's text model. Safe to call from any number of threads."""
+class _Tower(Engine):
+    """One of a bundle's towers. Safe to call from any number of threads."""
 
     backend = "own engine"
-    modality = "text"
+    modality: Modality
     padding_cost = 0.0
     # A batch of one short query costs 6 % more than its part of a larger one; with four clients two
     # threads give 18 % more answers than with batches of 64 tokens (MiniLM, Zen 4).
@@ -80,37 +80,39 @@ class EncoderEngine(Engine):
             streams: cores that a batch which is alone may use.
             isa: ENCODER_ISA, the fastest CPU family that may be used, or "auto".
 
-        Raises: RuntimeError when the library is of another version.
+        Raises: RuntimeError when the library is of another version; BundleError.
         """
-        manifest, encoder = bundle.manifest, bundle.manifest.encoder
-        family = cpu.fastest(precision, isa)
+        manifest, family = bundle.manifest, cpu.fastest(precision, isa)
+        encoder = manifest.encoder if self.modality == "text" else manifest.image_encoder
         assert encoder and family
         self.isa = family.name
         self.name, self.dimensions, self.precision = manifest.name, manifest.dimensions, precision
         self.streams = streams
         self._library, self._quick = library.load()
         kernels = library.kernels(self._library, family.name)
-        self._laid_out = LaidOut(bundle, encoder, kernels, int8=precision == "int8")
-        self._shape = Shape(
-            **{name: getattr(encoder, name) for name in ("hidden", "heads", "inner", "layers")},
-            first_position=encoder.first_position,
-            pad=-1 if encoder.pad is None else encoder.pad,
-            pooling=POOLINGS.index(encoder.pooling),
-            pooled=encoder.pooled,
-            activation=ACTIVATIONS[encoder.activation],
-            norm_before=encoder.norm_before,
-            causal=encoder.causal,
-            precision=PRECISIONS.index(precision),  # encoder.h has the same order
-            vocabulary=encoder.vocabulary,
-            window=manifest.max_tokens,
-            distances=self._laid_out.distances,
-            epsilon=encoder.epsilon,
-        )
+        self._laid_out = LaidOut(bundle, self.modality, encoder, kernels, int8=precision == "int8")
+        self._shape = self._make_shape(bundle, encoder)
         structures = self._shape, self._laid_out.weights
         self._addresses = [Pointer(ctypes.addressof(each)) for each in structures]
         self._local = threading.local()
         self._crew = self._start_helpers()
         self._crew_address = None if self._crew is None else self._crew.ctypes.data
+
+    def _make_shape(self, bundle: Bundle, encoder: Encoder) -> Shape:
+        same = [name for name, *_ in Shape._fields_ if hasattr(encoder, name)]
+        shape = Shape(
+            **{name: getattr(encoder, name) for name in same if name not in _TOLD_OTHERWISE},
+            pad=-1 if encoder.pad is None else encoder.pad,
+            pooling=POOLINGS.index(encoder.pooling),
+            activation=ACTIVATIONS[encoder.activation],
+            precision=PRECISIONS.index(self.precision),  # encoder.h has the same order
+            window=bundle.manifest.max_tokens,
+            distances=self._laid_out.distances,
+        )
+        if encoder.patch:
+            shape.window = patches(encoder, bundle.preprocessing()) + 1
+            shape.patch_values = self._laid_out.patch_values
+        return shape
 
     def _start_helpers(self) -> Bytes | None:
         """A batch that is alone runs on all cores, in about half the time for a short text.
@@ -133,19 +135,19 @@ class EncoderEngine(Engine):
             threading.Thread(target=help_out, name=f"helper-{number}", daemon=True).start()
         return crew
 
-    def run(self, inputs: Sequence[Int64], *, alone: bool = False) -> Float32:
-        """Embed token id arrays, each of shape (length,), special tokens included.
+    def run(self, inputs: Sequence[Array], *, alone: bool = False) -> Float32:
+        """Embed what `_read` takes.
 
         Returns: float32 of shape (len(inputs), dimensions): what the model's pipeline gives before
         a trailing Normalize.
-        Raises: InputRefused for a text that the model cannot embed.
+        Raises: InputRefused for an input that the model cannot embed.
         """
         batch, arrays = self.batch(inputs, alone)
         refused = self._quick.encoder_check(ctypes.byref(batch))
         if refused >= 0:
             raise _refusal(inputs, refused)
         _, starts, out = arrays
-        size = ctypes.c_int(int(starts[-1])), ctypes.c_int(max(map(len, inputs)))
+        size = ctypes.c_int(int(starts[-1])), ctypes.c_int(int(np.diff(starts).max()))
         needed = self._quick.encoder_memory(*self._addresses, *size)
         memory: Bytes | None = getattr(self._local, "memory", None)
         if memory is None or len(memory) < needed:
@@ -156,20 +158,53 @@ class EncoderEngine(Engine):
         return out
 
     def batch(
-        self, inputs: Sequence[Int64], alone: bool
-    ) -> tuple[Batch, tuple[Int64, npt.NDArray[np.int32], Float32]]:
-        """What C gets, and the arrays that it reads and writes: ids, starts and the vectors."""
-        ids = np.concatenate(inputs, dtype=np.int64)
-        starts = np.array([0, *itertools.accumulate(map(len, inputs))], np.int32)
+        self, inputs: Sequence[Array], alone: bool
+    ) -> tuple[Batch, tuple[Array, npt.NDArray[np.int32], Float32]]:
+        """What C gets, and the arrays that it reads and writes: inputs, starts and the vectors."""
+        read, lengths = self._read(inputs)
+        starts = np.array([0, *itertools.accumulate(lengths)], np.int32)
         out = np.empty((len(inputs), self.dimensions), np.float32)
         crew = self._crew_address if alone else None
-        data = ids.ctypes.data, starts.ctypes.data, out.ctypes.data
-        batch = Batch(*self._addresses, *data, crew, 0, len(inputs), self.streams - 1)
-        return batch, (ids, starts, out)
+        data = starts.ctypes.data, out.ctypes.data
+        places = [read.ctypes.data if each == self.modality else None for each in ("text", "image")]
+        batch = Batch(*self._addresses, *places, *data, crew, 0, len(inputs), self.streams - 1)
+        return batch, (read, starts, out)
+
+    def _read(self, inputs: Sequence[Array]) -> tuple[Array, Sequence[int]]:
+        """What C reads, and how many tokens each input has."""
+        raise NotImplementedError
 
     def start_threads(self, count: int, wake: int) -> "EncoderThreads":
         """Threads for every engine of this kind."""
         return EncoderThreads(count, wake)
+
+
+class EncoderEngine(_Tower):
+    """A bundle's tower of texts. Its inputs are token ids, int64 of shape (length,) each, special
+    tokens included.
+    """
+
+    modality = "text"
+
+    def _read(self, inputs: Sequence[Array]) -> tuple[Array, Sequence[int]]:
+        return np.concatenate(inputs, dtype=np.int64), [len(each) for each in inputs]
+
+
+class EncoderImageEngine(_Tower):
+    """A bundle's tower of pictures. Its inputs are uint8 of shape (height, width, 3) each, prepared
+    up to the crop.
+    """
+
+    modality = "image"
+
+    def __init__(
+        self, bundle: Bundle, precision: Precision, *, streams: int, isa: str = "auto"
+    ) -> None:
+        super().__init__(bundle, precision, streams=streams, isa=isa)
+        self.preprocessing = bundle.preprocessing()
+
+    def _read(self, inputs: Sequence[Array]) -> tuple[Array, Sequence[int]]:
+        return np.stack(inputs, dtype=np.uint8), [self._shape.window] * len(inputs)
 
 
 class EncoderThreads:
@@ -202,9 +237,7 @@ class EncoderThreads:
             return 0
         return AHEAD_TOKENS if len(self._in_use) == len(self._threads) else math.inf
 
-    def put(
-        self, number: int, engine: EncoderEngine, inputs: Sequence[Int64], alone: bool
-    ) -> Float32:
+    def put(self, number: int, engine: _Tower, inputs: Sequence[Array], alone: bool) -> Float32:
         """See protocol.Threads."""
         if len(self._in_use) == self._capacity:
             raise RuntimeError(f"{self._capacity} batches are here already")
@@ -232,6 +265,6 @@ class EncoderThreads:
             thread.join()
 
 
-def _refusal(inputs: Sequence[Int64], index: int) -> InputRefused:
+def _refusal(inputs: Sequence[Array], index: int) -> InputRefused:
     length = len(inputs[index])
     return InputRefused(f"the model cannot embed text {index} of {length} token ids", index)

@@ -17,6 +17,7 @@
 #include "products.h"
 
 #include "attention.h"
+#include "pictures.h"
 #include "rows.h"
 #include "panels.h"
 
@@ -34,5 +35,5 @@ static void softmax_all(float *scores, void *shares, float *factors, int rows, i
 #define JOIN(a, b) a##b
 #define TABLE(family) JOIN(encoder_, family)
 const Kernels TABLE(FAMILY) = {
-    sizeof(Activation), sizeof(Code), PANEL,      product, attend,       rows,     attention_memory,
-    embed,              pool,         lay_out,    lay_out_int8, activate_all, softmax_all, rotate_all};
+    sizeof(Activation), sizeof(Code), PANEL, product, attend, rows, attention_memory, embed, unfold,
+    pool, lay_out, lay_out_int8, activate_all, softmax_all, rotate_all};

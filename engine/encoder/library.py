@@ -15,12 +15,14 @@ Pointer = ctypes.c_void_p
 
 _SIZES = ("hidden", "heads", "inner", "layers")
 _NUMBERS = ("first_position", "pad", "pooling", "pooled", "precision", "vocabulary", "window")
-_OPTIONS = ("activation", "norm_before", "causal", "distances")
+_OPTIONS = ("activation", "norm_before", "causal")
+_PICTURES = ("patch", "across", "patch_values")
 
 
 class Shape(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in (*_SIZES, *_NUMBERS, *_OPTIONS)),
+        *((name, ctypes.c_int32) for name in (*_PICTURES, "outputs", "distances")),
         ("epsilon", ctypes.c_float),
     ]
 
@@ -38,14 +40,17 @@ class Layer(ctypes.Structure):
 
 class Weights(ctypes.Structure):
     _fields_ = [
-        (name, Pointer)
-        for name in ("kernels", "words", "positions", "norm", "last", "distances", "layers")
+        *((name, Pointer) for name in ("kernels", "words", "positions")),
+        *((name, Pointer) for name in ("norm", "last", "distances", "pixels")),
+        *((name, Linear) for name in ("patches", "head")),
+        ("layers", Pointer),
     ]
 
 
 class Batch(ctypes.Structure):
     _fields_ = [
-        *((name, Pointer) for name in ("shape", "weights", "ids", "starts", "out", "crew")),
+        *((name, Pointer) for name in ("shape", "weights", "ids", "pixels", "starts")),
+        *((name, Pointer) for name in ("out", "crew")),
         ("nanoseconds", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("texts", "helpers")),
     ]
@@ -57,7 +62,8 @@ class Kernels(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("activation_size", "code_size", "panel")),
         *((name, Pointer) for name in ("product", "attend", "rows", "attention_memory")),
-        *((name, Pointer) for name in ("embed", "pool", "lay_out", "lay_out_int8")),
+        *((name, Pointer) for name in ("embed", "unfold", "pool")),
+        *((name, Pointer) for name in ("lay_out", "lay_out_int8")),
         *((name, Pointer) for name in ("activate", "softmax", "rotate")),
     ]
 

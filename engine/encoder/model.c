@@ -22,9 +22,12 @@ static uintptr_t divide(Memory *m, uintptr_t at, const Shape *shape, const Kerne
     long width = shape->hidden, inner = shape->inner, most = width > inner ? width : inner;
     long rows = tokens + SPARE_ROWS, row = width * kernels->activation_size;
     m->local = carve(&at, kernels->attention_memory(longest, shape->hidden / shape->heads));
-    long most_row = (3 * width > inner ? 3 * width : inner) * kernels->activation_size;
+    long widest = 3 * width > inner ? 3 * width : inner;
+    if (shape->patch_values > widest) widest = shape->patch_values;
+    long most_row = widest * kernels->activation_size;
     m->x = carve(&at, tokens * width * 4);
     // Attention's output replaces its input, and the inner activations replace queries and keys.
+    // Patches of pictures are there before these.
     m->a = m->attended = carve(&at, rows * row);
     m->qkv = m->h = carve(&at, rows * most_row);
     if (shape->precision != INT8) return at;
@@ -51,6 +54,7 @@ int encoder_check(const Batch *b) {
     for (int i = 0; i < b->texts; i++) {
         int first = b->starts[i], end = b->starts[i + 1];
         if (end == first || end - first > b->shape->window) return i;
+        if (b->pixels) continue;
         for (int j = first; j < end; j++)
             if ((uint64_t)b->ids[j] >= (uint64_t)b->shape->vocabulary) return i;
     }
@@ -116,21 +120,60 @@ static void run_layers(const Batch *b, const Memory *m, Crew *crew) {
     if (b->weights->last) run_norm(crew, kernels, &norm, b->weights->last, 0, m->local);
 }
 
+// A product whose weights are not in int8.
+static void run_float_product(Crew *crew, const Kernels *kernels, Product *work, int columns,
+                              char *local) {
+    work->mode = ADD_TO_FLOAT, work->precision = kernels->activation_size == 2 ? BF16 : FLOAT32;
+    work->ldc = columns, work->ahead = 1;
+    spread(crew, kernels->product, work, columns / kernels->panel, local);
+}
+
+static void run_embeddings(const Batch *b, const Memory *m, Crew *crew) {
+    const Shape *shape = b->shape;
+    const Weights *weights = b->weights;
+    const Kernels *kernels = weights->kernels;
+    long width = shape->hidden, values = shape->patch_values;
+    long pixels = (long)(shape->window - 1) * shape->patch * shape->patch * 3;
+    for (int i = 0; i < b->texts; i++) {
+        int first = b->starts[i];
+        float *x = m->x + first * width;
+        if (b->pixels)
+            kernels->unfold(shape, weights, b->pixels + i * pixels, x,
+                            (char *)m->h + first * values * kernels->activation_size);
+        else kernels->embed(shape, weights, b->ids + first, b->starts[i + 1] - first, x);
+    }
+    if (!b->pixels) return;
+    Product product = {.rows = b->starts[b->texts], .k = shape->patch_values, .a = m->h,
+                       .linear = weights->patches, .c = m->x};
+    run_float_product(crew, kernels, &product, shape->hidden, m->local);
+}
+
+static void run_pooling(const Batch *b, const Memory *m) {
+    const Shape *shape = b->shape;
+    const Kernels *kernels = b->weights->kernels;
+    long width = shape->hidden, outputs = shape->outputs;
+    for (int i = 0; i < b->texts; i++) {
+        int first = b->starts[i];
+        void *pooled = outputs ? (char *)m->a + i * width * kernels->activation_size : 0;
+        kernels->pool(shape, b->pixels ? 0 : b->ids + first, m->x + first * width, b->starts[i + 1] - first,
+                      b->out + i * width, pooled);
+    }
+    if (!outputs) return;
+    memset(b->out, 0, (size_t)(b->texts * outputs) * 4);
+    Product product = {.rows = b->texts, .k = shape->hidden, .a = m->a,
+                       .linear = b->weights->head, .c = b->out};
+    run_float_product(0, kernels, &product, shape->outputs, m->local);
+}
+
 // Embed a batch, with its crew unless another batch has that. `memory` begins at a cache line and
 // has encoder_memory() bytes.
 void encoder_run(const Batch *b, char *memory) {
-    const Shape *shape = b->shape;
-    const Kernels *kernels = b->weights->kernels;
-    long width = shape->hidden;
     Memory m = {0};
-    divide(&m, (uintptr_t)memory, shape, kernels, b->starts[b->texts], longest_text(b));
+    divide(&m, (uintptr_t)memory, b->shape, b->weights->kernels, b->starts[b->texts],
+           longest_text(b));
     Crew *crew = b->crew && enlist(b->crew, b->helpers) ? b->crew : 0;
-    for (int i = 0; i < b->texts; i++)
-        kernels->embed(shape, b->weights, b->ids + b->starts[i], b->starts[i + 1] - b->starts[i],
-              m.x + b->starts[i] * width);
+    run_embeddings(b, &m, crew);
     run_layers(b, &m, crew);
     if (crew) release(crew);
-    for (int i = 0; i < b->texts; i++)
-        kernels->pool(shape, b->ids + b->starts[i], m.x + b->starts[i] * width, b->starts[i + 1] - b->starts[i],
-             b->out + i * width);
+    run_pooling(b, &m);
 }

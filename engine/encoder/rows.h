@@ -141,7 +141,8 @@ static void embed(const Shape *shape, const Weights *weights, const int64_t *ids
 }
 
 // A text's vector: one of its rows, or their mean.
-static void pool(const Shape *shape, const int64_t *ids, const float *x, int length, float *out) {
+static void pool(const Shape *shape, const int64_t *ids, const float *x, int length, float *out,
+                 void *activations) {
     int width = shape->hidden, first = 0;
     if (shape->pooling == LAST) first = length - 1;
     if (shape->pooling == FIRST_OF) {
@@ -149,12 +150,20 @@ static void pool(const Shape *shape, const int64_t *ids, const float *x, int len
         if (first == length) first = 0;
     }
     x += (long)first * width;
-    for (int j = 0; j < width; j += WIDTH) {
-        F sum = load(x + j);
-        if (shape->pooling == MEAN) {
-            for (long i = 1; i < length; i++) sum += load(x + i * width + j);
-            sum *= 1.0f / (float)length;
+    for (int j = 0; j < width; j += 2 * WIDTH) {
+        F sums[2];
+        for (int h = 0; h < 2; h++) {
+            const float *column = x + j + WIDTH * h;
+            sums[h] = load(column);
+            if (shape->pooling != MEAN) continue;
+            for (long i = 1; i < length; i++) sums[h] += load(column + i * width);
+            sums[h] *= 1.0f / (float)length;
         }
-        store(out + j, sum);
+        if (activations) {
+            store_activations((Activation *)activations + j, sums[0], sums[1]);
+        } else {
+            store(out + j, sums[0]);
+            store(out + j + WIDTH, sums[1]);
+        }
     }
 }

@@ -5,78 +5,121 @@ import ctypes
 import numpy as np
 import numpy.typing as npt
 
-from engine.bundle import Bundle, Encoder, weights_file
+from engine.bundle import Bundle, Encoder, Modality, Preprocessing, weights_file
 from engine.encoder.library import Kernels, Layer, Linear, Pointer, Weights, aligned
 from engine.encoder.tensors import Tensors
 
 _LAY_OUT = ctypes.CFUNCTYPE(None, Pointer, Pointer, ctypes.c_long, ctypes.c_long)
+_STEP = 64  # a patch's values are padded to a multiple of it
 
 
 class LaidOut:
-    """The weights of a model. `weights` is valid as long as this object lives.
+    """The weights of a tower. `weights` is valid as long as this object lives.
 
     What is multiplied is copied, in the order in which it is read; C reads the rest in the file.
     """
 
-    def __init__(self, bundle: Bundle, encoder: Encoder, kernels: Kernels, *, int8: bool) -> None:
+    def __init__(
+        self, bundle: Bundle, modality: Modality, encoder: Encoder, kernels: Kernels, *, int8: bool
+    ) -> None:
         """Raises: BundleError when the bundle does not hold them."""
-        self._kernels, self._int8 = kernels, int8
-        self._size = 1 if int8 else kernels.activation_size  # of a value, in bytes
-        self._tensors = Tensors(bundle.file(weights_file("text")))
+        self._kernels, self._int8, self._encoder = kernels, int8, encoder
+        self._tensors = Tensors(bundle.file(weights_file(modality)))
         self._kept: list[object] = []  # C holds pointers to these
+        self.distances = 0  # values of a head in the C code
+        self.patch_values = -(-3 * encoder.patch**2 // _STEP) * _STEP
+        width, window = encoder.hidden, bundle.manifest.max_tokens
+        positions = encoder.first_position + window
+        made = Weights(ctypes.addressof(kernels), layers=self._layers())
+        if encoder.norm_embeddings:
+            made.norm = self._floats("norm", 2 * width)
+        if encoder.norm_before:
+            made.last = self._floats("last", 2 * width)
+        if encoder.distances:
+            made.distances = self._distances(2 * window - 1)
+        if encoder.outputs:
+            made.head = self._float_linear("head", encoder.outputs, width)
+        if encoder.patch:
+            preprocessing = bundle.preprocessing()
+            positions = patches(encoder, preprocessing) + 1
+            made.patches = self._float_linear("patches", width, self.patch_values)
+            made.pixels = self._pixels(preprocessing)
+        else:
+            words = self._tensors.get("words", np.float16, encoder.vocabulary, width)
+            made.words = _address(words)
+        made.positions = _address(self._tensors.get("positions", np.float16, positions, width))
+        self.weights = made
+
+    def _layers(self) -> int:
+        encoder = self._encoder
         width, inner = encoder.hidden, encoder.inner
-        values = encoder.layers * (4 * width + 2 * inner) * width
+        size = 1 if self._int8 else self._kernels.activation_size  # of a value, in bytes
         # One array for all panels: numpy asks for huge pages, where the system has them.
-        self._panels = aligned(values * self._size)
-        self._free = int(self._panels.ctypes.data)
+        panels = aligned(encoder.layers * (4 * width + 2 * inner) * width * size)
         layers = (Layer * encoder.layers)()
-        self._kept.append(layers)
+        self._kept += [panels, layers]
+        free = _address(panels)
         for number, layer in enumerate(layers):
             own = f"layers.{number}"
-            layer.qkv = self._linear(f"{own}.qkv", 3 * width, width)
-            layer.out = self._linear(f"{own}.out", width, width)
-            layer.up = self._linear(f"{own}.up", inner, width)
-            layer.down = self._linear(f"{own}.down", width, inner)
+            for name, rows, columns in (
+                ("qkv", 3 * width, width),
+                ("out", width, width),
+                ("up", inner, width),
+                ("down", width, inner),
+            ):
+                setattr(layer, name, self._linear(f"{own}.{name}", rows, columns, free, self._int8))
+                free += rows * columns * size
             layer.norm1 = self._floats(f"{own}.norm1", 2 * width)
             layer.norm2 = self._floats(f"{own}.norm2", 2 * width)
-        positions = encoder.first_position + bundle.manifest.max_tokens
-        self.distances = 0  # values of a head in the C code
-        distances = None
-        if encoder.distances:
-            # Kernels read a panel behind the last.
-            spare = ((0, 0), (0, kernels.panel))
-            size = encoder.heads, 2 * bundle.manifest.max_tokens - 1
-            padded = np.pad(self._tensors.get("distances", np.float32, *size), spare)
-            self._kept.append(padded)
-            self.distances, distances = padded.shape[1], _address(padded)
-        self.weights = Weights(
-            ctypes.addressof(kernels),
-            _address(self._tensors.get("words", np.float16, encoder.vocabulary, width)),
-            _address(self._tensors.get("positions", np.float16, positions, width)),
-            self._floats("norm", 2 * width) if encoder.norm_embeddings else None,
-            self._floats("last", 2 * width) if encoder.norm_before else None,
-            distances,
-            ctypes.addressof(layers),
-        )
+        return ctypes.addressof(layers)
 
     def _floats(self, name: str, length: int) -> int:
         """The address of a tensor of float32 values."""
         return _address(self._tensors.get(name, np.float32, length))
 
-    def _linear(self, name: str, rows: int, columns: int) -> Linear:
-        """Lay out a linear layer: its product has `rows` values for each of `columns`."""
+    def _keep(self, array: npt.NDArray[np.float32]) -> int:
+        self._kept.append(array)
+        return _address(array)
+
+    def _linear(self, name: str, rows: int, columns: int, at: int, int8: bool) -> Linear:
+        """Lay out a linear layer at an address: it makes `rows` values of `columns`."""
         bias, scales = self._floats(f"{name}.bias", rows), 0
-        if self._int8:
+        if int8:
             weight = self._tensors.get(f"{name}.codes", np.int8, rows, columns)
             scales = self._floats(f"{name}.scales", rows)
             lay_out = _LAY_OUT(self._kernels.lay_out_int8)
         else:
             weight = self._tensors.get(f"{name}.weight", np.float16, rows, columns)
             lay_out = _LAY_OUT(self._kernels.lay_out)
-        made = Linear(self._free, bias, scales)
-        lay_out(Pointer(self._free), Pointer(_address(weight)), rows, columns)
-        self._free += rows * columns * self._size
-        return made
+        lay_out(Pointer(at), Pointer(_address(weight)), rows, columns)
+        return Linear(at, bias, scales)
+
+    def _float_linear(self, name: str, rows: int, columns: int) -> Linear:
+        """The same, in memory of its own, and never in int8."""
+        panels = aligned(rows * columns * self._kernels.activation_size)
+        self._kept.append(panels)
+        return self._linear(name, rows, columns, _address(panels), False)
+
+    def _distances(self, count: int) -> int:
+        """What is added for distances, of each head `count`; kernels read a panel behind them."""
+        shares = self._tensors.get("distances", np.float32, self._encoder.heads, count)
+        padded = np.pad(shares, ((0, 0), (0, self._kernels.panel)))
+        self.distances = padded.shape[1]
+        return self._keep(padded)
+
+    def _pixels(self, preprocessing: Preprocessing) -> int:
+        """Factors of a patch's values, and what is added, which make of pixels what the model's
+        processor makes.
+        """
+        std = np.array(preprocessing.std)
+        of_colours = np.stack([preprocessing.scale / std, -np.array(preprocessing.mean) / std])
+        values = np.tile(of_colours.astype(np.float32), self._encoder.patch**2)
+        return self._keep(np.pad(values, ((0, 0), (0, self.patch_values - values.shape[1]))))
+
+
+def patches(encoder: Encoder, preprocessing: Preprocessing) -> int:
+    """The number of a picture's patches."""
+    return preprocessing.shape[0] // encoder.patch * encoder.across
 
 
 def _address(array: npt.NDArray[np.generic]) -> int:
