@@ -364,6 +364,10 @@ def test_auto_takes_int8_that_is_exact_enough(
     parity = {"own engine": {"int8": Parity(minimum, mean, 330, minimum, [1])}}
     other = Bundle(bundle.path, Manifest(**manifest(bundle, parity=parity)))
     assert chosen(other) == {**WITH_BF16, "auto": auto}
+    both = Manifest(**manifest(other, modalities=["text", "image"]))  # pictures have no certificate
+    assert encoder_engine.choose("auto", Bundle(bundle.path, both)) == "bf16"
+    both.image_parity = {"own engine": {"int8": Parity(minimum, mean, 330, minimum, [1])}}
+    assert encoder_engine.choose("auto", Bundle(bundle.path, both)) == auto
     pretend("avx512")  # where int8 is as fast as fp32
     assert chosen(other) == OURS
     left_out = {"own engine": {"int8": "it is wrong here"}}

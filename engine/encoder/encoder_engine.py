@@ -53,13 +53,21 @@ def choose(wanted: str, bundle: Bundle, isa: str = "auto") -> Precision | None:
         precisions = ["bf16", "fp32"]
         if isa == "auto" and cpu.slow_at_bf16():
             precisions.reverse()
-        certificate = bundle.manifest.parity.get("own engine", {}).get("int8")
-        if certificate and certificate.trusted and cpu.quick_at_int8(isa):
+        if _trusted_at_int8(bundle) and cpu.quick_at_int8(isa):
             precisions.insert(0, "int8")
     for precision in precisions:
         if "own engine" in bundle.backends(precision) and runs(precision, isa):
             return precision
     return None
+
+
+def _trusted_at_int8(bundle: Bundle) -> bool:
+    """Whether the bake found int8 exact enough for PRECISION=auto, with pictures too."""
+    certificates = [bundle.manifest.parity]
+    if "image" in bundle.manifest.modalities:
+        certificates.append(bundle.manifest.image_parity)
+    found = [each.get("own engine", {}).get("int8") for each in certificates]
+    return all(parity is not None and parity.trusted for parity in found)
 
 
 class _Tower(Engine):
