@@ -57,8 +57,12 @@ def torch_child(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need no bundle come first: bundles are baked meanwhile."""
-    items.sort(key=needs_bundles)
+    """Files of which no test needs a bundle come first: bundles are baked meanwhile. xdist gives a
+    worker a file as a whole, so one test that waits for the bundles holds up the whole file. Larger
+    files, which mostly take longer, come before smaller ones: the workers then end together.
+    """
+    waiting = {item.path for item in items if needs_bundles(item)}
+    items.sort(key=lambda item: (item.path in waiting, -item.path.stat().st_size, item.path))
 
 
 @pytest.hookimpl(tryfirst=True)
