@@ -36,8 +36,8 @@ find = find . -not -path './.*/*' -not -path './models/*' -type f
 yaml_rules = {extends: default, rules: {line-length: {max: 100}, document-start: disable, truthy: {check-keys: false}, comments: {min-spaces-from-content: 1}}}
 
 # Two processes, because many tests wait for servers. A file's tests stay in one process, so that its
-# fixtures are made once. The order is conftest.py's: tests without bundles first, while those are
-# baked.
+# fixtures are made once. The order is conftest.py's: files that need no bundle first, while those
+# are baked.
 in_parallel = -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint engine/encoder/encoder.so api/cl100k_base.bin

@@ -138,7 +138,9 @@ def test_models_are_listed_and_found_by_any_of_their_names(client: Any, aliased:
         "measured",
     }
     assert 0.9999 <= certificate["minimum"] <= certificate["alone"] <= 1.0001
-    assert certificate["mean"] >= 0.9999 and certificate["cases"] > 240
+    assert certificate["mean"] >= 0.9999 and certificate["cases"] > 150  # FEW texts
+    whole = aliased.client.get(f"/v1/models/{NAME}").json()["certificate"]
+    assert whole["cases"] > 240
     assert certificate["threads"] and certificate["measured"] == "bake"
     assert wide.pop("engine") in ("own engine", "OpenVINO")
     fingerprint = wide.pop("fingerprint")
