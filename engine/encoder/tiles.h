@@ -85,7 +85,7 @@ static void product(void *argument, int number, char *memory) {
     const uint32_t *w = (const uint32_t *)p->linear.weights + number * words;
     const char *next = (const char *)(w + p->ahead * words);
     const float *bias = p->linear.bias + column;
-    Activation *c = (Activation *)p->c + column;
+    Activation *c = (Activation *)p->c + (p->mode & GATED ? column / 2 : column);
     begin_products();
     if (p->mode == TO_ACTIVATION) all_rows(TO_ACTIVATION, p, w, c, bias, next);
     else if (p->mode == GELU_TO_ACTIVATION) all_rows(GELU_TO_ACTIVATION, p, w, c, bias, next);
