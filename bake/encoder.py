@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from msgspec import structs
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -90,8 +91,9 @@ def _texts(
     """A tower of texts without a head."""
     first = own.embeddings.padding_idx + 1 if family.counts else 0
     vocabulary = len(own.get_submodule(family.words).weight)
-    places = len(own.get_submodule(family.positions).weight)
-    if not _runs(own, family) or largest_id >= vocabulary or first + window > places:
+    if family.positions and first + window > len(own.get_submodule(family.positions).weight):
+        return None
+    if not _runs(own, family) or largest_id >= vocabulary:
         return None
     weights = named.fit(named.of_texts(own, family, first + window, window))
     if weights is None:
@@ -139,37 +141,55 @@ def _projected(tower: Described | None, linear: Any) -> Described | None:
 
 def _layers(own: Any, family: Family) -> dict[str, Any]:
     """The fields of an Encoder that say what is behind the embeddings."""
+    config, norm = own.config, own.get_submodule(family.norm or family.last)
+    heads, key_heads, head = families.heads_of(config)
+    first = own.get_submodule(f"{family.layers}.0.{family.norm1}")
+    angles = families.tables(own, family, 1) or {}
+    types = families.layer_types(config)
     return {
-        "hidden": own.config.hidden_size,
-        "heads": own.config.num_attention_heads,
+        "hidden": config.hidden_size,
+        "heads": heads,
+        "key_heads": key_heads,
+        "head": head,
         "inner": _inner(own, family),
-        "layers": own.config.num_hidden_layers,
-        "epsilon": own.get_submodule(family.norm or family.last).eps,
-        "activation": _ACTIVATIONS[_activation(own.config)],
+        "layers": config.num_hidden_layers,
+        "epsilon": norm.eps if hasattr(norm, "eps") else norm.variance_epsilon,
+        "rms": not isinstance(norm, torch.nn.LayerNorm),
+        "activation": _ACTIVATIONS[_activation(config)],
+        "gated": bool(family.gated or family.gate),
+        "positions": family.positions is not None,
+        "angles": tuple(each if each in angles else families.ALL for each in types if angles),
+        "norm_heads": bool(family.norm_heads),
         "norm_embeddings": family.norm is not None,
         "norm_before": family.last is not None,
-        "causal": family.causal,
+        "norm_first": not isinstance(first, torch.nn.Identity),
+        "sights": families.sights(config, family.causal and getattr(config, "is_causal", True)),
     }
 
 
 def _runs(model: Any, family: Family) -> bool:
     """Whether engine/encoder can run a model of its families of this configuration."""
     config = model.config
+    heads, _, head = families.heads_of(config)
     return (
         _activation(config) in _ACTIVATIONS
         and getattr(config, "position_embedding_type", "absolute") == "absolute"
         and not getattr(config, "is_decoder", False)
-        and config.hidden_size // config.num_attention_heads % _HEAD_STEP == 0
+        and head % _HEAD_STEP == 0
+        and heads * head % _WIDTH_STEP == 0
         and config.hidden_size % _WIDTH_STEP == 0
         and _inner(model, family) % _WIDTH_STEP == 0
+        and families.tables(model, family, 1) is not None
     )
 
 
 def _inner(model: Any, family: Family) -> int:
-    return len(model.get_submodule(f"{family.layers}.0.{family.up}").weight)
+    rows = len(model.get_submodule(f"{family.layers}.0.{family.up}").weight)
+    return rows // 2 if family.gated else rows
 
 
 def _activation(config: Any) -> str:
     """transformers' name of it; empty where it is a function of somebody's own."""
-    name = getattr(config, "hidden_act", getattr(config, "activation", ""))
+    names = ("hidden_act", "hidden_activation", "activation")
+    name = next((getattr(config, each) for each in names if hasattr(config, each)), "")
     return name if isinstance(name, str) else ""

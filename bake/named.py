@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from bake.families import Family, Float32
+from bake.families import Family, Float32, heads_of, tables
 
 Weights = dict[str, npt.NDArray[Any]]  # what is multiplied and embeddings float16, else float32
 
@@ -18,13 +19,20 @@ def of_texts(model: Any, family: Family, positions: int, window: int) -> Weights
     """The weights of a tower of texts, of its position embeddings the first `positions`: those are
     used.
     """
-    table = values(model.get_submodule(family.positions).weight)[:positions]
-    if family.types:  # every token has the first, so that the sum of both is one table
-        table = table + values(model.get_submodule(family.types).weight)[0]
-    made = {"words": half(values(model.get_submodule(family.words).weight))}
+    words = values(model.get_submodule(family.words).weight)
+    table = None
+    if family.positions:
+        table = values(model.get_submodule(family.positions).weight)[:positions]
+    types = model.get_submodule(family.types) if family.types else None
+    if types is not None:  # every token has the first, so that the sum of two tables is one
+        first = values(types.weight)[0]
+        words, table = (words + first, None) if table is None else (words, table + first)
+    made = {"words": half(words), **of_layers(model, family, window)}
+    if table is not None:
+        made["positions"] = half(table)
     if family.distances:
         made["distances"] = family.distances(model, window) * np.float32(_LOG2_E)
-    return {**made, "positions": half(table), **of_layers(model, family)}
+    return made
 
 
 def of_pictures(model: Any, family: Family) -> Weights:
@@ -42,27 +50,40 @@ def of_pictures(model: Any, family: Family) -> Weights:
         "patches.weight": half(np.pad(patch, ((0, 0), (0, -patch.shape[1] % 64)))),
         "patches.bias": np.zeros(len(kernel), np.float32),
         "positions": half(table),
-        **of_layers(model, family),
+        **of_layers(model, family, len(table)),
     }
 
 
-def of_layers(model: Any, family: Family) -> Weights:
+def of_layers(model: Any, family: Family, window: int) -> Weights:
     """The weights of all that comes behind the embeddings."""
     made: Weights = {}
     for name, source in (("norm", family.norm), ("last", family.last)):
         if source:
             made[name] = _norm(model, source)
-    config = model.config
-    factor = _LOG2_E / math.sqrt(config.hidden_size // config.num_attention_heads)
-    for number in range(config.num_hidden_layers):
+    for name, table in (tables(model, family, window) or {}).items():
+        made[f"angles.{name}"] = table
+    heads, _, head = heads_of(model.config)
+    factor = _LOG2_E / math.sqrt(head)
+    for number in range(model.config.num_hidden_layers):
         theirs, ours = f"{family.layers}.{number}.", f"layers.{number}."
-        qkv = [theirs + name for name in family.qkv]
-        made |= _linear(model, ours + "qkv", qkv, factor)
+        qkv, up = [theirs + name for name in family.qkv], [theirs + family.up]
+        if family.norm_heads:  # the queries' norm would undo a factor before it
+            gains = [
+                values(model.get_submodule(theirs + name).weight) for name in family.norm_heads
+            ]
+            gains[0] = gains[0] * np.float32(factor)
+            made[ours + "norm_heads"] = np.concatenate(gains)
+            made |= _linear(model, ours + "qkv", qkv)
+        else:
+            made |= _linear(model, ours + "qkv", qkv, heads * head, factor)
+        if family.gate:
+            up.insert(0, theirs + family.gate)
         made |= _linear(model, ours + "out", [theirs + family.out])
-        made |= _linear(model, ours + "up", [theirs + family.up])
+        made |= _linear(model, ours + "up", up)
         made |= _linear(model, ours + "down", [theirs + family.down])
-        made[ours + "norm1"] = _norm(model, theirs + family.norm1)
-        made[ours + "norm2"] = _norm(model, theirs + family.norm2)
+        for name, source in (("norm1", family.norm1), ("norm2", family.norm2)):
+            if not isinstance(model.get_submodule(theirs + source), torch.nn.Identity):
+                made[ours + name] = _norm(model, theirs + source)
     return made
 
 
@@ -78,8 +99,7 @@ def inputs(model: Any, family: Family) -> dict[str, Any]:
 
 def head(name: str, linear: Any) -> Weights:
     """The weights of a linear layer without others beside it."""
-    bias = np.zeros(len(linear.weight), np.float32) if linear.bias is None else values(linear.bias)
-    return {f"{name}.weight": half(values(linear.weight)), f"{name}.bias": bias}
+    return {f"{name}.weight": half(values(linear.weight)), f"{name}.bias": _bias(linear)}
 
 
 def fit(weights: Weights) -> Weights | None:
@@ -91,24 +111,30 @@ def fit(weights: Weights) -> Weights | None:
     return {name: np.ascontiguousarray(each) for name, each in weights.items()}
 
 
-def _linear(model: Any, name: str, sources: Sequence[str], factor: float = 1.0) -> Weights:
-    """Products of one input, joined to one: a row of `weight` gives a value. The first is
+def _linear(
+    model: Any, name: str, sources: Sequence[str], scaled: int = 0, factor: float = 1.0
+) -> Weights:
+    """Products of one input, joined to one: a row of `weight` gives a value. The first `scaled` are
     multiplied by `factor`.
     """
     parts = [model.get_submodule(source) for source in sources]
-    weights = [values(part.weight) for part in parts]
-    biases = [values(part.bias) for part in parts]
-    weights[0], biases[0] = weights[0] * np.float32(factor), biases[0] * np.float32(factor)
-    return {
-        f"{name}.weight": half(np.concatenate(weights)),
-        f"{name}.bias": np.concatenate(biases),
-    }
+    weight = np.concatenate([values(part.weight) for part in parts])
+    bias = np.concatenate([_bias(part) for part in parts])
+    weight[:scaled] *= np.float32(factor)
+    bias[:scaled] *= np.float32(factor)
+    return {f"{name}.weight": half(weight), f"{name}.bias": bias}
+
+
+def _bias(part: Any) -> Float32:
+    """Zeros where there is none."""
+    none = getattr(part, "bias", None) is None
+    return np.zeros(len(part.weight), np.float32) if none else values(part.bias)
 
 
 def _norm(model: Any, name: str) -> Float32:
     """Gains, then biases."""
     norm = model.get_submodule(name)
-    return np.concatenate([values(norm.weight), values(norm.bias)])
+    return np.concatenate([values(norm.weight), _bias(norm)])
 
 
 def values(tensor: Any) -> Float32:

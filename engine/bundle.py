@@ -134,6 +134,13 @@ Pooled = Literal["mean", "first", "last", "first of"]
 Activation = Literal["gelu", "tanh gelu", "quick gelu", "relu", "silu"]
 
 
+class Sight(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How far a token of a layer sees, itself not counted; None: all."""
+
+    behind: int | None = None
+    ahead: int | None = None
+
+
 class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """A tower for engine/encoder. Its weights are in `weights_file`, by the names that
     bake/encoder.py gives them.
@@ -159,7 +166,17 @@ class Encoder(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     # Layers norm their inputs, and the last one's output is normed; else they norm their sums with
     # their outputs.
     norm_before: bool = False
-    causal: bool = False  # no token sees those behind it
+    norm_first: bool = True  # the first layer does, too: else its input is normed embeddings
+    rms: bool = False  # norms do not subtract the mean
+    gated: bool = False  # what is activated is multiplied with as many other products
+    key_heads: int  # of keys and values: each serves heads / key_heads heads of queries
+    head: int  # numbers of one
+    positions: bool = True  # embeddings of positions
+    # Queries and keys are turned by angles that depend on their positions: a name for each layer,
+    # of a table of angles. Empty where they are not.
+    angles: tuple[str, ...] = ()
+    norm_heads: bool = False  # queries and keys are normed before they are turned
+    sights: tuple[Sight, ...]  # of each layer
     # Of a text's vectors: their mean, the first, the last, or that of the first token `pooled`.
     pooling: Pooled
     pooled: int = -1

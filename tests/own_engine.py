@@ -36,6 +36,8 @@ def taught(tokenizer: Any, model: Any) -> tiny.Made:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
+        table = model.get_input_embeddings().weight
+        table += 0.1 * torch.randn_like(table)  # the padding token's row is 0
     return tokenizer, model
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import tiny_clip
 import tiny_models as tiny
 import torch
 import transformers
+import zoo_models as models
 
 import image_embeddings
 from engine.bundle import Bundle
@@ -69,6 +71,26 @@ def mpnet() -> tiny.Made:
     return own.taught(tokenizer, model)
 
 
+def of(
+    name: str, words: Callable[[], Any] = models.wordpiece, **options: Any
+) -> Callable[[], tiny.Made]:
+    """`name`Model of own.sizes."""
+
+    def make() -> tiny.Made:
+        tokenizer = words()
+        config = getattr(transformers, f"{name}Config")(
+            **own.sizes(tokenizer, tiny.WINDOW, **options)
+        )
+        return own.taught(tokenizer, getattr(transformers, f"{name}Model")(config))
+
+    return make
+
+
+LOCAL: Any = {"local_attention": 16, "global_attn_every_n_layers": 2, "num_hidden_layers": 3}
+# Weights that make attention sharp are too much for bf16 in models whose norms have no biases.
+FEW: Any = {"num_key_value_heads": 1, "initializer_range": 0.1}
+
+
 def too_large() -> tiny.Made:
     tokenizer, model = own.bert()()
     with torch.no_grad():
@@ -89,6 +111,14 @@ MODELS = {
     "norm before": (norm_before, "mean", 64),
     "distilbert": (distilbert, "mean", 64),
     "mpnet": (mpnet, "mean", 64),
+    "nomic": (of("NomicBert"), "mean", 64),
+    "gte": (of("Gte", initializer_range=0.1), "cls", 64),
+    "modernbert": (of("ModernBert", models.modernbert, **LOCAL), "mean", 64),
+    "eurobert": (of("EuroBert", models.modernbert, **FEW), "mean", 64),
+    "llama": (of("Llama", **FEW), "lasttoken", 64),
+    "mistral": (of("Mistral", **FEW, sliding_window=9), "mean", 64),
+    "qwen2": (of("Qwen2", models.qwen, **FEW), "lasttoken", 64),
+    "qwen3": (of("Qwen3", models.qwen, **FEW, head_dim=64), "lasttoken", 64),
 }
 
 

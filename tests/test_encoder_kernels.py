@@ -45,7 +45,7 @@ class Product(ctypes.Structure):
 class Attention(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("qkv", "out", "starts")),
-        *((name, INT) for name in ("hidden", "heads", "causal")),
+        *((name, INT) for name in ("heads", "key_heads", "head", "behind", "ahead")),
         ("distances", POINTER),
         ("apart", INT),
     ]
@@ -53,7 +53,7 @@ class Attention(ctypes.Structure):
 
 class Rows(ctypes.Structure):
     _fields_ = [
-        *((name, INT) for name in ("rows", "width", "precision", "chunk", "keep")),
+        *((name, INT) for name in ("rows", "width", "precision", "chunk", "rms", "keep")),
         *((name, POINTER) for name in ("x", "gain", "activations")),
         ("q", Quantised),
         ("epsilon", FLOAT),
@@ -114,7 +114,7 @@ class Family:
         self.kept += [codes, scales, start]
         q = Quantised(*map(pointer, (codes, scales, start)))
         source = self.activations(values)
-        argument = Rows(rows, width, precision, rows, 0, None, None, pointer(source), q, 0.0)
+        argument = Rows(rows, width, precision, rows, 0, 0, None, None, pointer(source), q, 0.0)
         self.run("rows", argument, 1)
         return q, codes, scales
 
@@ -294,9 +294,10 @@ def test_softmax(family: Family, length: int, rng: np.random.Generator) -> None:
     assert error(1 / factors, powers.sum(axis=1)) < POLYNOMIAL
 
 
+@pytest.mark.parametrize("rms", [0, 1], ids=["", "rms"])
 @pytest.mark.parametrize("keep", [0, 1], ids=["", "keep"])
 @pytest.mark.parametrize("width", [64, 384, 768])
-def test_layer_norm(family: Family, width: int, keep: int, rng: np.random.Generator) -> None:
+def test_norms(family: Family, width: int, keep: int, rms: int, rng: np.random.Generator) -> None:
     rows = 7
     x = (rng.normal(size=(rows, width)) * 3 + 10).astype(np.float32)
     x[3] = 4.0  # no variance
@@ -304,26 +305,36 @@ def test_layer_norm(family: Family, width: int, keep: int, rng: np.random.Genera
     out, held = family.room(rows, width), x.astype(float)
     precision = 1 if family.bf16 else 0
     places = pointer(x), pointer(gain), pointer(out)
-    argument = Rows(rows, width, precision, 3, keep, *places, Quantised(), 1e-12)
+    argument = Rows(rows, width, precision, 3, rms, keep, *places, Quantised(), 1e-12)
     family.run("rows", argument, 3)  # of 3, 3 and 1 rows
     mean, variance = held.mean(axis=1, keepdims=True), held.var(axis=1, keepdims=True)
+    if rms:
+        mean, variance = np.zeros_like(mean), (held**2).mean(axis=1, keepdims=True)
     expected = (held - mean) / np.sqrt(variance + 1e-12) * gain[:width] + gain[width:]
     assert (x == held).all() if keep else error(x, expected) < 5 * FLOAT_SUMS
     assert error(family.read(out), expected) < (BF16_ROUNDING if family.bf16 else 5 * FLOAT_SUMS)
 
 
 def attention(
-    qkv: Array, lengths: Sequence[int], heads: int, distances: Array, causal: bool
+    qkv: Array, lengths: Sequence[int], heads: tuple[int, int, int], distances: Array, sight: Any
 ) -> Array:
-    """In float64. `distances`: what is added for them, shape (heads, 2 * LONGEST - 1)."""
+    """In float64.
+
+    Args:
+        heads: of queries and of keys, and the width of one.
+        distances: what is added for them, shape (heads, 2 * LONGEST - 1).
+        sight: how far a token sees behind and ahead.
+    """
+    many, few, head = heads
     parts, first = [], 0
     for length in lengths:
-        rows = qkv[first : first + length].astype(float).reshape(length, 3, heads, -1)
-        q, k, v = (rows[:, i].transpose(1, 0, 2) for i in range(3))
+        rows = qkv[first : first + length].astype(float).reshape(length, -1, head)
+        q, k, v = np.split(rows.transpose(1, 0, 2), [many, many + few])
+        k, v = (each.repeat(many // few, axis=0) for each in (k, v))
         places = np.arange(length) - np.arange(length)[:, None] + LONGEST - 1
         scores = q @ k.transpose(0, 2, 1) + distances[:, places]
-        if causal:
-            scores[:, np.triu(np.ones((length, length), bool), 1)] = -np.inf
+        apart = places - (LONGEST - 1)
+        scores[:, (apart > sight[1]) | (-apart > sight[0])] = -np.inf
         powers = 2 ** (scores - scores.max(axis=2, keepdims=True))
         shares = powers / powers.sum(axis=2, keepdims=True)
         parts.append((shares @ v).transpose(1, 0, 2).reshape(length, -1))
@@ -334,15 +345,23 @@ def attention(
 LONGEST = 100  # text
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+SIGHTS = {"all": (LONGEST, LONGEST), "causal": (LONGEST, 0), "near": (7, 7), "causal near": (40, 0)}
+
+
+@pytest.mark.parametrize("sees", SIGHTS)
 @pytest.mark.parametrize("distant", [False, True], ids=["", "distances"])
-@pytest.mark.parametrize(("heads", "head"), [(2, 32), (1, 64), (3, 96)])
+@pytest.mark.parametrize("all_heads", [(2, 2, 32), (1, 1, 64), (3, 3, 96), (4, 2, 32)])
 def test_attention(
-    family: Family, heads: int, head: int, distant: bool, causal: bool, rng: np.random.Generator
+    family: Family,
+    all_heads: tuple[int, int, int],
+    distant: bool,
+    sees: str,
+    rng: np.random.Generator,
 ) -> None:
     lengths = [1, 2, 12, 15, 16, 17, 31, 32, 33, 64, 65, LONGEST, 3]
+    heads, key_heads, head = all_heads
     total, hidden = sum(lengths), heads * head
-    qkv = rng.normal(size=(total, 3 * hidden)) * (0.7 * head**-0.25)
+    qkv = rng.normal(size=(total, hidden + 2 * key_heads * head)) * (0.7 * head**-0.25)
     out = family.room(total, hidden)
     starts = np.cumsum([0, *lengths], dtype=np.int32)
     held = family.activations(qkv)
@@ -351,9 +370,45 @@ def test_attention(
         values[:, : 2 * LONGEST - 1] = rng.normal(size=(heads, 2 * LONGEST - 1)) * 2
     middle = values.ctypes.data + 4 * (LONGEST - 1) if distant else None
     places = pointer(held), pointer(out), pointer(starts)
-    argument = Attention(*places, hidden, heads, causal, middle, values.shape[1])
+    argument = Attention(*places, *all_heads, *SIGHTS[sees], middle, values.shape[1])
     size = ctypes.CFUNCTYPE(LONG, INT, INT)(family.table.attention_memory)(max(lengths), head)
     family.run("attend", argument, len(lengths) * heads, size)
-    expected = attention(family.floats(qkv), lengths, heads, values, causal)
+    expected = attention(family.floats(qkv), lengths, all_heads, values, SIGHTS[sees])
     tolerance = 2 * BF16_ROUNDING if family.bf16 else 5 * POLYNOMIAL
     assert error(family.read(out), expected) < tolerance
+
+
+class Turn(ctypes.Structure):
+    _fields_ = [
+        *((name, INT) for name in ("rows", "chunk", "heads", "key_heads", "head")),
+        ("stride", LONG),
+        *((name, POINTER) for name in ("qkv", "places", "angles", "gains")),
+        ("epsilon", FLOAT),
+    ]
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["", "normed"])
+@pytest.mark.parametrize(("heads", "key_heads", "head"), [(2, 2, 32), (4, 1, 64), (1, 1, 96)])
+def test_turned_queries_and_keys(
+    family: Family, heads: int, key_heads: int, head: int, normed: bool, rng: np.random.Generator
+) -> None:
+    rows, width = 7, (heads + 2 * key_heads) * head
+    held = family.activations(rng.normal(size=(rows, width)))
+    before = family.read(held).astype(float).reshape(rows, -1, head)
+    angles = rng.uniform(-3, 3, size=(rows, head // 2))
+    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    gains = rng.normal(size=(2, head)).astype(np.float32)
+    places = rng.permutation(rows).astype(np.int32)
+    given = pointer(held), pointer(places), pointer(table), pointer(gains) if normed else None
+    argument = Turn(rows, 3, heads, key_heads, head, width, *given, 1e-6)
+    family.run("turn", argument, 3)
+    q, k, v = np.split(before, [heads, heads + key_heads], axis=1)
+    parts = []
+    for part, gain in zip((q, k), gains):
+        if normed:
+            part = part / np.sqrt((part**2).mean(axis=2, keepdims=True) + 1e-6) * gain
+        a, b = np.split(part, 2, axis=2)
+        cosines, sines = (f(angles[places])[:, None] for f in (np.cos, np.sin))
+        parts.append(np.concatenate([a * cosines - b * sines, b * cosines + a * sines], axis=2))
+    expected = np.concatenate([*parts, v], axis=1).reshape(rows, width)
+    assert error(family.read(held), expected) < (BF16_ROUNDING if family.bf16 else 5 * FLOAT_SUMS)

@@ -90,8 +90,15 @@ KINDS: dict[str, Kind] = {
     ),
     "DeBERTa-v2, v3": Kind(saved(tiny.deberta, width=tiny.WIDTH)),
     "NomicBERT": of("NomicBert", models.wordpiece),
+    "GTE": of("Gte", models.wordpiece),
     "Jina embeddings v3": of("JinaEmbeddingsV3", models.unigram),
-    "ModernBERT": Kind(saved(tiny.modernbert, width=tiny.WIDTH, pooling="cls")),
+    "ModernBERT": of(
+        "ModernBert",
+        models.modernbert,
+        save={"pooling": "cls"},
+        local_attention=16,
+        global_attn_every_n_layers=2,
+    ),
     "ModernBERT, window of 8192": of(
         "ModernBert", models.modernbert, max_position_embeddings=8192, local_attention=128
     ),

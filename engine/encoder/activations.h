@@ -8,7 +8,7 @@ INLINE F logistic2(F x) {
 
 INLINE F activate(int mode, F x) {
     const float log2e = 1.44269504f;
-    switch (mode) {
+    switch (mode & ~GATED) {
         case GELU_TO_ACTIVATION: return gelu(x);
         case TANH_GELU_TO_ACTIVATION:  // 1/2 (1 + tanh(u)) is the logistic function of 2u
             return x * logistic2((x + x * x * x * 0.044715f) * (2 * 0.7978845608f * log2e));
@@ -18,7 +18,8 @@ INLINE F activate(int mode, F x) {
     }
 }
 
-// Store two vectors of sums, activated.
+// Store two vectors of sums, activated; GATED: the first, times the second.
 static __attribute__((noinline)) void put_activated(int mode, Activation *c, F low, F high) {
-    store_activations(c, activate(mode, low), activate(mode, high));
+    if (mode & GATED) store_activation(c, activate(mode, low) * high);
+    else store_activations(c, activate(mode, low), activate(mode, high));
 }

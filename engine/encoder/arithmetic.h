@@ -81,6 +81,9 @@ INLINE F from_activation(const Activation *p) {
 INLINE void store_activations(Activation *p, F low, F high) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
+INLINE void store_activation(Activation *p, F x) {
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
 #else
 typedef float Activation;
 #define DEPTH 1
@@ -90,4 +93,5 @@ INLINE void store_activations(Activation *p, F low, F high) {
     store(p, low);
     store(p + WIDTH, high);
 }
+INLINE void store_activation(Activation *p, F x) { store(p, x); }
 #endif

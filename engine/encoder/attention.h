@@ -1,15 +1,28 @@
 // Attention. Queries are scaled so that softmax takes powers of 2.
 
-// Turn each row of scores into 2^(score - largest). `factors` are 1 / their sums. `length` scores of
-// the first row count, and `more` of each next one; the shares of others are 0.
-INLINE void softmax(float *scores, Activation *shares, float *factors, int rows, int length,
-                    int more, int width) {
-    for (int i = 0; i < rows; i++, length += more) {
+typedef struct {  // which keys a block of rows sees
+    int row;            // the first row's place in its text
+    int behind, ahead;  // how far it sees
+    int length;         // of the text
+    int first;          // the key of the first score
+} Sight;
+
+// Turn each row of scores into 2^(score - largest), and those of keys that it does not see into 0.
+// `factors` are 1 / their sums. `all`: all keys behind are seen.
+INLINE void softmax_rows(int all, float *scores, Activation *shares, float *factors, int rows,
+                         int width, const Sight *sight) {
+    for (int i = 0; i < rows; i++) {
         float *s = scores + (long)i * width;
+        int end = sight->row + i + sight->ahead + 1;
+        end = (end < sight->length ? end : sight->length) - sight->first;
+        int begin = all ? 0 : sight->row + i - sight->behind - sight->first;
+        if (begin < 0) begin = 0;
         F most = set(-__builtin_inff()), sum = {};
-        for (int j = 0; j < length; j += WIDTH) {
+        for (int j = begin / WIDTH * WIDTH; j < end; j += WIDTH) {
             F x = load(s + j);
-            most = max(most, j + WIDTH <= length ? x : choose(first_lanes(length - j), x, most));
+            if (j + WIDTH > end) x = choose(first_lanes(end - j), x, most);
+            if (j < begin) x = choose(first_lanes(begin - j), most, x);
+            most = max(most, x);
         }
         most = set(largest_of(most));
         for (int j = 0; j < width; j += 2 * WIDTH) {
@@ -17,13 +30,21 @@ INLINE void softmax(float *scores, Activation *shares, float *factors, int rows,
             for (int h = 0; h < 2; h++) {
                 int at = j + WIDTH * h;
                 e[h] = exp2_(load(s + at) - most);
-                if (at + WIDTH > length) e[h] = choose(first_lanes(length - at), e[h], (F){});
+                if (at + WIDTH > end) e[h] = choose(first_lanes(end - at), e[h], (F){});
+                if (at < begin) e[h] = choose(first_lanes(begin - at), (F){}, e[h]);
                 sum += e[h];
             }
             store_activations(shares + (long)i * width + j, e[0], e[1]);
         }
         factors[i] = 1.0f / sum_of(sum);
     }
+}
+
+INLINE void softmax(float *scores, Activation *shares, float *factors, int rows, int width,
+                    const Sight *sight) {
+    if (sight->row + rows <= sight->behind + 1)
+        softmax_rows(1, scores, shares, factors, rows, width, sight);
+    else softmax_rows(0, scores, shares, factors, rows, width, sight);
 }
 
 #ifdef BF16_ACTIVATIONS
@@ -101,9 +122,9 @@ INLINE void lay_out_values(uint32_t *values, const Activation *v, long stride, i
 #endif
 
 // Add what keys at a distance get. `distances`: the first row's of the first key.
-INLINE void add_distances(float *scores, const float *distances, int rows, int length, int width) {
+INLINE void add_distances(float *scores, const float *distances, int rows, int width) {
     for (long i = 0; i < rows; i++)
-        for (long j = 0; j < length; j += WIDTH) {
+        for (long j = 0; j < width; j += WIDTH) {
             float *s = scores + i * width + j;
             store(s, load(s) + load(distances + j - i));
         }
@@ -119,12 +140,14 @@ static long attention_memory(int length, int head) {
 // Compute one head of one text.
 static void attend(void *argument, int number, char *memory) {
     const Attention *p = argument;
-    int text = number / p->heads, head = p->hidden / p->heads, hidden = p->hidden;
-    long first = p->starts[text], stride = 3L * hidden;
+    int text = number / p->heads, of = number % p->heads, head = p->head;
+    int key = of / (p->heads / p->key_heads);
+    long first = p->starts[text], outputs = (long)p->heads * head;
+    long stride = (p->heads + 2L * p->key_heads) * head;
     int length = (int)(p->starts[text + 1] - first), width = attention_width(length);
-    const Activation *q = (const Activation *)p->qkv + first * stride + number % p->heads * head;
-    const Activation *k = q + hidden, *v = k + hidden;
-    long words = (long)width * head * (long)sizeof(Activation) / 4;
+    const Activation *row0 = (const Activation *)p->qkv + first * stride, *q = row0 + of * head;
+    const Activation *k = row0 + outputs + key * head, *v = k + p->key_heads * head;
+    const long size = sizeof(Activation), words = (long)width * head * size / 4;
     uint32_t *keys = (uint32_t *)memory, *values = keys + words;
     float *scores = (float *)(values + words);
     Activation *shares = (Activation *)(scores + ROWS * width);
@@ -134,20 +157,21 @@ static void attend(void *argument, int number, char *memory) {
     begin_products();
     for (int row = 0, rows; row < length; row += rows) {
         rows = next_rows(length - row);
-        int seen = p->causal ? row + rows : length, columns = attention_width(seen);
+        int begin = row - p->behind, end = row + rows + p->ahead;
+        begin = begin > 0 ? begin / PANEL * PANEL : 0;
+        int columns = attention_width((end < length ? end : length) - begin);
         for (int j = 0; j < columns; j += PANEL)
-            multiply(SCORES, rows, q + row * stride, stride,
-                     keys + (long)j * head * (long)sizeof(Activation) / 4, head, scores + j,
-                     columns, 0);
+            multiply(SCORES, rows, q + row * stride, stride, keys + (begin + j) * head * size / 4,
+                     head, scores + j, columns, 0);
+        const Sight sight = {row, p->behind, p->ahead, length, begin};
         if (p->distances)
-            add_distances(scores, p->distances + (long)(number % p->heads) * p->apart - row, rows,
-                          seen, columns);
-        softmax(scores, shares, factors, rows, p->causal ? row + 1 : length, p->causal, columns);
-        Activation *out = (Activation *)p->out + (first + row) * hidden + number % p->heads * head;
+            add_distances(scores, p->distances + (long)of * p->apart + begin - row, rows, columns);
+        softmax(scores, shares, factors, rows, columns, &sight);
+        Activation *out = (Activation *)p->out + (first + row) * outputs + of * head;
         for (int d = 0; d < head; d += PANEL)
             multiply(WEIGHTED, rows, shares, columns,
-                     values + (long)d * width * (long)sizeof(Activation) / 4, columns, out + d,
-                     hidden, factors);
+                     values + ((long)d * width + (long)begin * PANEL) * size / 4, columns, out + d,
+                     outputs, factors);
     }
     end_products();
 }

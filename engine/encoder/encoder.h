@@ -13,6 +13,7 @@
 //   products.h    matrix products, tiles.h those by AMX, activations.h what becomes of their sums
 //   attention.h   attention of one head of one text
 //   rows.h        layer norm, quantisation, embedding, pooling: row by row
+//   turns.h       rotary positions, norms of queries and keys
 //   pictures.h    pixels to rows of activations
 //   panels.h      the layout of the weights
 // These files belong to no family:
@@ -34,6 +35,8 @@ enum { FLOAT32, BF16, INT8 };  // precision of products
 
 typedef struct {
     int32_t hidden, heads, inner, layers;
+    int32_t key_heads;       // of keys and values: each serves heads / key_heads heads of queries
+    int32_t head;            // values of one
     int32_t first_position;  // of a text's first token
     int32_t pad;             // RoBERTa: this token has position `pad` and is not counted; else -1
     int32_t pooling;
@@ -41,9 +44,9 @@ typedef struct {
     int32_t precision;
     int32_t vocabulary;      // ids are below this; 0 for pictures
     int32_t window;          // most tokens of a text, or those of each picture
+    int32_t rms;             // norms do not subtract the mean
     int32_t activation;      // what becomes of the sums between the two products behind attention
     int32_t norm_before;     // layers norm their inputs; else their sums with the outputs
-    int32_t causal;          // no token sees those behind it
     int32_t patch, across;   // pictures: pixels of a patch's side, patches side by side; or 0
     int32_t patch_values;    // 3 * patch * patch, and zeros up to a multiple of 64
     int32_t outputs;         // of Weights.head; 0 without it
@@ -59,12 +62,16 @@ typedef struct {
 
 typedef struct {
     Linear qkv, out, up, down;
-    const float *norm1, *norm2;  // gains, then biases
+    const float *norm1, *norm2;  // gains, then biases; norm1 null: its input is normed already
+    // For each position, the cosines of head / 2 angles by which queries and keys are turned, then
+    // the sines; or null. `gains` of their norms, of a query, then of a key; or null.
+    const float *angles, *gains;
+    int32_t behind, ahead;  // how far a token sees
 } Layer;
 
 typedef struct {
     const struct Kernels *kernels;
-    const uint16_t *words, *positions;  // float16, in the bundle's file
+    const uint16_t *words, *positions;  // float16, in the bundle's file; positions or null
     const float *norm;  // of embeddings: gains, then biases; or null
     const float *last;  // behind the last layer, the same
     // For each head, what is added to the score of a query for the key at a distance, times log2(e):
@@ -98,7 +105,9 @@ typedef void Task(void *argument, int number, char *memory);
 // What becomes of sums. Those from TANH_GELU_TO_ACTIVATION on take a longer way, see activations.h.
 enum {
     TO_ACTIVATION, GELU_TO_ACTIVATION, ADD_TO_FLOAT, SCORES, WEIGHTED,
-    TANH_GELU_TO_ACTIVATION, QUICK_GELU_TO_ACTIVATION, RELU_TO_ACTIVATION, SILU_TO_ACTIVATION
+    TANH_GELU_TO_ACTIVATION, QUICK_GELU_TO_ACTIVATION, RELU_TO_ACTIVATION, SILU_TO_ACTIVATION,
+    GATED = 16  // with one of the others: the first half of a panel's columns, activated, times the
+                // second
 };
 enum { MEAN, FIRST, LAST, FIRST_OF };  // pooling: of all tokens, or that of one
 
@@ -122,14 +131,25 @@ typedef struct {      // a task is one head of one text
     const void *qkv;  // activations: rows of queries, keys and values
     void *out;        // activations
     const int32_t *starts;
-    int hidden, heads, causal;
+    int heads, key_heads, head;
+    int behind, ahead;  // how far a token sees
     const float *distances;  // of a head's distance 0, the next head's `apart` behind it; or null
     int apart;
 } Attention;
 
+typedef struct {  // queries and keys; a task is `chunk` rows
+    int rows, chunk, heads, key_heads, head;
+    long stride;
+    void *qkv;  // activations
+    const int32_t *places;  // of each row: its position
+    const float *angles, *gains;  // see Layer
+    float epsilon;
+} Turn;
+
 typedef struct {  // layer norm, or quantisation only; a task is `chunk` rows
     int rows, width, precision;
     int chunk;
+    int rms;            // norm: the mean is not subtracted
     int keep;           // norm: `x` stays as it is
     float *x;           // norm: in and out
     const float *gain;  // then biases; null: quantise `activations` only
@@ -141,7 +161,7 @@ typedef struct {  // layer norm, or quantisation only; a task is `chunk` rows
 typedef struct Kernels {
     int32_t activation_size, code_size;  // bytes
     int32_t panel;                       // columns of weights that are multiplied together
-    Task *product, *attend, *rows;
+    Task *product, *attend, *rows, *turn;
     long (*attention_memory)(int length, int head);
     void (*embed)(const Shape *, const Weights *, const int64_t *ids, int length, float *x);
     void (*unfold)(const Shape *, const Weights *, const uint8_t *pixels, float *x, void *rows);

@@ -28,6 +28,7 @@ AHEAD_TOKENS = 256
 
 # encoder.h has the same numbers.
 ACTIVATIONS = {"gelu": 1, "tanh gelu": 5, "quick gelu": 6, "relu": 7, "silu": 8}
+GATED = 16
 POOLINGS = ("mean", "first", "last", "first of")
 
 _TOLD_OTHERWISE = ("pad", "pooling", "activation", "distances")  # in Encoder and in Shape
@@ -112,7 +113,7 @@ class _Tower(Engine):
             **{name: getattr(encoder, name) for name in same if name not in _TOLD_OTHERWISE},
             pad=-1 if encoder.pad is None else encoder.pad,
             pooling=POOLINGS.index(encoder.pooling),
-            activation=ACTIVATIONS[encoder.activation],
+            activation=ACTIVATIONS[encoder.activation] | (GATED if encoder.gated else 0),
             precision=PRECISIONS.index(self.precision),  # encoder.h has the same order
             window=bundle.manifest.max_tokens,
             distances=self._laid_out.distances,

@@ -19,6 +19,7 @@
 #include "attention.h"
 #include "pictures.h"
 #include "rows.h"
+#include "turns.h"
 #include "panels.h"
 
 static void activate_all(int mode, const float *x, float *y, long n) {
@@ -29,11 +30,12 @@ static void rotate_all(float *x, long n) { rotate_row(x, x, n); }
 
 static void softmax_all(float *scores, void *shares, float *factors, int rows, int length,
                         int width) {
-    softmax(scores, shares, factors, rows, length, 0, width);
+    const Sight all = {0, rows + length, length, length, 0};
+    softmax(scores, shares, factors, rows, width, &all);
 }
 
 #define JOIN(a, b) a##b
 #define TABLE(family) JOIN(encoder_, family)
 const Kernels TABLE(FAMILY) = {
-    sizeof(Activation), sizeof(Code), PANEL, product, attend, rows, attention_memory, embed, unfold,
-    pool, lay_out, lay_out_int8, activate_all, softmax_all, rotate_all};
+    sizeof(Activation), sizeof(Code), PANEL, product, attend, rows, turn, attention_memory, embed,
+    unfold, pool, lay_out, lay_out_int8, activate_all, softmax_all, rotate_all};

@@ -13,9 +13,9 @@ _CACHE_LINE = 64
 Pointer = ctypes.c_void_p
 
 
-_SIZES = ("hidden", "heads", "inner", "layers")
+_SIZES = ("hidden", "heads", "inner", "layers", "key_heads", "head")
 _NUMBERS = ("first_position", "pad", "pooling", "pooled", "precision", "vocabulary", "window")
-_OPTIONS = ("activation", "norm_before", "causal")
+_OPTIONS = ("rms", "activation", "norm_before")
 _PICTURES = ("patch", "across", "patch_values")
 
 
@@ -34,7 +34,8 @@ class Linear(ctypes.Structure):
 class Layer(ctypes.Structure):
     _fields_ = [
         *((name, Linear) for name in ("qkv", "out", "up", "down")),
-        *((name, Pointer) for name in ("norm1", "norm2")),
+        *((name, Pointer) for name in ("norm1", "norm2", "angles", "gains")),
+        *((name, ctypes.c_int32) for name in ("behind", "ahead")),
     ]
 
 
@@ -61,8 +62,8 @@ class Kernels(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("activation_size", "code_size", "panel")),
-        *((name, Pointer) for name in ("product", "attend", "rows", "attention_memory")),
-        *((name, Pointer) for name in ("embed", "unfold", "pool")),
+        *((name, Pointer) for name in ("product", "attend", "rows", "turn")),
+        *((name, Pointer) for name in ("attention_memory", "embed", "unfold", "pool")),
         *((name, Pointer) for name in ("lay_out", "lay_out_int8")),
         *((name, Pointer) for name in ("activate", "softmax", "rotate")),
     ]

@@ -7,7 +7,11 @@ typedef struct {  // a batch's working memory
     float *x;     // [tokens][hidden], as all that follows
     void *a, *attended, *qkv, *h;  // activations
     Quantised q;
+    int32_t *places;  // of each token: its position in its text
 } Memory;
+
+static long qkv_width(const Shape *s) { return (s->heads + 2L * s->key_heads) * s->head; }
+
 
 // `size` bytes from `at` on, which moves to the next cache line behind them.
 static void *carve(uintptr_t *at, long size) {
@@ -19,10 +23,11 @@ static void *carve(uintptr_t *at, long size) {
 // Divide the memory that begins at `at`. Returns its end.
 static uintptr_t divide(Memory *m, uintptr_t at, const Shape *shape, const Kernels *kernels,
                         long tokens, int longest) {
-    long width = shape->hidden, inner = shape->inner, most = width > inner ? width : inner;
-    long rows = tokens + SPARE_ROWS, row = width * kernels->activation_size;
-    m->local = carve(&at, kernels->attention_memory(longest, shape->hidden / shape->heads));
-    long widest = 3 * width > inner ? 3 * width : inner;
+    long width = shape->hidden, inner = shape->inner, attended = (long)shape->heads * shape->head;
+    long either = width > attended ? width : attended, most = either > inner ? either : inner;
+    long rows = tokens + SPARE_ROWS, row = either * kernels->activation_size;
+    m->local = carve(&at, kernels->attention_memory(longest, shape->head));
+    long widest = qkv_width(shape) > inner ? qkv_width(shape) : inner;
     if (shape->patch_values > widest) widest = shape->patch_values;
     long most_row = widest * kernels->activation_size;
     m->x = carve(&at, tokens * width * 4);
@@ -30,6 +35,7 @@ static uintptr_t divide(Memory *m, uintptr_t at, const Shape *shape, const Kerne
     // Patches of pictures are there before these.
     m->a = m->attended = carve(&at, rows * row);
     m->qkv = m->h = carve(&at, rows * most_row);
+    m->places = carve(&at, tokens * 4);
     if (shape->precision != INT8) return at;
     m->q.values = carve(&at, rows * most * kernels->code_size);
     m->q.scales = carve(&at, tokens * 4);
@@ -45,7 +51,7 @@ long encoder_memory(const Shape *shape, const Weights *weights, int tokens, int 
 
 // Bytes of working memory of a helper.
 long encoder_helper_memory(const Shape *shape, const Weights *weights) {
-    return weights->kernels->attention_memory(shape->window, shape->hidden / shape->heads);
+    return weights->kernels->attention_memory(shape->window, shape->head);
 }
 
 // Returns the first text that the model cannot embed, for its length or its ids; -1 if there is
@@ -82,32 +88,44 @@ static void run_layers(const Batch *b, const Memory *m, Crew *crew) {
     int precision = shape->precision, int8 = precision == INT8, before = shape->norm_before;
     const Kernels *kernels = b->weights->kernels;
     Rows norm = {.rows = tokens, .width = width, .precision = precision, .chunk = chunk, .x = m->x,
-                 .activations = m->a, .q = m->q, .epsilon = shape->epsilon};
+                 .activations = m->a, .q = m->q, .epsilon = shape->epsilon, .rms = shape->rms};
     Rows again = norm;  // quantises the outputs of attention and of the activation
     Product product = {.rows = tokens, .k = width, .precision = precision, .a = m->a, .q = m->q};
     product.ahead = 1 + (crew ? b->helpers : 0);
     const float *distances = b->weights->distances;
-    Attention attention = {m->qkv, m->attended, b->starts, width, shape->heads, shape->causal,
-                           distances ? distances + shape->window - 1 : 0, shape->distances};
+    int attended = shape->heads * shape->head, wide = (int)qkv_width(shape);
+    Attention attention = {.qkv = m->qkv, .out = m->attended, .starts = b->starts,
+                           .heads = shape->heads, .key_heads = shape->key_heads,
+                           .head = shape->head, .apart = shape->distances,
+                           .distances = distances ? distances + shape->window - 1 : 0};
+    Turn turn = {.rows = tokens, .chunk = chunk, .heads = shape->heads, .stride = wide,
+                 .key_heads = shape->key_heads, .head = shape->head, .qkv = m->qkv,
+                 .places = m->places, .epsilon = shape->epsilon};
+    int gated = shape->activation & GATED ? 2 : 1;
     if (b->weights->norm) run_norm(crew, kernels, &norm, b->weights->norm, 0, m->local);
     for (int i = 0; i < shape->layers; i++) {
         const Layer *layer = &b->weights->layers[i];
-        if (before) run_norm(crew, kernels, &norm, layer->norm1, 1, m->local);
+        if (before && layer->norm1) run_norm(crew, kernels, &norm, layer->norm1, 1, m->local);
         product.mode = TO_ACTIVATION, product.k = width, product.a = m->a;
-        product.linear = layer->qkv, product.c = m->qkv, product.ldc = 3L * width;
-        spread(crew, kernels->product, &product, 3 * width / kernels->panel, m->local);
+        product.linear = layer->qkv, product.c = m->qkv, product.ldc = wide;
+        spread(crew, kernels->product, &product, wide / kernels->panel, m->local);
+        if (layer->angles) {
+            turn.angles = layer->angles, turn.gains = layer->gains;
+            spread(crew, kernels->turn, &turn, chunks, m->local);
+        }
+        attention.behind = layer->behind, attention.ahead = layer->ahead;
         spread(crew, kernels->attend, &attention, b->texts * shape->heads, m->local);
         if (int8) {
-            again.activations = m->attended, again.width = width;
+            again.activations = m->attended, again.width = attended;
             spread(crew, kernels->rows, &again, chunks, m->local);
         }
-        product.mode = ADD_TO_FLOAT, product.a = m->attended;
+        product.mode = ADD_TO_FLOAT, product.a = m->attended, product.k = attended;
         product.linear = layer->out, product.c = m->x, product.ldc = width;
         spread(crew, kernels->product, &product, width / kernels->panel, m->local);
         run_norm(crew, kernels, &norm, before ? layer->norm2 : layer->norm1, before, m->local);
-        product.mode = shape->activation, product.a = m->a;
+        product.mode = shape->activation, product.a = m->a, product.k = width;
         product.linear = layer->up, product.c = m->h, product.ldc = inner;
-        spread(crew, kernels->product, &product, inner / kernels->panel, m->local);
+        spread(crew, kernels->product, &product, gated * inner / kernels->panel, m->local);
         if (int8) {
             again.activations = m->h, again.width = inner;
             spread(crew, kernels->rows, &again, chunks, m->local);
@@ -137,6 +155,7 @@ static void run_embeddings(const Batch *b, const Memory *m, Crew *crew) {
     for (int i = 0; i < b->texts; i++) {
         int first = b->starts[i];
         float *x = m->x + first * width;
+        for (int j = first; j < b->starts[i + 1]; j++) m->places[j] = j - first;
         if (b->pixels)
             kernels->unfold(shape, weights, b->pixels + i * pixels, x,
                             (char *)m->h + first * values * kernels->activation_size);

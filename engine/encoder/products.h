@@ -182,7 +182,7 @@ static void product(void *argument, int number, char *memory) {
     long column = (long)number * PANEL;
     const char *w = (const char *)p->linear.weights + number * bytes, *next = w + p->ahead * bytes;
     const long size = p->mode == ADD_TO_FLOAT ? 4 : sizeof(Activation);
-    char *c = (char *)p->c + column * size;
+    char *c = (char *)p->c + (p->mode & GATED ? column / 2 : column) * size;
     const float *bias = p->linear.bias + column;
     int other = p->mode > WEIGHTED, mode = other ? ADD_TO_FLOAT : p->mode;
     long ldc = other ? PANEL : p->ldc;

@@ -91,12 +91,13 @@ static void quantise_row(const Rows *p, long row) {
     p->q.start[row] = -OFFSET * sum_of_ints(sum);
 }
 
-static void norm_row(const Rows *p, long row) {
+// `keep`, `rms`: as in Rows.
+INLINE void norm_row(const Rows *p, long row, int keep, int rms) {
     int width = p->width;
     float *x = p->x + row * width;
     F sum = {}, squares = {};
     for (int i = 0; i < width; i += WIDTH) sum += load(x + i);
-    F mean = set(sum_of(sum) / (float)width);
+    F mean = set(rms ? 0 : sum_of(sum) / (float)width);
     for (int i = 0; i < width; i += WIDTH) {
         F d = load(x + i) - mean;
         squares += d * d;
@@ -107,9 +108,9 @@ static void norm_row(const Rows *p, long row) {
         for (int h = 0; h < 2; h++) {
             int at = i + WIDTH * h;
             y[h] = (load(x + at) - mean) * factor * load(p->gain + at) + load(p->gain + width + at);
-            if (!p->keep) store(x + at, y[h]);
+            if (!keep) store(x + at, y[h]);
         }
-        if (p->precision != INT8 || p->keep)
+        if (p->precision != INT8 || keep)
             store_activations((Activation *)p->activations + row * width + i, y[0], y[1]);
     }
 }
@@ -122,7 +123,8 @@ static void rows(void *argument, int number, char *memory) {
     (void)memory;
     for (long row = (long)number * p->chunk; row < p->rows && row < (number + 1L) * p->chunk;
          row++) {
-        if (p->gain) norm_row(p, row);
+        if (p->gain && !p->keep && !p->rms) norm_row(p, row, 0, 0);
+        else if (p->gain) norm_row(p, row, p->keep, p->rms);
         if (p->precision == INT8) quantise_row(&of, row);
     }
 }
@@ -133,6 +135,10 @@ static void embed(const Shape *shape, const Weights *weights, const int64_t *ids
     int width = shape->hidden, position = shape->first_position;
     for (int i = 0; i < length; i++, x += width) {
         const uint16_t *word = weights->words + ids[i] * width;
+        if (!weights->positions) {
+            for (int j = 0; j < width; j += WIDTH) store(x + j, from_half(word + j));
+            continue;
+        }
         long at = ids[i] == shape->pad ? shape->pad : position++;
         const uint16_t *place = weights->positions + at * width;
         for (int j = 0; j < width; j += WIDTH)

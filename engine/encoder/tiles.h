@@ -104,7 +104,7 @@ static void product(void *argument, int number, char *memory) {
     long column = (long)number * PANEL, words = (long)p->k * PANEL / (int8 ? 4 : 2);
     const uint32_t *w = (const uint32_t *)p->linear.weights + number * words;
     const char *next = (const char *)(w + p->ahead * words);
-    Activation *c = (Activation *)p->c + column;
+    Activation *c = (Activation *)p->c + (p->mode & GATED ? column / 2 : column);
     float *sum = (float *)p->c + column;
     begin_products();
     if (int8 && p->mode == TO_ACTIVATION) all_rows(TO_ACTIVATION, 1, p, column, w, c, next);

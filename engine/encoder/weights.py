@@ -1,6 +1,7 @@
 """Reads a bundle's weights and lays them out for the C code."""
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ class LaidOut:
         self.patch_values = -(-3 * encoder.patch**2 // _STEP) * _STEP
         width, window = encoder.hidden, bundle.manifest.max_tokens
         positions = encoder.first_position + window
-        made = Weights(ctypes.addressof(kernels), layers=self._layers())
+        made = Weights(ctypes.addressof(kernels), layers=self._layers(window))
         if encoder.norm_embeddings:
             made.norm = self._floats("norm", 2 * width)
         if encoder.norm_before:
@@ -47,30 +48,42 @@ class LaidOut:
         else:
             words = self._tensors.get("words", np.float16, encoder.vocabulary, width)
             made.words = _address(words)
-        made.positions = _address(self._tensors.get("positions", np.float16, positions, width))
+        if encoder.positions:
+            made.positions = _address(self._tensors.get("positions", np.float16, positions, width))
         self.weights = made
 
-    def _layers(self) -> int:
+    def _layers(self, window: int) -> int:
         encoder = self._encoder
-        width, inner = encoder.hidden, encoder.inner
+        width, inner, heads = encoder.hidden, encoder.inner, encoder.heads * encoder.head
+        linears = (
+            ("qkv", heads + 2 * encoder.key_heads * encoder.head, width),
+            ("out", width, heads),
+            ("up", inner * (2 if encoder.gated else 1), width),
+            ("down", width, inner),
+        )
         size = 1 if self._int8 else self._kernels.activation_size  # of a value, in bytes
         # One array for all panels: numpy asks for huge pages, where the system has them.
-        panels = aligned(encoder.layers * (4 * width + 2 * inner) * width * size)
+        values = sum(rows * columns for _, rows, columns in linears)
+        panels = aligned(encoder.layers * values * size)
         layers = (Layer * encoder.layers)()
         self._kept += [panels, layers]
         free = _address(panels)
         for number, layer in enumerate(layers):
             own = f"layers.{number}"
-            for name, rows, columns in (
-                ("qkv", 3 * width, width),
-                ("out", width, width),
-                ("up", inner, width),
-                ("down", width, inner),
-            ):
+            for name, rows, columns in linears:
                 setattr(layer, name, self._linear(f"{own}.{name}", rows, columns, free, self._int8))
                 free += rows * columns * size
-            layer.norm1 = self._floats(f"{own}.norm1", 2 * width)
+            if number or encoder.norm_first:
+                layer.norm1 = self._floats(f"{own}.norm1", 2 * width)
             layer.norm2 = self._floats(f"{own}.norm2", 2 * width)
+            if encoder.angles:
+                name = f"angles.{encoder.angles[number]}"
+                layer.angles = _address(self._tensors.get(name, np.float32, window, encoder.head))
+            if encoder.norm_heads:
+                layer.gains = self._floats(f"{own}.norm_heads", 2 * encoder.head)
+            sight = encoder.sights[number]
+            layer.behind = window if sight.behind is None else sight.behind
+            layer.ahead = window if sight.ahead is None else sight.ahead
         return ctypes.addressof(layers)
 
     def _floats(self, name: str, length: int) -> int:
@@ -83,16 +96,27 @@ class LaidOut:
 
     def _linear(self, name: str, rows: int, columns: int, at: int, int8: bool) -> Linear:
         """Lay out a linear layer at an address: it makes `rows` values of `columns`."""
-        bias, scales = self._floats(f"{name}.bias", rows), 0
+        get, scales = self._tensors.get, np.zeros(0, np.float32)
+        bias = get(f"{name}.bias", np.float32, rows)
         if int8:
-            weight = self._tensors.get(f"{name}.codes", np.int8, rows, columns)
-            scales = self._floats(f"{name}.scales", rows)
-            lay_out = _LAY_OUT(self._kernels.lay_out_int8)
+            weight = get(f"{name}.codes", np.int8, rows, columns)
+            scales = get(f"{name}.scales", np.float32, rows)
         else:
-            weight = self._tensors.get(f"{name}.weight", np.float16, rows, columns)
-            lay_out = _LAY_OUT(self._kernels.lay_out)
-        lay_out(Pointer(at), Pointer(_address(weight)), rows, columns)
-        return Linear(at, bias, scales)
+            weight = get(f"{name}.weight", np.float16, rows, columns)
+        if self._encoder.gated and name.endswith(".up"):
+            weight, bias = self._interleaved(weight), self._interleaved(bias)
+            scales = self._interleaved(scales) if int8 else scales
+        lay_out = self._kernels.lay_out_int8 if int8 else self._kernels.lay_out
+        _LAY_OUT(lay_out)(Pointer(at), Pointer(_address(weight)), rows, columns)
+        return Linear(at, self._keep(bias), self._keep(scales))
+
+    def _interleaved(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Rows so that the first half of a panel is of what is activated, the second of what that
+        is multiplied with, which come one behind the other.
+        """
+        half = self._kernels.panel // 2
+        pairs = rows.reshape(2, -1, half, *rows.shape[1:]).swapaxes(0, 1)
+        return np.ascontiguousarray(pairs.reshape(rows.shape))
 
     def _float_linear(self, name: str, rows: int, columns: int) -> Linear:
         """The same, in memory of its own, and never in int8."""
