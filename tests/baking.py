@@ -13,6 +13,7 @@ import pytest
 import tiny_models as tiny
 
 import bake_model
+from bake import stages
 from embeddings import TextEmbedder
 from engine import bundle as bundles
 from engine.bundle import Bundle
@@ -26,6 +27,10 @@ Float32 = npt.NDArray[np.float32]
 PROMPTS = {"query": "query: ", "passage": "passage: "}
 OWN = 24  # tokens: the window that `bert` states
 FAR = 60.0  # seconds; a deadline that no test meets
+
+# Tests bake some 200 tiny models in these processes. The bundles that conftest.py shares have the
+# whole sample of 120 texts.
+stages.TEXTS = 40
 
 
 def bake(model: pathlib.Path | str, output: pathlib.Path, *options: str) -> Bundle:

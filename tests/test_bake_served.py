@@ -283,6 +283,7 @@ def test_a_picture_engine_that_is_wrong_here_is_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     (bundle,) = discover(clip_models_dir)
+    monkeypatch.setattr(library, "LIBRARY", pathlib.Path("/absent/encoder.so"))
     if choose_precision("auto", bundle) != "bf16":
         pytest.skip("this CPU has no bf16")
     right = OpenVINOImageEngine.run
@@ -305,7 +306,7 @@ def test_an_engine_is_certified_by_its_own_vectors(tmp_path: pathlib.Path) -> No
         for precision, parity in parities.items():
             assert choice.runs(backend, precision) and parity.threads == thread_counts()
             assert PARITY_FLOOR[precision] <= parity.minimum <= parity.alone
-            assert parity.minimum <= parity.mean <= 1.0001 and parity.cases > 240
+            assert parity.minimum <= parity.mean <= 1.0001 and parity.cases > 150
     manifest = json.loads(bundle.file("manifest.json").read_bytes())
     assert manifest["format"] == 3
     assert manifest["parity"]["OpenVINO"]["fp32"]["threads"] == thread_counts()
