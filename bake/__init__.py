@@ -2,8 +2,9 @@
 `kinds`: what kind it is), `samples` and `pictures` (what its vectors are compared over), `traced`
 or `untraced` (make a bundle for OpenVINO or for torch), `parity` (compare the vectors). `windows`
 keeps long windows within memory, and says how much time is left. `traced` uses `export` (trace and
-save), `rewrite` (make the text graph faster) and `encoder` (whether our own engine runs the model).
-`check` compares the vectors of a bundle that is there.
+save), `rewrite` (make the text graph faster) and `encoder` (whether our own engine runs the model;
+with `families`, its parts, and `named`, its weights). `check` compares the vectors of a bundle that
+is there.
 """
 
 import argparse

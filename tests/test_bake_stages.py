@@ -34,7 +34,7 @@ def test_the_manifest_of_the_real_model(
         assert np.array(manifest.probe.vector) == pytest.approx(expected, abs=1e-5)
 
         graphs = {"text.xml", "text.bin", "text-int8.xml", "text-int8.bin"}
-        assert set(manifest.files) == {"tokenizer.json", "sample.npz", *graphs}
+        assert set(manifest.files) == {"tokenizer.json", "sample.npz", "text.safetensors", *graphs}
         assert manifest.files["sample.npz"].size < 500_000
         assert {path.name for path in bundle.path.iterdir()} == {*manifest.files, "manifest.json"}
         for file, stated in manifest.files.items():

@@ -1,5 +1,5 @@
-// Transformers that encode texts and pictures, on CPUs: one vector each. library.py
-// declares the same structures for Python and compares sizes and offsets when it loads the library.
+// Transformers that encode texts and pictures, on CPUs: one vector each. library.py declares the same
+// structures for Python and compares sizes and offsets when it loads the library.
 //
 // The tokens of all texts of a batch lie one behind the other, so nothing is padded. Matrix
 // products are computed in float32, in bf16, or in int8 with a scale for every row of activations and
