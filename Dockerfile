@@ -115,7 +115,7 @@ COPY --from=packages /opt/venv /opt/venv
 WORKDIR /app
 COPY --from=bake /app/models models
 COPY main.py settings.py keys.py gunicorn.conf.py embeddings.py tokens.py chunks.py image_embeddings.py \
-    avif_frames.py limits.py benchmark_embeddings.py ./
+    avif_frames.py limits.py scores.py probes.py benchmark_embeddings.py ./
 COPY engine engine
 COPY --from=bake /app/engine/encoder/encoder.so engine/encoder/
 COPY api api

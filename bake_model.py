@@ -1,5 +1,6 @@
-"""Bake a SentenceTransformers model into a bundle: load it, trace it to OpenVINO or save it for
-torch, check its vectors, write the folder.
+"""Bake a SentenceTransformers model, a CrossEncoder (reranker) or a classifier of transformers into
+a bundle: load it, trace it to OpenVINO or save it for torch, check its vectors or scores, write the
+folder.
 
     python bake_model.py MODEL [--name NAME] [--output models] …
     python bake_model.py --check BUNDLE
@@ -159,10 +160,15 @@ def summary(bundle: Bundle, notes: Sequence[str] = ()) -> str:
     rows = {
         "bundle": str(bundle.path),
         "source": f"{manifest.source} {manifest.revision or ''}".strip(),
+        "task": manifest.task,
         "dimensions": f"{manifest.dimensions}{', normalised' if manifest.normalized else ''}",
         "window": f"{manifest.max_tokens} tokens",
         "prompts": ", ".join(prompts) or "none",
     }
+    if manifest.scorer:
+        del rows["dimensions"], rows["prompts"]
+        rows["labels"] = ", ".join(manifest.scorer.labels)
+        rows["activation"] = manifest.scorer.activation
     sizes: dict[str, int] = {}
     for name, file in manifest.files.items():
         part = name.partition("/")[0]
@@ -189,7 +195,7 @@ def _certificates(bundle: Bundle, precision: Precision) -> dict[str, str]:
         parities = manifest.parity.get(backend, {}), manifest.image_parity.get(backend, {})
         found = [each[precision] for each in parities if precision in each]
         said = "not checked: this CPU cannot run it; the first start on one that can does"
-        rows[f"{precision}, {backend}"] = describe(found) if found else said
+        rows[f"{precision}, {backend}"] = describe(found, manifest.task) if found else said
     return rows or {precision: "not baked"}
 
 

@@ -71,6 +71,33 @@ class VectorCache:
                 self._vectors.popitem(last=False)
 
 
+def compute_chunks(
+    engine: Engine,
+    queue: Queue,
+    cache: VectorCache | None,
+    chunks: Sequence[Int64],
+    deadline: float,
+    gone: Callable[[], bool] | None,
+    tenant: str | None,
+) -> Float32:
+    """An engine's vectors of chunks' token ids, shape (len(chunks), dimensions). Equal chunks are
+    computed once, cached ones not at all. Other arguments and errors are `Queue.submit`'s.
+    """
+    if len(chunks) == 1 and cache is None:
+        return queue.submit(engine, chunks, [len(chunks[0])], deadline, gone, tenant)
+    keys = [ids.tobytes() for ids in chunks]
+    inputs = dict(zip(keys, chunks))
+    vectors = cache.get(engine.name, inputs) if cache else {}
+    missing = {key: ids for key, ids in inputs.items() if key not in vectors}
+    costs = [len(ids) for ids in missing.values()]
+    computed = queue.submit(engine, [*missing.values()], costs, deadline, gone, tenant)
+    new = dict(zip(missing, computed))
+    if cache:
+        cache.put(engine.name, new)
+    vectors |= new
+    return np.stack([vectors[key] for key in keys])
+
+
 class Truncation(NamedTuple):
     """What becomes of a request's `truncate`."""
 
@@ -92,7 +119,8 @@ class TextEmbedder:
         truncation: Truncation = Truncation(),
     ) -> None:
         self.manifest, self.limits = bundle.manifest, limits
-        self.engine, self._queue, self._cache = engine, queue, cache
+        self.engine = engine
+        self._chunk_vectors = partial(compute_chunks, engine, queue, cache)
         self._truncation = truncation
         self._tokenizer = TextTokenizer(tokenizer)
         self._chunker = Chunker(self._tokenizer, self.manifest.max_tokens)
@@ -147,7 +175,7 @@ class TextEmbedder:
         )
         chunks = spans.timed(spans.TOKENISE, split, len(texts))
         inputs = [chunk.token_ids for pieces in chunks for chunk in pieces]
-        computed = self._compute(inputs, deadline, gone, tenant)
+        computed = self._chunk_vectors(inputs, deadline, gone, tenant)
         unit = manifest.normalized if normalize is None else normalize
         chunk_vectors = shorten_and_scale(computed, dimensions, unit, manifest.layer_norm)
         vectors = chunk_vectors
@@ -163,31 +191,6 @@ class TextEmbedder:
             start, end = end, end + len(pieces)
             results.append(TextEmbedding(vectors[row], pieces, chunk_vectors[start:end]))
         return results
-
-    def _compute(
-        self,
-        chunks: Sequence[Int64],
-        deadline: float,
-        gone: Callable[[], bool] | None,
-        tenant: str | None,
-    ) -> Float32:
-        """The engine's vectors of chunks' token ids, shape (len(chunks), dimensions). Equal chunks
-        are computed once, cached ones not at all.
-        """
-        engine, cache = self.engine, self._cache
-        if len(chunks) == 1 and cache is None:
-            return self._queue.submit(engine, chunks, [len(chunks[0])], deadline, gone, tenant)
-        keys = [ids.tobytes() for ids in chunks]
-        inputs = dict(zip(keys, chunks))
-        vectors = cache.get(engine.name, inputs) if cache else {}
-        missing = {key: ids for key, ids in inputs.items() if key not in vectors}
-        costs = [len(ids) for ids in missing.values()]
-        computed = self._queue.submit(engine, [*missing.values()], costs, deadline, gone, tenant)
-        new = dict(zip(missing, computed))
-        if cache:
-            cache.put(engine.name, new)
-        vectors |= new
-        return np.stack([vectors[key] for key in keys])
 
     def similarities(
         self,

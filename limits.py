@@ -31,9 +31,9 @@ class TextLimits:
                 message = f"text has {size} bytes; the limit is {limit} (MAX_TEXT_SIZE)"
                 raise InputTooLarge(message, index)
 
-    def check_count(self, texts: int) -> None:
-        """Raises: InvalidInput for no texts, or too many."""
-        _check_count(texts, "text", self.max_texts, self.count_setting)
+    def check_count(self, texts: int, noun: str = "text") -> None:
+        """Raises: InvalidInput for no texts, or too many, which it calls `noun`."""
+        _check_count(texts, noun, self.max_texts, self.count_setting)
 
     def check_tokens(self, total: int, index: int) -> None:
         """Raises: InputTooLarge if the texts up to `index` have too many tokens together."""

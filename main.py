@@ -10,37 +10,58 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from wsgiref.types import StartResponse
 
-import numpy as np
-
 import settings as configuration
-from api import cl100k, docs, health, images, logs, metrics, native, ollama, openai, tei, traces
+from api import (
+    cl100k,
+    cohere,
+    docs,
+    health,
+    images,
+    logs,
+    metrics,
+    native,
+    ollama,
+    openai,
+    scoring,
+    tei,
+    traces,
+)
 from api.auth import KeyCheck
 from api.compression import Bodies, Compression
 from api.cors import Cors
 from api.routes import CheckedFlask, Router, register_errors
 from api.service import Embedders, Service, note_truncated
 from embeddings import Float32, TextEmbedder, Truncation, VectorCache
-from engine import certificate
-from engine.bundle import PARITY_FLOOR, Bundle, discover
+from engine.bundle import Bundle, Task, discover
 from engine.choice import image_engine, right_engine, text_engine
-from engine.errors import EmbedderError
+from engine.errors import BundleError, EmbedderError
 from engine.models import Models
 from engine.protocol import Engine
 from engine.queue import Queue
 from engine.quota import Quota, QuotaLimits
-from engine.tenants import SERVICE
 from limits import ImageLimits, TextLimits
+from probes import certify, check_probe, of_the_service, say_what_int8_costs
 from server import tasks
 from server.limits import Limits
 from server.messages import Loop
+from scores import TextScorer
 from settings import Settings
 from tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from image_embeddings import ImageEmbedder
+
+# By a model's task: the route, and what stands before the text in the body.
+_WARM_UP: dict[Task, tuple[str, str]] = {
+    "embed": ("/embeddings", '"text"'),
+    "classify": ("/classify", '"text"'),
+    "rerank": ("/rerank", '"documents": ["a document"], "query"'),
+}
+
+M = TypeVar("M", TextEmbedder, TextScorer)
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +70,6 @@ OPEN_PATHS = (*health.PATHS, *docs.PATHS)
 # Seconds after which a ready service prepares to compute lone texts on all cores, so that this does
 # not compete with the requests that waited for the start.
 WIDEN_AFTER = 1.0
-PROBE_TIMEOUT = 60  # seconds; a short REQUEST_TIMEOUT must not end the start on a busy machine
 # A request is refused unread if so many bytes a token would be too much; texts have fewer, about 5.
 BYTES_PER_TOKEN, BYTES_PER_TOKEN_OF_PICTURES = 8, 2048
 # Requests of its own with which a worker begins: Python specialises code that has run eight times.
@@ -141,6 +161,8 @@ class Application:
             openai.blueprint(service, token_ids, settings.max_body_size, text_limits(settings)),
             ollama.blueprint(service),
             tei.blueprint(service, limits),
+            scoring.blueprint(service, own_limits(settings)),
+            cohere.blueprint(service),
             docs.blueprint(OPEN_PATHS),
             metrics.blueprint(self.metrics),
         ):
@@ -169,7 +191,7 @@ class Application:
             return
         try:
             for name in models.bundles:
-                models.get(name, math.inf).texts.widen()
+                models.get(name, math.inf).model.widen()
         except Exception as error:  # slower, but still correct
             log.warning("a text that is alone will be computed on one core: %s", error)
 
@@ -184,13 +206,14 @@ class Application:
         first, so that memory is allocated once.
         """
         self.models.warming = True
+        path, field = _WARM_UP[self.models.bundle().manifest.task]
         try:
             for number in range(WARM_UP_REQUESTS):
                 word, query = (f"word{number}", "?" + "&" * number) if number % 2 else ("text", "")
                 texts = "a first text and " * ((WARM_UP_REQUESTS - number) // 2)
-                body = f'{{"text": "{texts}its last {word}"}}'
+                body = f'{{{field}: "{texts}its last {word}"}}'
                 yield (
-                    f"POST /embeddings{query} HTTP/1.1\r\nHost: localhost\r\n"
+                    f"POST {path}{query} HTTP/1.1\r\nHost: localhost\r\n"
                     f"X-API-Key: {self.settings.api_keys[0]}\r\n"
                     f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
                 ).encode()
@@ -226,7 +249,7 @@ class Application:
 def _describe(settings: Settings, models: Models[Embedders]) -> str:
     """The models and the limits, in one line, for the log."""
     served = ", ".join(
-        f"{name} ({models.get(name, 0).texts.precision}, {bundle.manifest.size} dimensions, "
+        f"{name} ({models.get(name, 0).model.precision}, {_size(bundle)}, "
         f"{' and '.join(bundle.manifest.modalities)})"
         for name, bundle in models.bundles.items()
     )
@@ -240,6 +263,14 @@ def _describe(settings: Settings, models: Models[Embedders]) -> str:
         f"and {settings.max_body_size} bytes; a queue of {settings.max_queue_tokens} tokens; "
         f"{settings.request_timeout:g} s a request"
     )
+
+
+def _size(bundle: Bundle) -> str:
+    """What a bundle gives, for the log."""
+    manifest = bundle.manifest
+    if manifest.scorer:
+        return f"task {manifest.task}, labels {', '.join(manifest.scorer.labels)}"
+    return f"{manifest.size} dimensions"
 
 
 def make_models(settings: Settings) -> Models[Embedders]:
@@ -296,10 +327,12 @@ def load_embedders(
     cache: VectorCache | None = None,
     truncation: Truncation = Truncation(),
 ) -> Embedders:
-    """Load one model for texts, and for pictures where it takes them.
+    """Load one model for texts, and for pictures where it takes them; or for scores.
 
     Raises: BundleError, PrecisionUnavailable, DeviceUnavailable.
     """
+    if bundle.manifest.scorer:
+        return Embedders(None, None, load_scorer(bundle, settings, queue, cache, truncation))
     # First, since more texts are compared than pictures: what is left out for texts is left out for
     # pictures too.
     texts = load_embedder(bundle, settings, queue, cache, truncation)
@@ -315,6 +348,53 @@ def load_embedder(
     truncation: Truncation = Truncation(),
 ) -> TextEmbedder:
     """Load one model and see that it still gives its probe's vector.
+
+    Raises: as `load_embedders`; BundleError for one that gives scores.
+    """
+    if bundle.manifest.scorer:
+        raise BundleError(
+            f"bundle {bundle.path}: its task is {bundle.manifest.task}, and it gives no vectors"
+        )
+
+    def vector(model: TextEmbedder) -> Float32:
+        (embedding,) = model.embed([bundle.manifest.probe.text], **of_the_service(bundle))
+        return embedding.vector
+
+    return _load_texts(TextEmbedder, vector, bundle, settings, queue, cache, truncation)
+
+
+def load_scorer(
+    bundle: Bundle,
+    settings: Settings,
+    queue: Queue,
+    cache: VectorCache | None = None,
+    truncation: Truncation = Truncation(),
+) -> TextScorer:
+    """Load one reranker or classifier and see that it still gives its probe's scores.
+
+    Raises: as `load_embedders`.
+    """
+
+    def raw(model: TextScorer) -> Float32:
+        probe, waiting = bundle.manifest.probe, of_the_service(bundle)
+        sent = probe.text if probe.first is None else (probe.first, probe.text)
+        (found,) = model.score([sent], deadline=waiting["deadline"], tenant=waiting["tenant"])
+        return found.raw
+
+    return _load_texts(TextScorer, raw, bundle, settings, queue, cache, truncation)
+
+
+def _load_texts(
+    kind: type[M],
+    compute: Callable[[M], Float32],
+    bundle: Bundle,
+    settings: Settings,
+    queue: Queue,
+    cache: VectorCache | None,
+    truncation: Truncation,
+) -> M:
+    """Args:
+        compute: what a model gives for the probe.
 
     Raises: as `load_embedders`.
     """
@@ -334,28 +414,27 @@ def load_embedder(
     def check(engine: Engine) -> float:
         probe = bundle.manifest.probe
         # The probe passes whatever limits were set.
-        unlimited = TextEmbedder(bundle, tokenizer, engine, queue, TextLimits())
-        (embedding,) = unlimited.embed([probe.text], **_of_the_service(bundle))
-        cosine = _check_probe(bundle, engine, "probe text", probe.vector, embedding.vector)
-        _certify(bundle, engine, queue)
+        found = compute(kind(bundle, tokenizer, engine, queue, TextLimits()))
+        cosine = check_probe(bundle, engine, "probe text", probe.vector, found)
+        certify(bundle, engine, queue)
         return cosine
 
     engine, cosine = right_engine(bundle, settings.precision, make, check)
     log.info(
-        "model %s ready in %.2f s: %s by %s, %d dimensions, window %d tokens, %d inference "
-        "threads, probe cosine %.5f",
+        "model %s ready in %.2f s: %s by %s, %s, window %d tokens, %d inference threads, probe "
+        "%s %.5f",
         bundle.manifest.name,
         time.perf_counter() - started,
         engine.precision,
         f"{engine.backend} ({engine.isa})" if engine.isa else engine.backend,
-        bundle.manifest.size,
+        _size(bundle),
         bundle.manifest.max_tokens,
         settings.inference_threads,
+        "nearness" if bundle.manifest.scorer else "cosine",
         cosine,
     )
-    _say_what_int8_costs(bundle, engine)
-    limits = text_limits(settings)
-    return TextEmbedder(bundle, tokenizer, engine, queue, limits, cache, truncation)
+    say_what_int8_costs(bundle, engine)
+    return kind(bundle, tokenizer, engine, queue, text_limits(settings), cache, truncation)
 
 
 def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "ImageEmbedder":
@@ -372,8 +451,8 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
     def check(engine: Any) -> float:
         # The probe passes whatever limits were set.
         probe = ImageEmbedder(bundle, engine.preprocessing, engine, queue, ImageLimits())
-        (embedding,) = probe.embed([probe_picture()], **_of_the_service(bundle))
-        return _check_probe(bundle, engine, what, expected, embedding.vector)
+        (embedding,) = probe.embed([probe_picture()], **of_the_service(bundle))
+        return check_probe(bundle, engine, what, expected, embedding.vector)
 
     isa = settings.encoder_isa
     make = functools.partial(
@@ -390,73 +469,6 @@ def load_image_embedder(bundle: Bundle, settings: Settings, queue: Queue) -> "Im
         message = "model %s: the bake could not run %s with pictures at %s; the %s's cosine is %.5f"
         log.info(message, bundle.manifest.name, engine.backend, engine.precision, what, cosine)
     return ImageEmbedder(bundle, engine.preprocessing, engine, queue, limits)
-
-
-def _say_what_int8_costs(bundle: Bundle, engine: Engine) -> None:
-    parity = engine.measured or bundle.manifest.parity.get(engine.backend, {}).get("int8")
-    if engine.precision != "int8" or not parity:
-        return
-    log.info(
-        "model %s at int8: smallest cosine to the model's own vectors %.5f, mean %.5f%s",
-        bundle.manifest.name,
-        parity.minimum,
-        parity.mean,
-        (
-            ""
-            if parity.nearest is None
-            else f"; {parity.nearest:.1%} of the nearest ten texts stay so"
-        ),
-    )
-
-
-def _of_the_service(bundle: Bundle) -> dict[str, Any]:
-    """Options of the service's own call of an embedder."""
-    deadline, whole = time.monotonic() + PROBE_TIMEOUT, bundle.manifest.dimensions
-    return {"deadline": deadline, "tenant": SERVICE, "dimensions": whole}
-
-
-def _certify(bundle: Bundle, engine: Engine, queue: Queue) -> None:
-    """Measure an engine that the machine of the bake could not run at this precision, over the
-    bundle's sample.
-
-    Raises: BelowFloor when its vectors are not the model's own.
-    """
-    if engine.measured or engine.precision in bundle.manifest.parity.get(engine.backend, {}):
-        return
-    sample = certificate.read_sample(bundle)
-    try:
-        found = certificate.measure(bundle, engine, queue, sample, brief=True)
-    except certificate.BelowFloor as error:
-        raise certificate.BelowFloor(
-            f"bundle {bundle.path}: {error}; set another PRECISION"
-        ) from None
-    engine.measured = found
-    log.info(
-        "model %s: the bake could not run %s at %s, so its sample was computed here: smallest "
-        "cosine %.5f, mean %.5f over %d vectors of texts of up to %d tokens",
-        bundle.manifest.name,
-        engine.backend,
-        engine.precision,
-        found.minimum,
-        found.mean,
-        found.cases,
-        certificate.longest(sample, brief=True),
-    )
-
-
-def _check_probe(
-    bundle: Bundle, engine: Engine, what: str, expected: list[float], actual: Float32
-) -> float:
-    """Returns: the cosine. Raises: BelowFloor when it is below the precision's floor."""
-    lengths = float(np.linalg.norm(expected) * np.linalg.norm(actual))
-    cosine = float(np.array(expected, np.float32) @ actual) / lengths if lengths else 0.0
-    precision, floor = engine.precision, PARITY_FLOOR[engine.precision]
-    if not cosine >= floor:
-        raise certificate.BelowFloor(
-            f"bundle {bundle.path}: at {precision} its {what} is off (cosine {cosine:.5f}, "
-            f"at least {floor} expected); bake it again on this kind of machine"
-        )
-    return cosine
 
 
 def _stop_service(line: str) -> None:

@@ -1,6 +1,7 @@
 """The tokenizer: text to token ids, the special tokens around them, and the word cache."""
 
 import contextlib
+import copy
 import os
 import re
 import string
@@ -17,6 +18,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from engine.bundle import TOKENIZER, Bundle
 from engine.errors import BundleError, InvalidInput
+from engine.protocol import TYPE_BITS
 
 # A text is tokenised in its request's thread; the tokenizers' own thread pool would contend.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -64,10 +66,15 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises: BundleError for special tokens that are not a prefix and a suffix."""
         self._tokenizer = tokenizer
-        self._prefix, self._suffix = map(_array, _special_tokens(tokenizer))
+        self._type = 0  # of the text's tokens, in the bits above TYPE_BITS
+        self._surround(*map(_array, _special_tokens(tokenizer)))
         self._large_text = threading.Lock()
-        self.special_tokens = len(self._prefix) + len(self._suffix)  # added to every chunk
         self.words = Words(tokenizer)
+
+    def _surround(self, prefix: Int64, suffix: Int64) -> None:
+        """Set what stands around the tokens of every chunk."""
+        self._prefix, self._suffix = prefix, suffix
+        self.special_tokens = len(prefix) + len(suffix)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
         """Tokenise any text."""
@@ -84,10 +91,46 @@ class TextTokenizer:
 
     def with_special_tokens(self, ids: Int64) -> Int64:
         """Token ids as the engine takes them, shape (tokens,). Raises: InvalidInput for none."""
-        whole = np.concatenate((self._prefix, ids, self._suffix))
+        whole = np.concatenate((self._prefix, ids + self._type, self._suffix))
         if not len(whole):
             raise InvalidInput("this model's tokenizer finds no token in the text")
         return whole
+
+
+class PairTokenizer(TextTokenizer):
+    """A tokenizer of pairs of texts, and of texts alone, for models that give scores."""
+
+    def __init__(self, tokenizer: Tokenizer, *, types: bool) -> None:
+        """`types`: the model takes token types.
+
+        Raises: BundleError where a pair is not the first text and then the second, with special
+        tokens around each.
+        """
+        super().__init__(tokenizer)
+        pair = tokenizer.encode("a", "a")
+        places = [[at for at, of in enumerate(pair.sequence_ids) if of == n] for n in (0, 1)]
+        (first, *_), (second, *_) = places
+        end, stop = places[0][-1] + 1, places[1][-1] + 1
+        plain = tokenizer.encode("a", add_special_tokens=False).ids
+        if not pair.ids[first:end] == pair.ids[second:stop] == plain or second < end:
+            raise BundleError("the tokenizer's pairs are not a text after the other")
+        kinds = _array(pair.type_ids if types else [0] * len(pair.ids)) << TYPE_BITS
+        whole = _array(pair.ids) + kinds
+        self._before, self._between, self._after = whole[:first], whole[end:second], whole[stop:]
+        self._first_type, self._second_type = int(kinds[first]), int(kinds[second])
+
+    def beside(self, first: str) -> TextTokenizer:
+        """A tokenizer of texts that are the second of a pair: to it, the first text and its special
+        tokens are special tokens of the second.
+        """
+        ids = self.encode_words(first)
+        if ids is None:
+            ids = _array(self.encode(first).ids)
+        second = copy.copy(self)
+        second._type = self._second_type
+        before = (self._before, ids + self._first_type, self._between)
+        second._surround(np.concatenate(before), self._after)
+        return second
 
 
 def _array(ids: Sequence[int]) -> Int64:

@@ -34,7 +34,7 @@ _PAGE = """<!DOCTYPE html>
 </html>
 """
 # What a body, and with it a model's work, can be answered with.
-_BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503, 504)
+_BODY_ERRORS = (400, 404, 408, 413, 415, 429, 501, 503, 504)
 _REF = "#/components/schemas/{name}"
 
 

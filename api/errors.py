@@ -25,6 +25,7 @@ _ANSWERS: dict[type[errors.EmbedderError], tuple[int, str, dict[str, str]]] = {
     errors.ModelNotFound: (404, "model_not_found", {}),
     errors.ModelNotReady: (503, "not_ready", _RETRY),
     errors.ModalityNotSupported: (501, "not_supported", {}),
+    errors.TaskNotSupported: (501, "not_supported", {}),
     errors.OverQuota: (429, "rate_limited", {}),
     errors.QueueFull: (429, "overloaded", {}),
     errors.DeadlineExceeded: (504, "timeout", {}),
@@ -45,6 +46,12 @@ class OllamaError(msgspec.Struct):
     """What went wrong, as Ollama's clients read it."""
 
     error: str
+
+
+class CohereError(msgspec.Struct):
+    """What went wrong, as Cohere's clients read it."""
+
+    message: str
 
 
 class OpenAIErrorDetail(msgspec.Struct):
@@ -87,8 +94,14 @@ def _ollama(status: int, error_type: str, message: str, field: str | None) -> Ol
     return OllamaError(message)
 
 
+def _cohere(status: int, error_type: str, message: str, field: str | None) -> CohereError:
+    return CohereError(message)
+
+
 def dialect(path: str) -> tuple[Callable[[int, str, str, str | None], object], type]:
     """How errors under a path are written, and the type that describes them."""
+    if path in ("/v1/rerank", "/v2/rerank"):
+        return _cohere, CohereError
     if (path + "/").startswith("/v1/"):
         return _openai, OpenAIError
     if (path + "/").startswith("/api/"):

@@ -440,7 +440,7 @@ class Metrics:
         for name, bundle in sorted(self.models.bundles.items()):
             manifest = bundle.manifest
             with contextlib.suppress(ModelNotReady):
-                precision = self.models.get(name, 0.0).texts.precision
+                precision = self.models.get(name, 0.0).model.precision
                 sizes = [str(manifest.size), str(manifest.max_tokens)]
                 kinds = ",".join(manifest.modalities)
                 yield (name, precision, manifest.revision or "", *sizes, kinds), 1.0

@@ -14,7 +14,7 @@ from flask import Blueprint, Response
 from api.codec import encode_vector, read_json
 from api.endpoint import endpoint
 from api.images import refuse_pictures
-from api.service import Embedders, Service
+from api.service import Embedders, Service, TextModel
 from embeddings import TextEmbedder, TextEmbedding
 from engine.bundle import Manifest
 from engine.models import Models, Target
@@ -208,7 +208,7 @@ def _add_models(routes: Blueprint, service: Service, find: Find) -> None:
     @endpoint(OllamaModels, further={503: None})
     def list_models() -> object:
         """List the models that are served, and their aliases."""
-        targets = (*map(models.resolve, models.bundles), *models.aliases)
+        targets = _embedding(*map(models.resolve, models.bundles), *models.aliases)
         listed = [
             {
                 **_identify(target),
@@ -242,7 +242,7 @@ def _add_models(routes: Blueprint, service: Service, find: Find) -> None:
     @endpoint(OllamaRunningModels)
     def list_loaded() -> object:
         """List the models that are loaded: all, once the service is ready."""
-        targets = filter(models.loaded, map(models.resolve, models.bundles))
+        targets = filter(models.loaded, _embedding(*map(models.resolve, models.bundles)))
         loaded = [
             {
                 **_identify(target),
@@ -317,7 +317,12 @@ def _family(manifest: Manifest) -> str:
     return "bert" if manifest.encoder else "transformer"
 
 
-def _details(embedder: TextEmbedder) -> dict[str, object]:
+def _embedding(*targets: Target) -> list[Target]:
+    """Those that embed: Ollama knows no other task."""
+    return [target for target in targets if target.bundle.manifest.task == "embed"]
+
+
+def _details(embedder: TextModel) -> dict[str, object]:
     manifest = embedder.manifest
     family = _family(manifest)
     return {

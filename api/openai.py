@@ -12,8 +12,8 @@ from api.codec import encode_chunks, encode_vector
 from api.endpoint import endpoint
 from api.images import are_pictures, decode_pictures
 from api.schemas import OpenAIEmbeddings, OpenAIEmbedRequest, OpenAIModel, OpenAIModels
-from api.service import Service
-from embeddings import TextEmbedder, TextEmbedding
+from api.service import Service, TextModel
+from embeddings import TextEmbedding
 from engine.errors import InputTooLarge, InvalidInput
 from engine.models import Target
 from limits import TextLimits
@@ -184,7 +184,7 @@ def _write(
     }
 
 
-def _describe(target: Target, embedder: TextEmbedder) -> dict[str, object]:
+def _describe(target: Target, embedder: TextModel) -> dict[str, object]:
     manifest = target.bundle.manifest
     engine = embedder.engine
     parity = engine.measured or manifest.parity[engine.backend][engine.precision]
@@ -197,6 +197,8 @@ def _describe(target: Target, embedder: TextEmbedder) -> dict[str, object]:
         "alias_of": manifest.name if target.alias else None,
         "prompt_name": target.prompt,
         "fingerprint": target.fingerprint,
+        "task": manifest.task,
+        "labels": manifest.scorer.labels if manifest.scorer else None,
         "dimensions": manifest.size,
         "max_dimensions": manifest.dimensions,
         "max_tokens": manifest.max_tokens,

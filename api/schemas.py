@@ -8,7 +8,7 @@ here is a field here too; what is unknown is ignored, and the response names it.
 Every optional field may be null, which means absent.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -25,6 +25,7 @@ INPUTS = {
     "images": "/embeddings/image/batch",
     "input": "/v1/embeddings",
     "inputs": "/embed",
+    "documents": "/rerank",
 }
 
 
@@ -118,16 +119,17 @@ class OpenAIEmbeddings(msgspec.Struct):
 
 class Certificate(msgspec.Struct):
     """How near the vectors of this engine at this precision are to sentence-transformers' own:
-    cosines.
+    cosines. Of scores: 1 less the difference, as a share of the scores' spread.
     """
 
     minimum: float
     mean: float
-    cases: int  # vectors compared
+    cases: int  # vectors or scores compared
     alone: float  # the smallest of texts that were computed alone
     threads: list[int]  # numbers of threads that computed
     # The share of each text's ten nearest others, by the model's own vectors, that stays so.
     nearest: float | None
+    tau: float | None  # of a reranker: Kendall's tau of its scores with sentence-transformers' own
     measured: Literal["bake", "start"]
 
 
@@ -139,7 +141,9 @@ class OpenAIModel(msgspec.Struct):
     alias_of: str | None  # the model's name, for an alias
     prompt_name: str | None  # the prompt that an alias puts before texts
     fingerprint: str  # of the bundle: another one means other vectors
-    dimensions: int  # of a vector, unless the request says otherwise
+    task: Literal["embed", "rerank", "classify"]
+    labels: list[str] | None  # of a reranker or classifier
+    dimensions: int  # of a vector, unless the request says otherwise; of scores, their number
     max_dimensions: int
     max_tokens: int
     modalities: list[str]
@@ -182,9 +186,10 @@ class _Parameters(msgspec.Struct):
             fill(self, given, "$.parameters.")
 
 
-class TEIOptions(msgspec.Struct, kw_only=True):
+class TEICut(msgspec.Struct, kw_only=True):
+    """What every call for texts takes."""
+
     model: str | None = None
-    prompt_name: str | None = None
     truncate: bool | None = None  # absent: false
     # text-embeddings-inference documents Left and Right; its clients send left and right.
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = None  # absent: right
@@ -194,6 +199,10 @@ class TEIOptions(msgspec.Struct, kw_only=True):
         if not self.truncate:
             return None
         return "left" if self.truncation_direction in ("left", "Left") else "right"
+
+
+class TEIOptions(TEICut, kw_only=True):
+    prompt_name: str | None = None
 
 
 class TEIEmbedOptions(TEIOptions, kw_only=True):
@@ -261,8 +270,17 @@ class EmbeddingModel(msgspec.Struct):
     pooling: str
 
 
+class ModelLabels(msgspec.Struct):
+    id2label: dict[str, str]
+    label2id: dict[str, int]
+
+
 class ModelType(msgspec.Struct):
-    embedding: EmbeddingModel
+    """One of them, by the model's task."""
+
+    embedding: EmbeddingModel | UnsetType = UNSET
+    reranker: ModelLabels | UnsetType = UNSET
+    classifier: ModelLabels | UnsetType = UNSET
 
 
 class Info(msgspec.Struct):
@@ -281,6 +299,126 @@ class Info(msgspec.Struct):
     version: str
     engine: str  # this and the next are not in text-embeddings-inference
     instruction_set: str | None  # none where the engine does not tell
+
+
+# Scores
+
+
+class Scored(msgspec.Struct, kw_only=True):
+    """A piece of a document; its offsets are Unicode code points of the document as sent."""
+
+    start: int
+    end: int
+    tokens: int  # the query's and special tokens included
+    score: float
+
+
+class RerankRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    query: str
+    documents: list[str]
+    model: str | None = None  # absent: the default model if it reranks, else the only one that does
+    top_n: int | None = None  # absent: all
+    chunks: bool | None = None
+
+
+class Rank(msgspec.Struct):
+    index: int  # of the document as sent
+    score: float
+    chunks: list[Scored] | UnsetType = UNSET
+
+
+class Ranking(msgspec.Struct):
+    """The best first. A document's score is its best chunk's."""
+
+    results: list[Rank]
+
+
+TextOrPair = str | tuple[str, str]
+
+
+class ClassifyText(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    text: TextOrPair
+    model: str | None = None  # absent: the default model if it classifies, else the only one
+
+
+class ClassifyTexts(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    texts: list[TextOrPair]
+    model: str | None = None
+
+
+class Label(msgspec.Struct):
+    label: str
+    score: float
+
+
+class Labels(msgspec.Struct):
+    """The labels of the text, the highest score first; of `texts`, a list for each."""
+
+    labels: list[Label | list[Label]]
+
+
+class TEIRerankOptions(TEICut, kw_only=True):
+    raw_scores: bool | None = None  # absent: false
+    return_text: bool | None = None  # absent: false
+
+
+class TEIRerankRequest(_Parameters, TEIRerankOptions, kw_only=True):
+    query: str
+    texts: list[str]
+    parameters: TEIRerankOptions | None = None
+    options: HuggingFaceOptions | None = None
+
+
+class TEIRank(msgspec.Struct):
+    index: int
+    score: float
+    text: str | UnsetType = UNSET
+
+
+class PredictOptions(TEICut, kw_only=True):
+    raw_scores: bool | None = None  # absent: false
+
+
+class PredictRequest(_Parameters, PredictOptions, kw_only=True):
+    # A text; or a list of one text, or of two, which are a pair; or a list of such lists.
+    inputs: str | list[str | list[str]]
+    parameters: PredictOptions | None = None
+    options: HuggingFaceOptions | None = None
+
+
+# The labels of one input, or of each.
+Predictions = list[Label | list[Label]]
+
+
+class CohereRerankRequest(msgspec.Struct, kw_only=True):
+    """Cohere's, of both versions, and Jina's."""
+
+    query: str
+    documents: list[str | dict[str, Any]]  # texts, or objects with a field `text`
+    model: str | None = None  # absent: as on /rerank
+    top_n: int | None = None  # absent: all
+    return_documents: bool | None = None  # absent: false
+    rank_fields: list[str] | None = None  # nothing but ["text"] is taken
+    max_tokens_per_doc: int | None = None  # a longer document is refused, not cut
+    max_chunks_per_doc: int | None = None  # the same
+    priority: int | None = None  # without effect here
+
+
+class CohereRank(msgspec.Struct):
+    index: int
+    relevance_score: float
+    document: dict[str, Any] | UnsetType = UNSET
+
+
+class CohereRanking(msgspec.Struct):
+    """Cohere's response, with Jina's fields `model`, `object` and `usage`."""
+
+    id: str
+    model: str
+    object: Literal["list"]
+    results: list[CohereRank]
+    meta: dict[str, Any]
+    usage: OpenAIUsage
 
 
 # Pictures

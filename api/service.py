@@ -5,8 +5,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 from embeddings import TextEmbedder, TextEmbedding
-from engine.errors import DeadlineExceeded, InvalidInput, ModalityNotSupported, ModelNotReady
+from engine.bundle import Task
+from engine.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    ModalityNotSupported,
+    ModelNotFound,
+    ModelNotReady,
+    TaskNotSupported,
+)
 from engine.models import Models, Target
+from scores import Pair, TextScorer, TextScores
 from server.messages import current
 from server.tasks import in_thread
 
@@ -16,11 +25,33 @@ if TYPE_CHECKING:  # main.py imports Pillow only for a model that takes pictures
 T = TypeVar("T")
 
 
-class Embedders(NamedTuple):
-    """What a loaded model embeds with."""
+TextModel = TextEmbedder | TextScorer
 
-    texts: TextEmbedder
+
+class Embedders(NamedTuple):
+    """What a loaded model embeds or scores with: `texts` for the task embed, else `scores`."""
+
+    texts: TextEmbedder | None
     images: "ImageEmbedder | None"
+    scores: TextScorer | None = None
+
+    @property
+    def model(self) -> TextModel:
+        found = self.texts or self.scores
+        assert found
+        return found
+
+    @property
+    def embedder(self) -> TextEmbedder:
+        """Of a model whose task is embed."""
+        assert self.texts
+        return self.texts
+
+    @property
+    def scorer(self) -> TextScorer:
+        """Of a model whose task is another."""
+        assert self.scores
+        return self.scores
 
 
 class Waiting(TypedDict):
@@ -45,20 +76,99 @@ class Service:
         self.models, self._timeout = models, timeout
 
     def embedder(self, model: str | None) -> TextEmbedder:
-        """A model by name, source or alias; the default for None. Waits until it is loaded.
+        """A model that embeds, as `resolve` finds it. Waits until it is loaded.
 
-        Raises: ModelNotFound, ModelNotReady.
+        Raises: ModelNotFound, TaskNotSupported, ModelNotReady.
         """
-        return self.models.get(model, time.monotonic() + self._timeout).texts
+        target = self.resolve(model, "embed")
+        return self.models.wait(target, time.monotonic() + self._timeout).embedder
 
-    def embedders(self, targets: Iterable[Target]) -> list[tuple[Target, TextEmbedder]]:
-        """Several models, each with what it embeds texts with. Waits until all are loaded, within
-        one request's time.
+    def embedders(self, targets: Iterable[Target]) -> list[tuple[Target, TextModel]]:
+        """Several models, each with what it embeds or scores texts with. Waits until all are
+        loaded, within one request's time.
 
         Raises: ModelNotReady.
         """
         deadline = time.monotonic() + self._timeout
-        return [(target, self.models.wait(target, deadline).texts) for target in targets]
+        return [(target, self.models.wait(target, deadline).model) for target in targets]
+
+    def task(self, model: str | None) -> Task | None:
+        """The task of a model; None for one that is not here."""
+        try:
+            return self.models.bundle(model).manifest.task
+        except ModelNotFound:
+            return None
+
+    def resolve(self, model: str | None, *tasks: Task) -> Target:
+        """A model for one of `tasks`. For None, the default model if it has such a task, else the
+        only model that has.
+
+        Raises: ModelNotFound; TaskNotSupported.
+        """
+        target = self.models.resolve(model)
+        manifest = target.bundle.manifest
+        if manifest.task in tasks:
+            return target
+        bundles = self.models.bundles.items()
+        able = [name for name, bundle in bundles if bundle.manifest.task in tasks]
+        if model is None and len(able) == 1:
+            return self.models.resolve(able[0])
+        can = f"name one that can in `model`: {', '.join(sorted(able))}"
+        if not able:
+            can = "no model here can: bake one and serve it too (docs/models.md)"
+        wanted = " or ".join(tasks)
+        raise TaskNotSupported(
+            f"this route is for models of the task {wanted}, and model {manifest.name} is for "
+            f"{manifest.task}; {can}"
+        )
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        name: str,
+        model: str | None,
+        **options: Any,
+    ) -> tuple[TextScorer, list[TextScores]]:
+        """Score documents for a query.
+
+        Args:
+            name: where the documents stand in the body, for errors.
+            options: further ones, as `TextScorer.rerank` takes them.
+
+        Raises: as `resolve` and `run` do.
+        """
+        target = self.resolve(model, "rerank")
+
+        def call(embedders: Embedders, waiting: Waiting) -> tuple[TextScorer, list[TextScores]]:
+            scorer = embedders.scorer
+            return scorer, scorer.rerank(query, documents, **waiting, **options)
+
+        return self.run(target, f"$.{name}[{{}}]", call)
+
+    def score(
+        self,
+        inputs: Sequence[str | Pair],
+        path: str,
+        model: str | None,
+        *tasks: Task,
+        **options: Any,
+    ) -> tuple[TextScorer, list[TextScores]]:
+        """Score texts and pairs with a model for one of `tasks`.
+
+        Args:
+            path: where the inputs stand in the body, `{}` for their index, for errors.
+            options: further ones, as `TextScorer.score` takes them.
+
+        Raises: as `resolve` and `run` do.
+        """
+        target = self.resolve(model, *tasks)
+
+        def call(embedders: Embedders, waiting: Waiting) -> tuple[TextScorer, list[TextScores]]:
+            scorer = embedders.scorer
+            return scorer, scorer.score(inputs, **waiting, **options)
+
+        return self.run(target, path, call)
 
     @staticmethod
     def prompt(target: Target, prompt_name: str | None) -> str | None:
@@ -97,14 +207,14 @@ class Service:
         message.
         """
         texts, path = ([sent], f"$.{name}") if isinstance(sent, str) else (sent, f"$.{name}[{{}}]")
-        target = self.models.resolve(model)
+        target = self.resolve(model, "embed")
         options["prompt_name"] = self.prompt(target, prompt_name)
 
         def embed(
             embedders: Embedders, waiting: Waiting
         ) -> tuple[TextEmbedder, list[TextEmbedding]]:
             loaded()
-            return embedders.texts, embedders.texts.embed(texts, **waiting, **options)
+            return embedders.embedder, embedders.embedder.embed(texts, **waiting, **options)
 
         return self.run(target, path, embed)
 

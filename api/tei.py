@@ -3,6 +3,7 @@ plain one that shares its /embed.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 from flask import Blueprint
@@ -14,13 +15,15 @@ from api.schemas import (
     FlatSimilarityRequest,
     Info,
     PlainRequest,
+    PredictRequest,
     SimilarityRequest,
     TEIEmbedRequest,
+    TEIRerankRequest,
     Token,
     TokenizeRequest,
 )
-from api.service import Service
-from embeddings import TextEmbedder
+from api.scoring import predict, tei_rerank
+from api.service import Service, TextModel
 from server.messages import HttpError, Request
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
@@ -34,6 +37,8 @@ class _Shape(msgspec.Struct):
     text: msgspec.Raw = msgspec.Raw()
     inputs: msgspec.Raw = msgspec.Raw()
     source_sentence: msgspec.Raw = msgspec.Raw()
+    query: msgspec.Raw = msgspec.Raw()
+    model: str | None = None
 
 
 def _embed_body(request: Request) -> type[TEIEmbedRequest | PlainRequest]:
@@ -56,8 +61,15 @@ def _similarity_body(request: Request) -> type[Similarity]:
     return FlatSimilarityRequest if flat else SimilarityRequest
 
 
-def _root_body(request: Request) -> type[TEIEmbedRequest | Similarity]:
+Root = TEIEmbedRequest | Similarity | TEIRerankRequest | PredictRequest
+
+
+def _root_body(service: Service, request: Request) -> type[Root]:
     shape = peek(request, _Shape)
+    if _given(shape.query):
+        return TEIRerankRequest
+    if _given(shape.inputs) and service.task(shape.model) == "classify":
+        return PredictRequest
     if begins(shape.inputs, 1) == b"{" or _given(shape.source_sentence):
         return _similarity_body(request)
     return TEIEmbedRequest
@@ -83,10 +95,25 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
         )
         return embedding.vector
 
+    def root_body(request: Request) -> type[Root]:
+        return _root_body(service, request)
+
     @routes.post("/")
-    @endpoint(Numbers, TEIEmbedRequest, SimilarityRequest, FlatSimilarityRequest, choose=_root_body)
-    def embed_or_compare(body: TEIEmbedRequest | Similarity) -> object:
-        """What /embed or /similarity answers to the same body."""
+    @endpoint(
+        list[Any],  # of the four routes' items: OpenAPI's types here cannot be told apart
+        TEIEmbedRequest,
+        SimilarityRequest,
+        FlatSimilarityRequest,
+        TEIRerankRequest,
+        PredictRequest,
+        choose=root_body,
+    )
+    def embed_or_compare(body: Root) -> object:
+        """What /embed, /similarity, /rerank or /predict answers to the same body."""
+        if isinstance(body, TEIRerankRequest):
+            return tei_rerank(service, body)
+        if isinstance(body, PredictRequest):
+            return predict(service, body)
         if isinstance(body, TEIEmbedRequest):
             return _embed(service, body)
         return _compare(service, body)
@@ -106,7 +133,7 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
         return service.run(
             target,
             "$.inputs" if isinstance(body.inputs, str) else "$.inputs[{}]",
-            lambda embedders, _: embedders.texts.tokenize(
+            lambda embedders, _: embedders.model.tokenize(
                 [body.inputs] if isinstance(body.inputs, str) else body.inputs,
                 prompt_name=prompt_name,
                 add_special_tokens=body.add_special_tokens is not False,
@@ -117,8 +144,8 @@ def blueprint(service: Service, limits: Mapping[str, int]) -> Blueprint:
     @endpoint(Info, further={503: None})
     def info() -> object:
         """The default model and the service's limits."""
-        fingerprint = service.models.resolve().fingerprint
-        return {**_describe(service.embedder(None)), "fingerprint": fingerprint, **limits}
+        ((target, model),) = service.embedders([service.models.resolve()])
+        return {**_describe(model), "fingerprint": target.fingerprint, **limits}
 
     return routes
 
@@ -141,12 +168,12 @@ def _compare(service: Service, body: Similarity) -> object:
     pair, path = (body.inputs, "inputs.") if isinstance(body, SimilarityRequest) else (body, "")
     refuse_pictures(service, body.model, pair.source_sentence, f"{path}source_sentence")
     refuse_pictures(service, body.model, pair.sentences, f"{path}sentences")
-    target = service.models.resolve(body.model)
+    target = service.resolve(body.model, "embed")
     prompt_name = service.prompt(target, body.prompt_name)
     return service.run(
         target,
         f"$.{path}sentences[{{}}]",
-        lambda embedders, waiting: embedders.texts.similarities(
+        lambda embedders, waiting: embedders.embedder.similarities(
             pair.sentences,
             pair.source_sentence,
             **waiting,
@@ -156,16 +183,24 @@ def _compare(service: Service, body: Similarity) -> object:
     )
 
 
-def _describe(embedder: TextEmbedder) -> dict[str, object]:
-    manifest = embedder.manifest
+def _describe(model: TextModel) -> dict[str, object]:
+    manifest, engine = model.manifest, model.engine
+    kind: dict[str, object] = {"embedding": {"pooling": "in the model's graph"}}
+    if manifest.scorer:
+        labels = dict(enumerate(manifest.scorer.labels))
+        names = {
+            "id2label": {str(number): label for number, label in labels.items()},
+            "label2id": {label: number for number, label in labels.items()},
+        }
+        kind = {"reranker" if manifest.task == "rerank" else "classifier": names}
     return {
         "model_id": manifest.source,
         "model_sha": manifest.revision,
-        "model_dtype": _DTYPES[embedder.precision],
-        "model_type": {"embedding": {"pooling": "in the model's graph"}},
+        "model_dtype": _DTYPES[model.precision],
+        "model_type": kind,
         "max_input_length": manifest.max_tokens,
         "auto_truncate": False,
         "version": VERSION,
-        "engine": embedder.engine.backend,
-        "instruction_set": embedder.engine.isa,
+        "engine": engine.backend,
+        "instruction_set": engine.isa,
     }

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from engine.bundle import Parity, Precision
+from engine.bundle import Parity, Precision, Task
 
 # OpenVINO's telemetry needs a network; engine/openvino_backend.py says more.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -117,8 +117,16 @@ def _alive(started: float) -> Iterator[None]:
         thread.join()
 
 
-def describe(parities: Sequence[Parity]) -> str:
-    """The certificates of texts and of pictures, as a user reads them."""
+def describe(parities: Sequence[Parity], task: Task = "embed") -> str:
+    """The certificates of texts and of pictures, or that of scores, as a user reads them."""
+    if task != "embed":
+        (found,) = parities
+        order = "" if found.tau is None else f", order kept (Kendall's tau {found.tau:.4f})"
+        return (
+            f"scores off by at most {1 - found.minimum:.6f} of their spread (alone "
+            f"{1 - found.alone:.6f}), mean {1 - found.mean:.6f} over {found.cases} scores{order}; "
+            f"threads: {', '.join(map(str, found.threads))}"
+        )
     return "; ".join(
         f"cosine at least {parity.minimum:.6f} (alone {parity.alone:.6f}), mean {parity.mean:.6f} "
         f"over {parity.cases} {inputs}"

@@ -15,6 +15,7 @@ def check_here(bundle: Bundle) -> tuple[dict[str, str], bool]:
     Raises: BundleError, BakeError.
     """
     samples, rows, right = [Sample("text", [], read_sample(bundle).expected)], {}, True
+    task = bundle.manifest.task
     if "image" in bundle.manifest.modalities:
         samples.append(Sample("image", sample_pictures(), read_pictures(bundle)))
     for precision in PRECISIONS:
@@ -24,7 +25,7 @@ def check_here(bundle: Bundle) -> tuple[dict[str, str], bool]:
         for backend in bundle.backends(precision):
             try:
                 found = _measure(bundle, backend, precision, samples)
-                said = f"holds: {describe(found)}" if found else "this CPU cannot run it"
+                said = f"holds: {describe(found, task)}" if found else "this CPU cannot run it"
             except (BelowFloor, CannotTrace) as error:
                 said, right = f"does not hold: {error}", False
             rows[f"{precision}, {backend}"] = said

@@ -31,6 +31,28 @@ class _Texts(Pipeline):
         return self.texts(input_ids, attention_mask)
 
 
+class _Scores(torch.nn.Module):
+    """A CrossEncoder's modules, without its activation."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(model)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            features["token_type_ids"] = token_type_ids
+        for part in self.parts:
+            features = part(features)
+        scores: torch.Tensor = features["scores"]
+        return scores
+
+
 class _Pictures(Pipeline):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.pictures(pixel_values)
@@ -50,9 +72,34 @@ def trace_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
         "input_ids": torch.tensor([each.ids for each in encodings]),
         "attention_mask": torch.tensor([each.attention_mask for each in encodings]),
     }
-    graph = _trace(_Texts(model), example, [-1, -1], ov.Type.i64, "code")
+    return _trace_texts(_Texts(model), example, model.max_seq_length, tokenizer, texts)
+
+
+def trace_scores(model: Any, tokenizer: Any, texts: Sequence[Any], types: bool) -> Any:
+    """Trace a CrossEncoder to an OpenVINO model: input_ids, attention_mask and, with `types`,
+    token_type_ids, all int64 [batch, length], to raw scores, float32 [batch, labels]. Otherwise as
+    `trace_texts`; a text may be a pair.
+    """
+    encodings = tokenizer.encode_batch(texts[:2])
+    example = {
+        "input_ids": torch.tensor([each.ids for each in encodings]),
+        "attention_mask": torch.tensor([each.attention_mask for each in encodings]),
+    }
+    if types:
+        example["token_type_ids"] = torch.tensor([each.type_ids for each in encodings])
+    return _trace_texts(_Scores(model), example, model.max_seq_length, tokenizer, texts)
+
+
+def _trace_texts(
+    pipeline: torch.nn.Module,
+    example: dict[str, torch.Tensor],
+    window: int,
+    tokenizer: Any,
+    texts: Sequence[Any],
+) -> Any:
+    graph = _trace(pipeline, example, [-1, -1], ov.Type.i64, "code")
     with running():
-        shrink_masks(graph, model.max_seq_length)
+        shrink_masks(graph, window)
         fold_scales(graph)
         return unpadded(graph, tokenizer, texts)
 
@@ -68,7 +115,9 @@ def trace_pictures(model: Any, preprocessing: Preprocessing) -> Any:
     return _trace(_Pictures(model), example, shape, ov.Type.f32, "image code")
 
 
-def _trace(pipeline: Pipeline, example: dict[str, Any], shape: Any, kind: Any, code: str) -> Any:
+def _trace(
+    pipeline: torch.nn.Module, example: dict[str, Any], shape: Any, kind: Any, code: str
+) -> Any:
     """Trace with inputs of the example's names, each of `shape` and `kind`. A refusal names
     `code`.
     """
@@ -116,7 +165,7 @@ def export(modality: Modality, trace: Callable[[], Any], folder: pathlib.Path) -
     Returns: the names of the files.
     """
     with stage(_TRACING[modality]):
-        return _save(trace(), folder / graph_file(modality, "fp32"))
+        return save(trace(), folder / graph_file(modality, "fp32"))
 
 
 def compress(modality: Modality, folder: pathlib.Path) -> list[str]:
@@ -130,9 +179,10 @@ def compress(modality: Modality, folder: pathlib.Path) -> list[str]:
         with contextlib.redirect_stdout(nowhere):
             graph = ov.Core().read_model(folder / graph_file(modality, "fp32"))
             small = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-        return _save(small, folder / graph_file(modality, "int8"))
+        return save(small, folder / graph_file(modality, "int8"))
 
 
-def _save(graph: Any, path: pathlib.Path) -> list[str]:
-    ov.save_model(graph, path, compress_to_fp16=True)
+def save(graph: Any, path: pathlib.Path, half: bool = True) -> list[str]:
+    """Write a graph, its weights in fp16 with `half`. Returns: the names of the files."""
+    ov.save_model(graph, path, compress_to_fp16=half)
     return [path.name, path.with_suffix(".bin").name]

@@ -5,7 +5,7 @@ sentence-transformers leaves open (pooling, route, adapter, prompt) is decided.
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, Literal
 
 from sentence_transformers.base.modules import Normalize, Router
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
@@ -16,7 +16,7 @@ from bake import BakeError, Options
 # sentence-transformers' StaticEmbedding takes texts of any length.
 TABLE_WINDOW = 8192
 INSTEAD = "bake a SentenceTransformer model instead"
-_CROSS = "a CrossEncoder (a reranker), which scores pairs of texts"
+_CROSS = "a CrossEncoder that generates text (a causal reranker)"
 _SPARSE = "a SparseEncoder (SPLADE), whose vectors have a number for every token of the vocabulary"
 _MULTI = "a multi-vector model (ColBERT), which has a vector for every token of a text"
 # By `model_type` of config_sentence_transformers.json.
@@ -35,7 +35,7 @@ _MODULES = (
 # By `architectures` of config.json, for what states no modules: the first that matches.
 _ARCHITECTURES = (
     (r"ColBERT|^Col.*ForRetrieval", _MULTI),
-    (r"ForSequenceClassification|ForRanking|ForReranking", "a classifier or reranker"),
+    (r"ForRanking|ForReranking", "a reranker of a form of its own"),
     (r"ForTokenClassification", "a classifier of tokens"),
     (r"ForCausalLM|LMHeadModel|ForConditionalGeneration|ForSeq2SeqLM", None),
     (r"For(MaskedLM|PreTraining|FeatureExtraction|Text\w*|Sentence\w*|Embedding)$", ""),
@@ -63,13 +63,8 @@ def check(name: str, revision: str | None, pooling: str | None) -> bool:
 
     if not ("/" in name or pathlib.Path(name).is_dir() or name in ORIGINAL_TRANSFORMER_MODELS):
         name = f"sentence-transformers/{name}"
-
-    def read(file: str) -> Any:
-        path = load_file_path(name, file, revision=revision)
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8")) if path else None
-
-    modules = read("modules.json")
-    settings = read("config_sentence_transformers.json") or {}
+    modules = _read(name, revision, "modules.json")
+    settings = _read(name, revision, "config_sentence_transformers.json") or {}
     kind = _MODEL_TYPES.get(settings.get("model_type", ""))
     for module in modules or []:
         kind = kind or next((kind for at, kind in _MODULES if re.search(at, module["type"])), None)
@@ -78,11 +73,42 @@ def check(name: str, revision: str | None, pooling: str | None) -> bool:
     if kind:
         raise BakeError(f"it is {kind}: not supported; {INSTEAD}")
     if modules is None:
-        config = read("config.json") or {}
+        config = _read(name, revision, "config.json") or {}
         _check_architecture((config.get("architectures") or [""])[0], pooling)
     elif pooling and any(module["type"].endswith("Pooling") for module in modules):
         raise BakeError("it has a pooling of its own; leave out --pooling")
     return modules is None
+
+
+def _read(name: str, revision: str | None, file: str) -> Any:
+    """A JSON file of a model; None where it has no such file."""
+    path = load_file_path(name, file, revision=revision)
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8")) if path else None
+
+
+def scorer(name: str, revision: str | None) -> Literal["CrossEncoder", "plain"] | None:
+    """Whether a model gives scores of texts or pairs: as a CrossEncoder of sentence-transformers,
+    or as a plain transformers model (…ForSequenceClassification). None for one that does not, and
+    for what `check` refuses by name.
+
+    Args:
+        name, revision: as `check` takes them.
+    """
+    config = _read(name, revision, "config.json") or {}
+    modules = _read(name, revision, "modules.json")
+    settings = _read(name, revision, "config_sentence_transformers.json") or {}
+    types = " ".join(module["type"] for module in modules or [])
+    cross = settings.get("model_type") == "CrossEncoder"
+    # CrossEncoders before sentence-transformers 5 stated only their activation.
+    stated = {"sentence_transformers", "sbert_ce_default_activation_function"} & config.keys()
+    architecture = (config.get("architectures") or [""])[0]
+    if not architecture.endswith("ForSequenceClassification"):
+        return None
+    if cross:
+        return None if "LogitScore" in types else "CrossEncoder"
+    if modules is not None:
+        return None
+    return "CrossEncoder" if stated else "plain"
 
 
 def _check_architecture(architecture: str, pooling: str | None) -> None:

@@ -78,7 +78,14 @@ def write_sample(bundle: Bundle, samples: Sequence[Sample]) -> None:
     Raises: BakeError when serving could not make the model's own tokens.
     """
     texts, *pictures = samples
-    ids = _served_ids(bundle, texts.inputs)
+    save_sample(bundle, _served_ids(bundle, texts.inputs), samples)
+
+
+def save_sample(
+    bundle: Bundle, ids: Sequence[npt.NDArray[np.int64]], samples: Sequence[Sample]
+) -> None:
+    """Write SAMPLE, of which the texts are `ids` to an engine, shape (tokens,) each."""
+    texts, *pictures = samples
     np.savez(
         bundle.file(SAMPLE),
         ids=np.concatenate(ids),

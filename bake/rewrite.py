@@ -121,7 +121,8 @@ def _is_attention_mask(model: Any, output: Any, masks: Sequence[Any]) -> bool:
 
 def _attends(part: Any, mask: Any) -> bool:
     """Whether the compiled `part` of a model makes of `mask` what `_is_attention_mask` asks for."""
-    inputs = {"attention_mask": mask, "input_ids": np.full_like(mask, 5)}
+    inputs = {name: np.zeros_like(mask) for each in part.inputs for name in each.names}
+    inputs |= {"attention_mask": mask, "input_ids": np.full_like(mask, 5)}
     computed = part(inputs)[0]
     if computed.ndim != 4 or computed.shape[1] != 1:
         return False
@@ -145,21 +146,26 @@ def _has_one_user(output: Any) -> bool:
     return len(output.get_target_inputs()) == 1
 
 
-def unpadded(graph: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
+def unpadded(graph: Any, tokenizer: Any, texts: Sequence[Any]) -> Any:
     """The unpadded graph if there is one and it gives the same vectors; else `graph` itself.
 
     Args:
-        graph: an OpenVINO model of input_ids and attention_mask, both int64 [batch, length].
+        graph: an OpenVINO model of input_ids and attention_mask, both int64 [batch, length], and
+            token_type_ids where it takes them.
         tokenizer: pads a batch.
-        texts: the shortest are compared.
+        texts: texts, or pairs of them; the shortest are compared.
     """
     rewritten = graph.clone()
     if not unpad(rewritten):
         return graph
-    encodings = tokenizer.encode_batch(sorted(texts, key=len)[:_COMPARED])
+    shortest = sorted(texts, key=lambda text: len("".join(text)))[:_COMPARED]
+    encodings = tokenizer.encode_batch(shortest)
     mask = np.array([encoding.attention_mask for encoding in encodings], np.int64)
     ids = np.array([encoding.ids for encoding in encodings], np.int64)
     inputs = {"input_ids": ids, "attention_mask": mask}
+    if any("token_type_ids" in each.names for each in graph.inputs):
+        kinds = [encoding.type_ids for encoding in encodings]
+        inputs["token_type_ids"] = np.array(kinds, np.int64)
     expected = ov.Core().compile_model(graph, "CPU", _EXACT)(inputs)[0]
     try:
         further = unpadded_inputs(mask)

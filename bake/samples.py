@@ -20,7 +20,7 @@ PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 # 64 is half the tokens of 128, and half the time of what is not the longest text.
 SHORT_WINDOW, EVEN_TOKENS = 512, 64
 # Several languages and scripts, code, numbers, emoji, combining marks, odd spacing.
-_PHRASES = (
+PHRASES = (
     "What is deep learning, and how does it differ from classical statistics?",
     "The river rose after three days of rain; the old bridge was closed to traffic.",
     "Die Straßenbahn fährt heute wegen Bauarbeiten nur bis zum Hauptbahnhof.",
@@ -60,7 +60,7 @@ def sample_texts(tokenizer: Any, prompt: str, window: int, count: int) -> list[s
 
     Raises: BakeError when the prompt leaves no room.
     """
-    plain = [len(tokenizer.encode(phrase, add_special_tokens=False).ids) for phrase in _PHRASES]
+    plain = [len(tokenizer.encode(phrase, add_special_tokens=False).ids) for phrase in PHRASES]
     least = len(tokenizer.encode(prompt).ids) + 1
     if least > window:
         raise BakeError(
@@ -76,8 +76,8 @@ def sample_texts(tokenizer: Any, prompt: str, window: int, count: int) -> list[s
     for number, length in enumerate(lengths):
         text, tokens, phrase = "", least - 1, number
         while tokens < 1.25 * length:  # phrases may have fewer tokens together than each alone
-            text += _PHRASES[phrase % len(_PHRASES)] + " "
-            tokens += max(1, plain[phrase % len(_PHRASES)])
+            text += PHRASES[phrase % len(PHRASES)] + " "
+            tokens += max(1, plain[phrase % len(PHRASES)])
             phrase += 1
         texts.append(beginning(text, tokenizer, prompt, length))
     return texts

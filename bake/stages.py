@@ -38,6 +38,10 @@ def bake(options: Options) -> tuple[Bundle, list[str]]:
         print(line, file=sys.stderr)
         notes.append(line)
 
+    if kind := source.scorer(options):
+        from bake import scoring
+
+        return scoring.bake(options, kind, note, _versions()), notes
     model, tokenizer, texts = _load(options, note)
     shortened = source.default_dimensions(model)
     sample, alone = _embedded(options, model, texts, note)

@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from bake import CannotTrace, Options, encoder, rounding, stage
-from bake.export import compress, export, running, trace_pictures, trace_texts
-from bake.parity import enter, leave_out, measure, write_sample
+from bake.export import compress, export, running, save, trace_pictures, trace_scores, trace_texts
+from bake.parity import enter, leave_out, measure, save_sample, write_sample
 from bake.samples import Sample
 from engine.bundle import (
     SAMPLE,
@@ -25,7 +25,7 @@ from engine.certificate import BelowFloor
 from engine.choice import runs
 from engine.encoder.encoder_engine import EncoderEngine, EncoderImageEngine
 from engine.openvino_backend import OpenVINOImageEngine, OpenVINOTextEngine
-from engine.protocol import Engine
+from engine.protocol import Array, Engine
 from tokens import load_tokenizer
 
 
@@ -82,6 +82,41 @@ def _describe(
     return list(map(weights_file, towers))
 
 
+def complete_scorer(
+    bundle: Bundle,
+    options: Options,
+    model: Any,
+    tokenizer: Any,
+    sample: Sample,
+    ids: Sequence[Array],
+    note: Callable[[str], None],
+) -> Manifest:
+    """As `complete`, of a CrossEncoder. Its weights are kept in float32 where fp16 changes its
+    scores by too much.
+
+    Args:
+        ids: the sample's inputs, as engines take them.
+    """
+    scorer = bundle.manifest.scorer
+    assert scorer
+    with stage("tracing to OpenVINO"):
+        graph = trace_scores(model, tokenizer, sample.inputs, scorer.types)
+    save_sample(bundle, ids, [sample])
+    for half in (True, False):
+        files = save(graph, bundle.file(graph_file("text", "fp32")), half=half)
+        if "int8" in bundle.manifest.precisions:
+            files += compress("text", bundle.path)
+        bundle.record([*files, SAMPLE])
+        try:
+            certify(bundle, options, [sample], note)
+            break
+        except BelowFloor as error:
+            if not half:
+                raise
+            note(f"{error}; so its weights are kept in float32, in twice the space")
+    return bundle.manifest
+
+
 def certify(
     bundle: Bundle, options: Options, samples: Sequence[Sample], note: Callable[[str], None]
 ) -> None:
@@ -99,7 +134,8 @@ def certify(
                 continue
             try:
                 guard = running() if backend == "OpenVINO" else contextlib.nullcontext()
-                with stage(f"checking vectors at {precision}{_OWN.get(backend, '')}"), guard:
+                what = "scores" if manifest.scorer else "vectors"
+                with stage(f"checking {what} at {precision}{_OWN.get(backend, '')}"), guard:
                     parities = measure(bundle, makers(bundle, backend, precision), samples)
             except (BelowFloor, CannotTrace) as error:
                 if backend == "OpenVINO" and precision == "fp32":

@@ -34,6 +34,10 @@ Modality = Literal["text", "image"]
 Precision = Literal["fp32", "bf16", "int8", "fp16"]  # fp16: on GPUs only, see Torch
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 Backend = Literal["own engine", "OpenVINO", "torch"]
+# What a bundle's engines give: a vector of a text or picture; one score of a query and a document;
+# a score for each label of a text or a pair.
+Task = Literal["embed", "rerank", "classify"]
+ScoreActivation = Literal["sigmoid", "softmax", "none"]
 # Smallest cosine to sentence-transformers' own vector at which a bundle may be written and served.
 PARITY_FLOOR: dict[Precision, float] = {
     "fp32": 0.9999,
@@ -43,10 +47,15 @@ PARITY_FLOOR: dict[Precision, float] = {
 }
 # Smallest and mean cosine of a certificate with which PRECISION=auto takes int8.
 TRUSTED = (0.9995, 0.9998)
-# Fields of a manifest that decide what vectors a request gets.
+# The same of scores: 1 less the difference from sentence-transformers' own score, as a share of
+# `Scorer.spread`.
+SCORE_FLOOR: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.98, "int8": 0.9}
+# Smallest rank correlation (Kendall's tau) of a reranker's scores with sentence-transformers' own.
+TAU_FLOOR: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.99, "int8": 0.95}
+# Fields of a manifest that decide what vectors or scores a request gets.
 _OF_VECTORS = (
     *("dimensions", "default_dimensions", "max_tokens", "normalized", "layer_norm", "prompts"),
-    *("default_prompt", "encoder", "image_encoder", "torch"),
+    *("default_prompt", "encoder", "image_encoder", "torch", "task", "scorer"),
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -67,14 +76,19 @@ class File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Probe(msgspec.Struct, forbid_unknown_fields=True):
-    """A text and sentence-transformers' vector of it, which the loaded bundle has to give again."""
+    """A text and sentence-transformers' vector of it, which the loaded bundle has to give again. Of
+    a scorer: the second text of a pair, and its raw scores.
+    """
 
     text: str
     vector: list[float]
+    first: str | None = None  # text of the pair; None for a text alone
 
 
 class Parity(msgspec.Struct, forbid_unknown_fields=True):
-    """A certificate: the cosine of an engine's vectors to sentence-transformers' own."""
+    """A certificate: the cosine of an engine's vectors to sentence-transformers' own; of a scorer,
+    how near its scores are, as SCORE_FLOOR says.
+    """
 
     minimum: float
     mean: float
@@ -85,6 +99,7 @@ class Parity(msgspec.Struct, forbid_unknown_fields=True):
     # when the text's vector is the engine's: what a search would find. None where few were
     # compared.
     nearest: float | None = None
+    tau: float | None = None  # of a reranker: the rank correlation of its scores
 
     @property
     def trusted(self) -> bool:
@@ -198,6 +213,18 @@ class Torch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     alone: bool = False
 
 
+class Scorer(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What a bundle that gives scores has beside one that gives vectors. Its engines give raw
+    scores, one for each label: `dimensions` is the number of labels.
+    """
+
+    labels: list[str]  # names, in the order of the scores
+    activation: ScoreActivation  # what the model itself makes of raw scores
+    types: bool  # the graph takes token types, which tell the two texts of a pair apart
+    # Largest raw score of the bake's sample less the smallest, of the label that has most of it.
+    spread: float
+
+
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A bundle's description of itself: written by the bake, read by serving."""
 
@@ -206,6 +233,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     source: str
     revision: str | None
     created: str  # ISO 8601, UTC
+    task: Task = "embed"
     modalities: list[Modality]
     dimensions: int  # of the engines' vectors
     # What a request without `dimensions` gets of them (truncate_dim in the model's configuration);
@@ -235,6 +263,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     encoder: Encoder | None = None
     image_encoder: Encoder | None = None
     torch: Torch | None = None
+    scorer: Scorer | None = None  # of the tasks rerank and classify
 
     @property
     def size(self) -> int:

@@ -1,6 +1,6 @@
-"""The certificate: whether an engine gives sentence-transformers' vectors on this machine, computed
-as serving computes them. The bake measures it. The service measures the engines that the CPU of the
-bake could not run, when it starts.
+"""The certificate: whether an engine gives sentence-transformers' vectors or scores on this
+machine, computed as serving computes them. The bake measures it. The service measures the engines
+that the CPU of the bake could not run, when it starts.
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.bundle import PARITY_FLOOR, SAMPLE, Bundle, Parity
+from engine.bundle import PARITY_FLOOR, SAMPLE, SCORE_FLOOR, TAU_FLOOR, Bundle, Parity
 from engine.errors import BundleError
 from engine.protocol import Array, Engine, Float32
 from engine.queue import Queue
@@ -29,14 +29,14 @@ SAME = 1e-6  # difference of cosines below which texts are as near
 
 
 class BelowFloor(BundleError):
-    """An engine's vectors are not the model's own."""
+    """An engine's vectors or scores are not the model's own."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """A bundle's sample of texts."""
+    """A bundle's sample of texts, or of pairs of them."""
 
-    ids: list[Array]  # int64, shape (tokens,) each, with the default prompt's
+    ids: list[Array]  # int64, shape (tokens,) each, as engines take them
     expected: Float32  # shape (texts, dimensions)
 
 
@@ -138,21 +138,48 @@ def cosines(left: Float32, right: Float32) -> Float32:
     return finite
 
 
+def nearness(left: Float32, right: Float32, spread: float) -> Float32:
+    """1 less the largest difference in each row, as a share of `spread`; at least -1, also for NaN.
+    Both float32, shape (rows, labels).
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = 1 - np.abs(left - right).max(axis=1) / np.float32(spread)
+    return np.asarray(np.maximum(np.nan_to_num(found, nan=-1.0), -1.0), np.float32)
+
+
+def rank_correlation(expected: Float32, actual: Float32, least: float) -> float:
+    """Kendall's tau-a of two lists of scores, over pairs of which the expected scores differ by at
+    least `least`: the pairs in the same order less those in another, as a share of all; 1 where
+    there is no such pair.
+    """
+    differences = np.subtract.outer(expected, expected)
+    counted = differences >= least
+    if not counted.any():
+        return 1.0
+    return float(np.sign(np.subtract.outer(actual, actual)[counted]).mean())
+
+
 class Compared:
-    """Vectors beside the expected ones."""
+    """Vectors or raw scores beside the expected ones."""
 
     def __init__(self, bundle: Bundle, expected: Float32) -> None:
         """`expected`: sentence-transformers' own, shape (inputs, dimensions)."""
         self._normalized, self._expected = bundle.manifest.normalized, expected
         self._actual: dict[int, Float32] = {}  # of whole samples
-        self.cosines: list[Float32] = []
+        self._scorer = bundle.manifest.scorer
+        self.cosines: list[Float32] = []  # of scores: `nearness`
+        self.scores: list[tuple[Float32, Float32]] = []  # expected and actual
         self.apart = (
             0.0  # how far lengths are off at most, as a share; models that normalise have 0
         )
 
     def add(self, numbers: Sequence[int], actual: Float32) -> None:
-        """The engine's vectors of the inputs of these numbers."""
+        """The engine's vectors or scores of the inputs of these numbers."""
         expected = self._expected[list(numbers)]
+        if self._scorer:
+            self.cosines.append(nearness(actual, expected, self._scorer.spread))
+            self.scores.append((expected, actual.copy()))
+            return
         self._actual |= dict(zip(numbers, actual))
         lengths = np.linalg.norm(actual, axis=1), np.linalg.norm(expected, axis=1)
         self.cosines.append(cosines(actual, expected))
@@ -188,6 +215,8 @@ def certify(
     differ by more than they can at that floor.
     """
     together, alone = np.concatenate(company.cosines), np.concatenate(single.cosines)
+    if bundle.manifest.scorer:
+        return _certify_scores(bundle, engine, company, single, threads)
     floor, every = PARITY_FLOOR[engine.precision], np.concatenate([together, alone])
     what = "vectors" if engine.modality == "text" else "pictures' vectors"
     wrong = f"at {engine.precision} its {what} are not the model's own"
@@ -205,6 +234,41 @@ def certify(
     return Parity(minimum, mean, len(every), smallest, [threads], company.nearest())
 
 
+def _certify_scores(
+    bundle: Bundle, engine: Engine, company: Compared, single: Compared, threads: int
+) -> Parity:
+    """As `certify`."""
+    assert bundle.manifest.scorer
+    together, alone = np.concatenate(company.cosines), np.concatenate(single.cosines)
+    every, precision = np.concatenate([together, alone]), engine.precision
+    floor, wrong = SCORE_FLOOR[precision], f"at {precision} its scores are not the model's own"
+    if not every.min() >= floor:
+        raise BelowFloor(
+            f"{wrong}: off by up to {1 - every.min():.5f} of their spread ({engine.backend}, "
+            f"threads: {threads}; alone {1 - alone.min():.5f}, in company "
+            f"{1 - together.min():.5f}), at most {1 - floor:.3f} allowed"
+        )
+    tau = None
+    if bundle.manifest.task == "rerank":
+        least = (1 - floor) * bundle.manifest.scorer.spread
+        both = zip(*company.scores, *single.scores)
+        expected, actual = (np.concatenate(each)[:, 0] for each in both)
+        tau = rank_correlation(expected, actual, least)
+        if not tau >= TAU_FLOOR[precision]:
+            raise BelowFloor(
+                f"{wrong}: their order differs (Kendall's tau {tau:.4f}, {engine.backend}), at "
+                f"least {TAU_FLOOR[precision]} needed"
+            )
+    return Parity(
+        minimum=float(every.min()),
+        mean=float(every.mean()),
+        cases=len(every),
+        alone=float(alone.min()),
+        threads=[threads],
+        tau=tau,
+    )
+
+
 def merged(parities: Sequence[Parity]) -> Parity:
     """One certificate of several numbers of threads."""
     cases = sum(each.cases for each in parities)
@@ -215,4 +279,5 @@ def merged(parities: Sequence[Parity]) -> Parity:
         alone=min(each.alone for each in parities),
         threads=sorted({count for each in parities for count in each.threads}),
         nearest=min((each.nearest for each in parities if each.nearest is not None), default=None),
+        tau=min((each.tau for each in parities if each.tau is not None), default=None),
     )

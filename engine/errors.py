@@ -60,6 +60,10 @@ class ModalityNotSupported(EmbedderError):
     """The model does not take this kind of input, such as a picture for a text model."""
 
 
+class TaskNotSupported(EmbedderError):
+    """The model is for another task, such as a reranker that is asked for a vector."""
+
+
 class QueueFull(EmbedderError):
     """The queue is over its limit. `retry_after`: seconds after which to send the request again."""
 

@@ -16,7 +16,7 @@ import openvino as ov  # type: ignore[import-untyped]  # noqa: E402
 
 from engine.bundle import Bundle, Modality, Precision, graph_file  # noqa: E402
 from engine.errors import PrecisionUnavailable  # noqa: E402
-from engine.protocol import Engine, Float32  # noqa: E402
+from engine.protocol import TYPE_BITS, Engine, Float32  # noqa: E402
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -128,7 +128,9 @@ class _Graph:
             },
         )
         self._requests = threading.local()
-        self.unpadded = len(self._compiled.inputs) > 2  # see `unpadded_inputs`
+        names = {name for each in self._compiled.inputs for name in each.names}
+        self.unpadded = "rows" in names  # see `unpadded_inputs`
+        self.typed = "token_type_ids" in names
 
     def infer(self, inputs: Mapping[str, Int64 | Int32 | Float32]) -> Float32:
         """The graph's one output for named inputs.
@@ -193,10 +195,11 @@ class OpenVINOTextEngine(_OpenVINOEngine):
 
     def run(self, inputs: Sequence[Int64], *, alone: bool = False) -> Float32:
         """Embed token id arrays, each of shape (length,), special tokens included. They are padded
-        on the tokenizer's side with its padding id, and masked.
+        on the tokenizer's side with its padding id, and masked. Of a scorer, types of tokens stand
+        above TYPE_BITS.
 
         Returns: float32 of shape (len(inputs), dimensions): what the model's pipeline gives before
-        a trailing Normalize.
+        a trailing Normalize; of a scorer, raw scores.
         """
         return (self._wide if alone else self._graph).infer(self._inputs(inputs))
 
@@ -211,6 +214,9 @@ class OpenVINOTextEngine(_OpenVINOEngine):
             token_ids[row, span] = ids
             mask[row, span] = 1
         named: dict[str, Int64 | Int32] = {"input_ids": token_ids, "attention_mask": mask}
+        if self._graph.typed:
+            named["input_ids"] = token_ids & ((1 << TYPE_BITS) - 1)
+            named["token_type_ids"] = token_ids >> TYPE_BITS
         if self._graph.unpadded:
             named |= unpadded_inputs(mask)
         return named

@@ -16,6 +16,9 @@ from engine.tenants import Tenant
 Float32 = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
+# Engines of scorers take a token's id in the lower bits of a number and its type in those above.
+TYPE_BITS = 32
+
 
 class InputRefused(ValueError):
     """The model cannot embed one input of a batch; `index` is its place."""

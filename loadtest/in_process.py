@@ -160,7 +160,7 @@ def _kinds(
     bundle: Bundle, made: Mapping[Precision, Embedders], lengths: Sequence[int]
 ) -> Iterator[Kind]:
     tokenizer, _, _ = load_tokenizer(bundle)
-    embedders = {precision: each.texts for precision, each in made.items()}
+    embedders = {precision: each.embedder for precision, each in made.items()}
     for tokens in lengths:
         sent = exact_texts(lambda text: len(tokenizer.encode(text).ids), tokens, TEXTS)
         split = next(iter(embedders.values())).chunk

@@ -257,6 +257,33 @@ def baked(bert: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def scorers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder of tiny models, baked in its folder `models`: an embedder, which is the default, a
+    reranker, a classifier and a tagger, whose labels do not exclude each other.
+    """
+    import baking  # it imports torch
+    import tiny_models
+    import tiny_scorers
+
+    folder = tmp_path_factory.mktemp("scorers")
+    tiny_models.save(folder / "embedder")
+    tiny_scorers.cross_encoder(folder / "reranker")
+    names: Any = {"num_labels": 3, "id2label": {0: "bad", 1: "fair", 2: "good"}}
+    tiny_scorers.plain(folder / "classifier", **names)
+    tiny_scorers.plain(folder / "tagger", problem_type="multi_label_classification", **names)
+    for name in ("embedder", "reranker", "classifier", "tagger"):
+        baking.bake(folder / name, folder / "models")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scoring(scorers: pathlib.Path) -> Iterator[Server]:
+    """The models of `scorers`, served at fp32, with 20 texts in a request at most."""
+    with serve(scorers / "models", PRECISION="fp32", MAX_INPUTS="20") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def echo_server_limits(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., tuple[str, int]]]:

@@ -12,12 +12,7 @@ import tiny_models as tiny
 import torch
 import transformers
 from baking import bake, refusal, serves
-from sentence_transformers import (
-    CrossEncoder,
-    MultiVectorEncoder,
-    SentenceTransformer,
-    SparseEncoder,
-)
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import (
     BoW,
@@ -53,10 +48,11 @@ def edit(folder: pathlib.Path, file: str, **changes: Any) -> pathlib.Path:
     return folder
 
 
-def cross_encoder(folder: pathlib.Path) -> pathlib.Path:
-    plain(folder, "BertForSequenceClassification")
-    CrossEncoder(str(folder), device="cpu").save(str(folder / "saved"))
-    return folder / "saved"
+def causal(folder: pathlib.Path) -> pathlib.Path:
+    """A CrossEncoder that has the scores of the tokens "yes" and "no"."""
+    plain(folder)
+    edit(folder, "config.json", architectures=["Qwen3ForCausalLM"])
+    return edit(folder, "config_sentence_transformers.json", model_type="CrossEncoder")
 
 
 def sparse(folder: pathlib.Path) -> pathlib.Path:
@@ -106,7 +102,7 @@ TEXT = "it is a model that generates text "
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (cross_encoder, CROSS),
+        (causal, CROSS),
         (sparse, SPARSE),
         (untyped(sparse), SPARSE),
         (multi_vector, MULTI),
@@ -114,9 +110,7 @@ TEXT = "it is a model that generates text "
         (pylate, MULTI),
         (colbert, MULTI),
         (named("ColPaliForRetrieval"), MULTI),
-        (named("BertForSequenceClassification"), "it is a classifier or reranker "),
-        (named("XLMRobertaForSequenceClassification"), "it is a classifier or reranker "),
-        (named("JinaForRanking"), "it is a classifier or reranker "),
+        (named("JinaForRanking"), "it is a reranker of a form of its own "),
         (named("BertForTokenClassification"), "it is a classifier of tokens "),
         (named("BertForQuestionAnswering"), "it is made for another task "),
         (generative, TEXT),

@@ -169,9 +169,12 @@ def test_bash_can_read_every_command(block: Block) -> None:
 def test_curl_gets_a_good_response(
     command: str, request: pytest.FixtureRequest, tmp_path: pathlib.Path
 ) -> None:
-    """Commands for pictures get a service that takes them, and files of the names they use."""
-    pictures = "/embeddings/image" in command
-    service: Server = request.getfixturevalue("clip_service" if pictures else "service")
+    """Commands for pictures get a service that takes them, and files of the names they use; those
+    for scores a service that has them.
+    """
+    scores = re.search("/(rerank|classify|predict)", command)
+    name = "clip_service" if "/embeddings/image" in command else "service"
+    service: Server = request.getfixturevalue("scoring" if scores else name)
     for name in set(re.findall(r"[\w-]+\.jpg", command)):
         tiny_clip.picture("red", "square", random.Random(1)).save(tmp_path / name)
     command = for_service(command, service)

@@ -134,6 +134,7 @@ def test_api_has_every_route_and_field(service: Server) -> None:
         return found
 
     sections = {
+        "Scores": r"/(rerank|classify|predict|v[12]/rerank)$",
         "OpenAI": r"/v1/",
         "Pictures": r"/embeddings/image",
         "Own routes": r"/embeddings",

@@ -71,11 +71,18 @@ def test_what_is_wrong_with_a_result(row: Any, says: str) -> None:
 @pytest.mark.usefixtures("torch_child")
 def test_a_kind_is_baked_and_served_or_refused(tmp_path: pathlib.Path) -> None:
     results = tmp_path / "results"
-    command = [sys.executable, "tests/zoo.py", "model2vec", "CrossEncoder", "--results", results]
+    command = [
+        sys.executable,
+        "tests/zoo.py",
+        "model2vec",
+        "ColBERT of PyLate",
+        "--results",
+        results,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     baked, refused = zoo.read(results).values()
     assert baked["window"] == 8192 and 0.9999 <= baked["cosine"] <= 1.0001
     assert baked["precisions"]["fp32"]["engine"] == "OpenVINO"
     assert baked["seconds"] > 0.5 and baked["megabytes"] > 100
-    assert refused["line"].startswith("it is a CrossEncoder (a reranker)") and refused["clean"]
+    assert refused["line"].startswith("it is a multi-vector model") and refused["clean"]

@@ -183,7 +183,7 @@ def serve(folder: pathlib.Path, expected: Any) -> float:
         threads=options.inference_threads,
     )
     queue.start()
-    embedder = service.load_embedders(bundles.read(folder), options, queue).texts
+    embedder = service.load_embedders(bundles.read(folder), options, queue).embedder
     smallest = 1.0
     for text, vector in zip(tiny.TEXTS, expected or []):
         (found,) = embedder.embed([text], deadline=time.monotonic() + 60, truncate="right")

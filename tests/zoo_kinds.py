@@ -295,11 +295,10 @@ KINDS: dict[str, Kind] = {
     "ViT alone": Kind(refused.vit),
     "DINOv2 alone": Kind(refused.dino),
     # no embedding models
-    "CrossEncoder": Kind(refused.cross_encoder),
+    "CrossEncoder that generates text": Kind(refused.causal),
     "SparseEncoder (SPLADE)": Kind(refused.sparse),
     "MultiVectorEncoder": Kind(refused.multi_vector),
     "ColBERT of PyLate": Kind(refused.pylate),
-    "BertForSequenceClassification": Kind(refused.named("BertForSequenceClassification")),
     "BertForTokenClassification": Kind(refused.named("BertForTokenClassification")),
     "BertForQuestionAnswering": Kind(refused.named("BertForQuestionAnswering")),
     "a generating model (Qwen3ForCausalLM)": Kind(refused.generative),
