@@ -127,8 +127,9 @@ class Certificate(msgspec.Struct):
     cases: int  # vectors or scores compared
     alone: float  # the smallest of texts that were computed alone
     threads: list[int]  # numbers of threads that computed
-    tau: float | None  # of a reranker: Kendall's tau of its scores with sentence-transformers' own
     measured: Literal["bake", "start"]
+    # Only of a reranker: Kendall's tau of its scores with sentence-transformers' own.
+    tau: float | UnsetType = UNSET
 
 
 class OpenAIModel(msgspec.Struct):
