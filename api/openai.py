@@ -189,6 +189,8 @@ def _describe(target: Target, embedder: TextModel) -> dict[str, object]:
     engine = embedder.engine
     parity = engine.measured or manifest.parity[engine.backend][engine.precision]
     certificate = msgspec.structs.asdict(parity)
+    if parity.tau is None:
+        del certificate["tau"]
     return {
         "id": target.asked,
         "object": "model",

@@ -129,8 +129,9 @@ class Certificate(msgspec.Struct):
     threads: list[int]  # numbers of threads that computed
     # The share of each text's ten nearest others, by the model's own vectors, that stays so.
     nearest: float | None
-    tau: float | None  # of a reranker: Kendall's tau of its scores with sentence-transformers' own
     measured: Literal["bake", "start"]
+    # Only of a reranker: Kendall's tau of its scores with sentence-transformers' own.
+    tau: float | UnsetType = UNSET
 
 
 class OpenAIModel(msgspec.Struct):

@@ -152,6 +152,8 @@ def test_models_are_listed_and_found_by_any_of_their_names(client: Any, aliased:
         "owned_by": "sentence-transformers",
         "alias_of": None,
         "prompt_name": None,
+        "task": "embed",
+        "labels": None,
         "dimensions": 384,
         "max_dimensions": 384,
         "max_tokens": 512,
