@@ -109,8 +109,8 @@ class Settings:
     precision: str = _option(
         "PRECISION",
         "auto",
-        "auto (bf16 where the CPU has it and it is faster, else fp32), fp32, int8 or, where every "
-        "CPU has it, bf16; on a GPU also fp16",
+        "auto (the fastest that is exact enough), fp32, int8 or, where every CPU has it, bf16; on "
+        "a GPU also fp16",
         choices=("auto", "fp32", "bf16", "int8", "fp16"),
     )
     device: str = _option(
@@ -126,7 +126,7 @@ class Settings:
         "auto",
         "most that the service's own engine may use of the CPU: portable, avx2, avxvnni, avx512, "
         "vnni, bf16, amx or auto (all that it has), for measurements; below bf16, PRECISION=auto "
-        "is fp32",
+        "takes no bf16",
         choices=("auto", "portable", "avx2", "avxvnni", "avx512", "vnni", "bf16", "amx"),
     )
     max_batch_size: int = _option(

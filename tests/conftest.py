@@ -1,5 +1,6 @@
 """What the tests share: the real model, bundles baked from it, services that run."""
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -10,6 +11,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -20,6 +22,11 @@ from servers import ROOT, Server, serve
 
 # No telemetry from any test, in whatever order they import (see engine/openvino_backend.py).
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
+# transformers copies the code of models there, to import it, and not to the user's folder. It reads
+# this when it is imported.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="model-code-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 NAME, WIDE = "all-MiniLM-L6-v2", "all-MiniLM-L6-v2-512"
 # Texts in the sample of WIDE, where the bake takes 120 by default: an engine computes 27,600 tokens

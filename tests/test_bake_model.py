@@ -30,6 +30,7 @@ def test_the_summary_names_what_was_made(baked: Baked) -> None:
     assert {label: text.strip() for label, text in rows} == {
         "bundle": str(baked.bundle.path),
         "source": "org/bert",
+        "task": "embed",
         "dimensions": f"{tiny.WIDTH}, normalised",
         "window": "48 tokens",
         "prompts": "query='query: ', passage='passage: '",

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ import tiny_clip
 import tiny_code
 import tiny_models as tiny
 import torch
-import transformers.dynamic_module_utils
 from baking import FAR, PROMPTS, bake, cosines, embed, refusal
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -25,6 +24,7 @@ from sentence_transformers.base.modules import Module
 from servers import ROOT
 
 import bake_model
+from bake import stages
 from bake.samples import sample_pictures
 from embeddings import TextEmbedder
 from engine.bundle import PARITY_FLOOR, Bundle, read
@@ -39,16 +39,6 @@ from tokens import load_tokenizer
 
 TORCH = ("--engine", "torch")
 TRUST = "--trust-remote-code"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Code that models bring is copied to a folder of this file's, not to the user's."""
-    folder = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        yield
 
 
 def check(bundle: Bundle, expected: Any) -> None:
@@ -125,7 +115,7 @@ def test_the_files_are_the_models_and_no_more(tmp_path: pathlib.Path) -> None:
         assert set(sample) == {"ids", "lengths", "vectors"}
     assert ids.dtype == lengths.dtype == np.int64 and vectors.dtype == np.float32
     assert ids.shape == (lengths.sum(),) and lengths.min() < 10 and lengths.max() == 48
-    assert vectors.shape == (120, tiny.WIDTH) and len(lengths) == 120
+    assert vectors.shape == (stages.TEXTS, tiny.WIDTH) and len(lengths) == stages.TEXTS
     model = SentenceTransformer(str(folder), device="cpu")
     texts = np.split(ids, np.cumsum(lengths)[:-1])
     probe = model.preprocess(["query: " + bundle.manifest.probe.text])["input_ids"]

@@ -171,7 +171,7 @@ def test_words_are_cut_only_where_they_do_not_fit(
 
 def inner(tokenizer: TextTokenizer, chunk: Chunk) -> Chunk:
     """Without its special tokens."""
-    empty = tokenizer.with_special_tokens([])
+    empty = tokenizer.with_special_tokens(np.array([], np.int64))
     before = len(tokenizer._prefix)
     ids = chunk.token_ids[before : len(chunk.token_ids) - len(empty) + before]
     return replace(chunk, token_ids=ids)

@@ -21,6 +21,7 @@ import torch
 from baking import bake, cosines
 from servers import serve
 
+from bake import stages
 from engine import bundle as bundles
 from engine import torch_engine, torch_model
 from engine.bundle import Bundle, Precision
@@ -33,6 +34,8 @@ from engine.torch_model import Model, _Replica
 
 Float32 = npt.NDArray[np.float32]
 CPU = torch.device("cpu")
+TEXTS = stages.TEXTS  # as tests/baking.py sets it
+LONE = len(range(0, TEXTS, TEXTS // 12))  # of them that are also computed alone
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 
 
@@ -109,9 +112,9 @@ def test_the_sample_gives_its_vectors_again(
     assert (model.packed, model.precision) == (name == "bert", precision)
     parity = model.measure()
     assert bundles.PARITY_FLOOR[precision] <= parity.minimum <= parity.mean <= 1.0001
-    assert parity.cases == 120 + 12  # all of them together, and some alone
+    assert parity.cases == TEXTS + LONE  # all of them together, and some alone
     lengths = [len(ids) for ids in read_sample(bundle).ids]
-    assert sorted(sum(torch_model._batches(lengths), [])) == list(range(120))
+    assert sorted(sum(torch_model._batches(lengths), [])) == list(range(TEXTS))
     assert all(
         3 * size < 4 * sum(lengths[at] for at in places) <= 4 * size
         for size in (64, 1024)
@@ -135,7 +138,7 @@ def test_every_device_and_every_recorded_size_is_measured(
     monkeypatch.setattr(_Replica, "texts", texts)
     model.measure()
     first, second = ([n for each, n in calls if each is replica] for replica in model._replicas)
-    assert len(second) == len(first) + 1 == 15
+    assert len(second) == len(first) + 1 == LONE + 3
     assert 48 < second[-2] <= 64 and 192 < second[-1] <= 256
 
 

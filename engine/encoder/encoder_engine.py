@@ -118,8 +118,8 @@ class _Tower(Engine):
             window=bundle.manifest.max_tokens,
             distances=self._laid_out.distances,
         )
-        if encoder.patch:
-            shape.window = patches(encoder, bundle.preprocessing()) + 1
+        if self._laid_out.preprocessing:
+            shape.window = patches(encoder, self._laid_out.preprocessing) + 1
             shape.patch_values = self._laid_out.patch_values
         return shape
 
@@ -210,7 +210,8 @@ class EncoderImageEngine(_Tower):
         self, bundle: Bundle, precision: Precision, *, streams: int, isa: str = "auto"
     ) -> None:
         super().__init__(bundle, precision, streams=streams, isa=isa)
-        self.preprocessing = bundle.preprocessing()
+        assert self._laid_out.preprocessing
+        self.preprocessing = self._laid_out.preprocessing
 
     def _read(self, inputs: Sequence[Array]) -> tuple[Array, Sequence[int]]:
         return np.stack(inputs, dtype=np.uint8), [self._shape.window] * len(inputs)

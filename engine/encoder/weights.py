@@ -28,6 +28,7 @@ class LaidOut:
         self._tensors = Tensors(bundle.file(weights_file(modality)))
         self._kept: list[object] = []  # C holds pointers to these
         self.distances = 0  # values of a head in the C code
+        self.preprocessing = bundle.preprocessing() if encoder.patch else None
         self.patch_values = -(-3 * encoder.patch**2 // _STEP) * _STEP
         width, window = encoder.hidden, bundle.manifest.max_tokens
         positions = encoder.first_position + window
@@ -40,11 +41,10 @@ class LaidOut:
             made.distances = self._distances(2 * window - 1)
         if encoder.outputs:
             made.head = self._float_linear("head", encoder.outputs, width)
-        if encoder.patch:
-            preprocessing = bundle.preprocessing()
-            positions = patches(encoder, preprocessing) + 1
+        if self.preprocessing:
+            positions = patches(encoder, self.preprocessing) + 1
             made.patches = self._float_linear("patches", width, self.patch_values)
-            made.pixels = self._pixels(preprocessing)
+            made.pixels = self._pixels(self.preprocessing)
         else:
             words = self._tensors.get("words", np.float16, encoder.vocabulary, width)
             made.words = _address(words)
